@@ -1,0 +1,110 @@
+"""From a model's config to the model: checked at plan time, built when a stage needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.config import ModelConfig, Part, build_part, check_part, nearest
+from distill.contracts import CLEAN_VIEW, Batch, UserError
+from distill.data.loader import InputSpec
+from distill.fusion import FUSIONS
+from distill.multimodal import Encoder, MultimodalModel
+from distill.tasks import HEADS
+
+Registry = Mapping[str, Callable[..., Encoder]]
+Given = Mapping[str, Mapping[str, Any]]
+
+
+def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list[str], given: Given) -> None:
+    """Check every part of a model against its builder's signature, without building.
+
+    Args:
+        config: the model.
+        registry: encoder type -> class.
+        where: dotted path of the model in the recipe.
+        tasks: the tasks of the data.
+        given: modality -> encoder parameters that the pipeline adds.
+
+    Raises:
+        UserError: an unknown type, parameter or task.
+    """
+    for name, part in config.encoders.items():
+        check_part(registry, part, f"{where}.encoders.{name}", given.get(name, {}))
+    check_part(FUSIONS, config.fusion, f"{where}.fusion", ("modalities",))
+    for task, part in config.heads.items():
+        if task not in tasks:
+            raise UserError(f"{where}.heads: the data has no task {task!r}; {nearest(task, tasks)}")
+        check_part(HEADS, part, f"{where}.heads.{task}", ("in_dim", "num_classes"))
+
+
+def build_model(
+    config: ModelConfig, registry: Registry, num_classes: Mapping[str, int], where: str, given: Given | None = None
+) -> MultimodalModel:
+    """Build a model with its initial weights.
+
+    Args:
+        config: the model.
+        registry: encoder type -> class.
+        num_classes: task -> number of classes.
+        where: dotted path of the model in the recipe, for messages.
+        given: modality -> encoder parameters that the caller adds.
+
+    Raises:
+        UserError: as :func:`check_model`, or a builder refuses a value.
+    """
+    added = given or {}
+    encoders = {
+        name: build_part(registry, part, f"{where}.encoders.{name}", **added.get(name, {}))
+        for name, part in config.encoders.items()
+    }
+    fusion = build_part(FUSIONS, config.fusion, f"{where}.fusion", modalities=list(encoders))
+    dim = int(config.fusion.params["dim"])
+    parts = config.heads or dict.fromkeys(num_classes, Part(type="classification"))
+
+    def head(task: str, part: Part) -> Any:
+        return build_part(HEADS, part, f"{where}.heads.{task}", in_dim=dim, num_classes=num_classes[task])
+
+    unimodal = {task: {name: head(task, part) for name in encoders} for task, part in parts.items()}
+    return MultimodalModel(
+        encoders,
+        fusion,
+        {task: head(task, part) for task, part in parts.items()},
+        unimodal if config.unimodal_heads else {},
+        dim=dim,
+        embedding_dim=config.embedding_dim,
+        modality_dropout=config.modality_dropout,
+        dropout=config.dropout,
+    )
+
+
+def input_spec(model: MultimodalModel) -> InputSpec:
+    """What a model reads: images, and the tokenizer of its text encoder."""
+    if "text" not in model.encoders:
+        return InputSpec(image="image" in model.encoders, tokenizer=None, max_length=0)
+    text: Any = model.encoders["text"]
+    return InputSpec("image" in model.encoders, text.tokenizer_file, text.max_length, text.pad_id)
+
+
+def example_batch(spec: InputSpec, size: int, *, rows: int = 3, length: int = 5) -> Batch:
+    """A small synthetic batch of the right shapes, for tracing and for finding the shapes of outputs.
+
+    Args:
+        spec: what the model reads.
+        size: working size of images, pixels.
+        rows: B, at least 2 for tracing.
+        length: tokens a text.
+    """
+    inputs: dict[str, Tensor] = {}
+    present: dict[str, Tensor] = {}
+    if spec.image:
+        inputs["image"] = torch.arange(rows * 3 * size * size).remainder(251).to(torch.uint8).view(rows, 3, size, size)
+        present["image"] = torch.ones(rows, dtype=torch.bool)
+    if spec.tokenizer is not None:
+        inputs["text"] = torch.arange(rows * length).view(rows, length) % 7 + 1
+        inputs["text_mask"] = torch.ones(rows, length, dtype=torch.bool)
+        present["text"] = torch.ones(rows, dtype=torch.bool)
+    return Batch(torch.arange(rows), torch.full((rows,), CLEAN_VIEW), inputs, present, {})

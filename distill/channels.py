@@ -1,0 +1,178 @@
+"""Groups of channels that must be pruned together, and how much each channel matters.
+
+What torch-pruning's dependency graph (Fang et al. 2023, "DepGraph", arXiv 2301.12900) finds, restricted to the
+groups that it follows rightly and that leave the model's outputs alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from distill.config import nearest
+from distill.contracts import IGNORE, Batch, Outputs, UserError
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+_HEAD_COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads")
+_HEAD_LAYERS = ("q", "k", "v", "qkv", "query", "key", "value", "q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels of several layers that go together.
+
+    Attributes:
+        members: torch-pruning's group, with all its indices.
+        graph: the dependency graph that it belongs to.
+        parts: into how many equal parts grouped convolutions and GroupNorm split it; each loses the same channels.
+        size: channels of a part.
+    """
+
+    members: Any
+    graph: Any
+    parts: int
+    size: int
+
+    def cut(self, lost: Sequence[int]) -> None:
+        """Remove channels from every layer of the group, in place.
+
+        Args:
+            lost: indices below ``size``, removed from each part.
+        """
+        root = self.members[0].dep
+        indices = [part * self.size + index for part in range(self.parts) for index in lost]
+        self.graph.get_pruning_group(root.target.module, root.handler, indices).prune(record_history=False)
+
+
+def channel_groups(model: nn.Module, example: Batch, prefixes: Sequence[str]) -> list[ChannelGroup]:
+    """Trace a model and return the groups that may be pruned.
+
+    Layers outside the prefixes keep their outputs, attention layers their heads, and the model its output widths.
+
+    Args:
+        model: a ``Batch -> Outputs`` module whose parameters all require gradients.
+        example: at least two rows, with every modality present.
+        prefixes: module paths.
+
+    Returns:
+        Groups without a common channel.
+
+    Raises:
+        UserError: a prefix is no module of the model.
+    """
+    import torch_pruning as tp  # here, since applying a finished plan must work where the package is not installed
+
+    names = dict(model.named_modules())
+    for prefix in prefixes:
+        if prefix not in names:
+            raise UserError(f"prune.modules: the model has no module {prefix!r}; {nearest(prefix, names)}")
+    graph = tp.DependencyGraph()
+    with warnings.catch_warnings():  # it warns of parameters that lie in no layer, and prunes their last dimension
+        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+        graph.build_dependency(model, example_inputs=example, forward_fn=_differentiable_outputs)
+    fixed = list(_fixed_layers(names, prefixes))
+    found = graph.get_all_groups(ignored_layers=fixed, root_module_types=[*_CONVOLUTIONS, nn.Linear])
+    result = []
+    for members in found:
+        if _is_sound(members, graph, tp.ops.OPTYPE.OUTPUT):
+            parts = _equal_parts(members)
+            result.append(ChannelGroup(members, graph, parts, len(members[0].idxs) // parts))
+    return result
+
+
+def importance(
+    groups: Sequence[ChannelGroup],
+    kind: str,
+    model: nn.Module,
+    example: Batch,
+    loss: Callable[[Outputs], Tensor] | None,
+    seed: int,
+) -> list[Tensor | None]:
+    """Score channels; a group's scores have the mean 1, so that groups compare.
+
+    Args:
+        groups: from :func:`channel_groups`.
+        kind: "magnitude" (squared weights), "taylor" (|weight x gradient|, Molchanov et al. 2019, arXiv 1906.10771)
+            or "random".
+        model: the traced model; "taylor" leaves gradients in it.
+        example: the rows that "taylor" differentiates.
+        loss: ``Outputs -> scalar`` for "taylor"; the cross-entropy of the example's labels if None.
+        seed: of "random".
+
+    Returns:
+        For each group float [size], or None where no layer has weights to judge by.
+
+    Raises:
+        UserError: "taylor" has neither a loss nor labels.
+    """
+    import torch_pruning as tp
+
+    if kind == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.rand(group.size, generator=generator) for group in groups]
+    if kind == "taylor":
+        outputs = model(example)
+        (loss(outputs) if loss else _label_loss(outputs, example)).backward()
+        for parameter in model.parameters():  # the package expects a gradient everywhere
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    judge = tp.importance.GroupTaylorImportance() if kind == "taylor" else tp.importance.GroupMagnitudeImportance(p=2)
+    scores = [judge(group.members) for group in groups]
+    return [
+        score.nan_to_num(0.0).view(group.parts, -1).mean(0) if isinstance(score, Tensor) else None
+        for group, score in zip(groups, scores, strict=True)
+    ]
+
+
+def _label_loss(outputs: Outputs, example: Batch) -> Tensor:
+    labelled = {task: labels for task, labels in example.targets.items() if (labels != IGNORE).any()}
+    if not labelled:
+        raise UserError("prune.importance=taylor needs rows with labels; choose prune.importance=magnitude")
+    losses = [cross_entropy(outputs.logits[task], labels, ignore_index=IGNORE) for task, labels in labelled.items()]
+    return torch.stack(losses).sum()
+
+
+def _differentiable_outputs(model: nn.Module, example: Batch) -> list[Tensor]:
+    tensors = [tensor for part in model(example) for tensor in part.values()]
+    # the product hides the last layer, so that the graph's end is an output, whose width is fixed
+    return [tensor * 1.0 for tensor in tensors if tensor.requires_grad]
+
+
+def _fixed_layers(names: Mapping[str, nn.Module], prefixes: Sequence[str]) -> Iterator[nn.Module]:
+    for name, module in names.items():
+        parent, _, leaf = name.rpartition(".")
+        inside = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+        in_attention = leaf in _HEAD_LAYERS and any(hasattr(names[parent], count) for count in _HEAD_COUNTS)
+        if isinstance(module, (*_CONVOLUTIONS, nn.Linear, nn.Embedding)) and (not inside or in_attention):
+            yield module
+
+
+def _is_sound(members: Any, graph: Any, output_type: Any) -> bool:
+    """Refuse groups that reach an output, and those that torch-pruning 1.6.1 is known to follow wrongly."""
+    for dep, indices in members:
+        layer = dep.target.module
+        if dep.target.type == output_type:
+            return False
+        if isinstance(layer, _CONVOLUTIONS) and 1 < layer.groups == layer.in_channels != layer.out_channels:
+            return False  # depthwise with a multiplier
+        is_output = graph.is_out_channel_pruning_fn(dep.handler)
+        size = graph.get_out_channels(layer) if is_output else graph.get_in_channels(layer)
+        if size is not None and indices and max(indices) >= size:
+            return False
+    return True
+
+
+def _equal_parts(members: Any) -> int:
+    parts = 1
+    for dep, _ in members:
+        layer = dep.target.module
+        if isinstance(layer, _CONVOLUTIONS) and layer.groups != layer.out_channels:
+            parts = max(parts, layer.groups)
+        if isinstance(layer, nn.GroupNorm):
+            parts = max(parts, layer.num_groups)
+    return parts

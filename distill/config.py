@@ -1,0 +1,356 @@
+"""The schema of a recipe, and how one is read: YAML, part files, overrides, then validation.
+
+``data:``, ``teacher:`` and ``student:`` hold a mapping, or name a part file: a path relative to the recipe,
+or a name among the packaged configs (``configs/teachers/NAME.yaml``). YAML never names code: a part's
+``type`` is looked up in a registry.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
+
+from distill.contracts import UserError
+
+PARTS = {"data": "data", "teacher": "teachers", "student": "students"}
+
+
+class Strict(BaseModel):
+    """A section whose unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(BaseModel):
+    """A registry entry: its ``type`` and the parameters of the builder that the type names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The builder's keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class ImageAugment(Strict):
+    """Replayable image augmentation of uint8 images at working size."""
+
+    flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
+    shift: int = Field(0, ge=0)  # largest translation, pixels; the border is filled with the corner's white
+    brightness: float = Field(0.0, ge=0, le=1)  # largest relative change
+    contrast: float = Field(0.0, ge=0, le=1)  # largest relative change
+
+
+class TextAugment(Strict):
+    """Replayable text augmentation."""
+
+    word_dropout: float = Field(0.0, ge=0, lt=1)  # probability of dropping a word; one word always stays
+
+
+class AugmentConfig(Strict):
+    """Augmentation a modality: a pure function of (seed, row id, view)."""
+
+    image: ImageAugment = ImageAugment()
+    text: TextAugment = TextAugment()
+
+
+class DataConfig(Strict):
+    """Where rows come from and what their columns mean."""
+
+    source: Part
+    modalities: dict[str, str] = Field(min_length=1)  # modality -> column
+    targets: dict[str, str] = Field(min_length=1)  # task -> column
+    split: str = "split"  # column holding train / valid / test
+    group: str | None = None  # column whose values stay together in bootstrap intervals
+    id: str | None = None  # column of stable integer ids; row numbers where absent
+    working_size: int = Field(64, ge=8, le=1024)  # pixels; every image is resized to it before augmentation
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    augment: AugmentConfig = AugmentConfig()
+
+
+class TermConfig(Strict):
+    """One term of an objective: a loss on one task, one embedding or one pair of taps."""
+
+    loss: str
+    weight: float = Field(1.0, ge=0)
+    task: str | None = None  # "category", or "category.image" for the head of one modality
+    embedding: str | None = None  # "image", "text" or "fused"; "image,text" for a contrastive loss
+    taps: dict[Literal["student", "teacher"], str] | None = None
+    params: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The name under which the term is logged."""
+        target = self.task or self.embedding or (self.taps or {}).get("student", "")
+        return f"{self.loss}/{target}"
+
+
+class TrainConfig(Strict):
+    """One training budget, the same schema for teacher, baseline, student and recovery."""
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=1)  # global, over all ranks
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    lr_scale: dict[str, float] = {}  # module-path prefix -> factor on lr; 0 freezes it
+    weight_decay: float = Field(0.01, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)  # sgd only
+    schedule: Literal["cosine", "constant", "onecycle"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1)  # fraction of all steps
+    clip_norm: float | None = Field(1.0, gt=0)
+    accumulate: int = Field(1, ge=1)  # micro-batches a step; the effective batch stays batch_size
+    ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights that are evaluated and kept
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    patience: int | None = Field(None, ge=1)  # epochs without a better validation metric before stopping
+    validate_every: int = Field(1, ge=1)  # epochs
+    checkpoint_minutes: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+
+
+class ModelConfig(Strict):
+    """Encoders, one a modality, their fusion, and one head a task."""
+
+    encoders: dict[str, Part] = Field(min_length=1)
+    fusion: Part = Part(type="concat")
+    heads: dict[str, Part] = {}  # task -> head; every task of the data gets a classification head if empty
+    embedding_dim: int = Field(128, ge=1)  # width of the shared image / text / fused embedding space
+    unimodal_heads: bool = True  # logits = fused + one head a modality
+    modality_dropout: float = Field(0.0, ge=0, lt=1)  # probability that a training row loses one modality
+    dropout: float = Field(0.0, ge=0, lt=1)  # of pooled and token features after their projection to the fusion's width
+
+
+class TeacherConfig(ModelConfig):
+    """The teacher, and how it is fitted to the data before distillation."""
+
+    train: TrainConfig = TrainConfig()
+    objective: list[TermConfig] = Field(min_length=1)
+
+
+class StudentConfig(ModelConfig):
+    """The student, what it inherits from the teacher, and its budget."""
+
+    inherit: dict[str, Part] = {}  # modality -> how that encoder starts from the teacher's
+    train: TrainConfig = TrainConfig()
+    baseline: list[TermConfig] = Field(min_length=1)  # the objective without a teacher
+    objective: list[TermConfig] = Field(min_length=1)  # the objective with one
+
+
+class CacheConfig(Strict):
+    """Teacher outputs kept on disk."""
+
+    enabled: bool = True  # false: the teacher runs live in every step
+    views: int = Field(4, ge=1)  # augmentation views a row
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+
+
+class PruneConfig(Strict):
+    """Structured pruning and recovery."""
+
+    ratio: float = Field(0.5, gt=0, lt=1)  # share of channels removed, globally
+    importance: Literal["magnitude", "taylor", "random"] = "magnitude"
+    round_to: int = Field(8, ge=1)
+    modules: list[str] = ["encoders.image"]  # module-path prefixes that may be pruned
+    train: TrainConfig = TrainConfig()
+
+
+class QuantizeConfig(Strict):
+    """Static int8 quantization of the exported graph."""
+
+    calibration_rows: int = Field(256, ge=8)
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    per_channel: bool = True
+    keep_float: list[str] = []  # parts of node names that stay in float
+
+
+class ExportConfig(Strict):
+    """The exported bundles and their gates."""
+
+    opset: int = Field(20, ge=18)
+    min_agreement_fp32: float = Field(0.995, ge=0, le=1)  # top-1, bundle against its source, validation rows
+    min_agreement_int8: float = Field(0.98, ge=0, le=1)
+    quantize: QuantizeConfig = QuantizeConfig()
+
+
+class BenchConfig(Strict):
+    """Latency measurement: batch 1, one thread, interleaved."""
+
+    repeats: int = Field(200, ge=10)
+    threads: int = Field(1, ge=1)
+
+
+class ReportConfig(Strict):
+    """Intervals and figures."""
+
+    bootstrap: int = Field(2000, ge=100)
+    examples: int = Field(8, ge=0)
+
+
+class Recipe(Strict):
+    """One job from data to report."""
+
+    version: Literal[1]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    output: str = "runs"
+    data: DataConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    cache: CacheConfig = CacheConfig()
+    prune: PruneConfig = PruneConfig()
+    export: ExportConfig = ExportConfig()
+    bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return a sentence part listing the choices and, where one is close, the nearest: for error messages."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}choices: {', '.join(known)}"
+
+
+def check_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: str, given: Iterable[str] = ()) -> None:
+    """Check a part's type and parameters against its builder's signature, without building.
+
+    Args:
+        registry: type -> builder.
+        part: the type and its parameters.
+        where: dotted path of the part, for the message.
+        given: parameters that the caller adds, which the part may leave out.
+
+    Raises:
+        UserError: unknown type, unknown parameter, or a required one is missing.
+    """
+    if part.type not in registry:
+        raise UserError(f"{where}: unknown type {part.type!r}; {nearest(part.type, registry)}")
+    added = set(given)
+    signature = inspect.signature(registry[part.type]).parameters
+    settable = [name for name in signature if name not in added and name != "self"]
+    for name in part.params:
+        if name not in settable:
+            raise UserError(f"{where}: {part.type} has no parameter {name!r}; {nearest(name, settable)}")
+    for name in settable:
+        if signature[name].default is inspect.Parameter.empty and name not in part.params:
+            raise UserError(f"{where}: {part.type} needs the parameter {name!r}; add it")
+
+
+def build_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: str, **given: Any) -> Any:
+    """Build a part after :func:`check_part`; ``given`` are arguments that the caller adds.
+
+    Raises:
+        UserError: as :func:`check_part`, or the builder refuses a value.
+    """
+    check_part(registry, part, where, given)
+    try:
+        return registry[part.type](**given, **part.params)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {part.type} cannot be built: {_line(error)}") from error
+
+
+def packaged_configs() -> Path:
+    """Return the folder of the configs that come with the package (in a wheel, or in the checkout)."""
+    inside = Path(str(resources.files("distill"))) / "configs"
+    return inside if inside.is_dir() else Path(str(resources.files("distill"))).parent / "configs"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), parts: dict[str, str] | None = None) -> Recipe:
+    """Read a recipe, resolve its part files, apply ``a.b=c`` overrides and validate it.
+
+    Args:
+        path: a YAML file, or the name of a packaged recipe.
+        overrides: dotted assignments, applied last.
+        parts: part files that replace the recipe's ``data``, ``teacher`` or ``student``.
+
+    Raises:
+        UserError: one sentence naming file, key, what was expected, and the nearest allowed key.
+    """
+    file = _find(str(path), Path.cwd(), "")
+    raw = _read(file)
+    raw.update({key: value for key, value in (parts or {}).items() if value})
+    files = {"": file}
+    for key, folder in PARTS.items():
+        if isinstance(raw.get(key), str):
+            base = Path.cwd() if (parts or {}).get(key) else file.parent
+            files[key] = _find(raw[key], base, folder)
+            raw[key] = _read(files[key])
+    try:
+        tree = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(_checked(overrides))))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{file}: an override or reference cannot be applied: {_line(error)}") from error
+    try:
+        return Recipe.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(_explain(error, files)) from error
+
+
+def _checked(overrides: Sequence[str]) -> Iterable[str]:
+    for item in overrides:
+        if "=" not in item:
+            raise UserError(f"override {item!r} has no '='; write it as a.b=value")
+        yield item
+
+
+def _find(name: str, base: Path, folder: str) -> Path:
+    suffixed = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    packaged = packaged_configs() / folder
+    for candidate in (base / name, base / suffixed, base / folder / suffixed, packaged / suffixed):
+        if candidate.is_file():
+            return candidate
+    known = [p.stem for p in packaged.glob("*.yaml")]
+    what = folder.removesuffix("s") or "recipe"
+    raise UserError(f"no {what} file {name!r} in {base} or among the packaged ones; {nearest(name, known)}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file}: not readable as YAML: {_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected a mapping of keys, found a {type(raw).__name__}")
+    return {str(key): value for key, value in raw.items()}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: ValidationError, files: dict[str, Path]) -> str:
+    """Turn pydantic's first problem into one sentence."""
+    problem, more = error.errors()[0], error.error_count() - 1
+    where = ".".join(str(step) for step in problem["loc"])
+    file = files.get(str(problem["loc"][0]), files[""])
+    rest = f" (and {more} more)" if more else ""
+    if problem["type"] == "extra_forbidden":
+        section = _section(problem["loc"][:-1])
+        return f"{file}: unknown key {where!r}; {nearest(str(problem['loc'][-1]), section.model_fields)}{rest}"
+    if problem["type"] == "missing":
+        return f"{file}: {where!r} is missing; add it{rest}"
+    return f"{file}: {where!r} is {problem['input']!r}: {problem['msg']}{rest}"
+
+
+def _section(loc: Sequence[int | str]) -> type[BaseModel]:
+    """Find the schema class at a location, through dicts, lists and optionals."""
+    current: Any = Recipe
+    for step in loc:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            current = current.model_fields[str(step)].annotation
+        else:  # a dict or list entry
+            current = get_args(current)[-1]
+        while not isinstance(current, type) and type(None) in get_args(current):
+            current = next(a for a in get_args(current) if a is not type(None))
+    return current

@@ -1,0 +1,67 @@
+"""What passes between the parts: a batch, a model's outputs, a finished stage, a user's mistake.
+
+This module imports no torch, so that every file may import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE = -100
+"""Label of a row whose integer target is missing; a missing float target is NaN."""
+
+TRAIN, VALID, TEST = SPLITS = ("train", "valid", "test")
+
+CLEAN_VIEW = -1
+"""The view that is not augmented: evaluation, calibration and export read it."""
+
+
+class Batch(NamedTuple):
+    """One model's inputs for the same rows and views that every other model of the run sees.
+
+    Dicts are empty, never ``None``, where there is nothing: so a batch survives collation, device placement
+    and ``torch.export``.
+    """
+
+    ids: Tensor  # int64 [B], stable row ids
+    views: Tensor  # int64 [B], augmentation view: the epoch when live, epoch mod K when cached, -1 = clean
+    inputs: dict[str, Tensor]  # "image" uint8 [B, 3, H, W]; "text" int64 [B, L]; "text_mask" bool [B, L]
+    present: dict[str, Tensor]  # modality -> bool [B]
+    targets: dict[str, Tensor]  # task -> int64 [B] class labels; IGNORE where missing
+
+
+class Outputs(NamedTuple):
+    """What a model says about a batch: a live teacher, a teacher cache and a student all return it."""
+
+    logits: dict[str, Tensor]  # task -> [B, C]; "task.image" etc. are the heads of single modalities
+    embeddings: dict[str, Tensor]  # "image", "text", "fused" -> [B, D]
+    features: dict[str, Tensor]  # tap (module path) -> any shape, rows first
+
+
+class UserError(ValueError):
+    """Something the user can mend: one sentence saying what, where, what was expected and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage: a folder whose ``manifest.json`` was written last.
+
+    Attributes:
+        stage: the stage's name.
+        path: the folder.
+        fingerprint: hash of everything that the content depends on.
+        info: what the stage wants later stages and the report to know (JSON values only).
+    """
+
+    stage: str
+    path: Path
+    fingerprint: str
+    info: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Rows, splits and replayable augmentation: from a source to batches."""

@@ -1,0 +1,109 @@
+"""A model's predictions on a split, from torch or from a bundle on its runtime; kept as safetensors.
+
+``NAME.safetensors`` holds ``ids`` [N], ``logits.TASK`` [N, C] and ``subset.MODALITY.TASK`` [N, C] (the logits with
+only that modality present); ``targets.safetensors`` holds ``ids``, ``group`` and ``target.TASK``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from distill.contracts import IGNORE, Batch, Outputs
+from distill.data.loader import Loader
+from distill.metrics import accuracy
+from distill.multimodal import evaluating, only
+from distill.predict import Predictor
+from distill.progress import Progress, silent
+from distill.runs import atomic
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+def final_logits(outputs: Outputs) -> dict[str, torch.Tensor]:
+    """The logits of the tasks themselves, without those of single-modality heads."""
+    return {task: logits for task, logits in outputs.logits.items() if "." not in task}
+
+
+def predict_torch(
+    model: nn.Module, batches: Callable[[], Iterator[Batch]], *, subsets: Sequence[str] = (), report: Progress = silent
+) -> Arrays:
+    """Run a torch model in eval mode over clean batches.
+
+    Args:
+        model: ``Batch -> Outputs``.
+        batches: makes the iterator over the split.
+        subsets: modalities to keep alone, in further passes over the same rows.
+        report: called with rows done and 0-based total unknown.
+
+    Returns:
+        ``logits.TASK`` float32 [N, C] and, for each subset, ``subset.MODALITY.TASK``.
+    """
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    done = 0
+    with evaluating(model):
+        for batch in batches():
+            passes = {"logits": batch, **{f"subset.{name}": only(batch, name) for name in subsets}}
+            for prefix, rows in passes.items():
+                for task, logits in final_logits(model(rows)).items():
+                    parts.setdefault(f"{prefix}.{task}", []).append(logits.float().cpu().numpy())
+            done += len(batch.ids)
+            report(done, done)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def predict_bundle(predictor: Predictor, batches: Callable[[], Iterator[Batch]]) -> Arrays:
+    """Run an exported bundle on its own runtime over the same batches: ``logits.TASK`` float32 [N, C]."""
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    for batch in batches():
+        for name, values in predictor.run(feeds(batch)).items():
+            if not name.startswith("embedding_"):
+                parts.setdefault(f"logits.{name}", []).append(values.astype(np.float32))
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def feeds(batch: Batch) -> dict[str, NDArray[np.generic]]:
+    """A batch as the inputs of an exported graph."""
+    named = {**batch.inputs, **{f"{name}_present": mask for name, mask in batch.present.items()}}
+    return {name: tensor.cpu().numpy() for name, tensor in named.items()}
+
+
+def validation_accuracy(model: nn.Module, batches: Callable[[], Iterator[Batch]]) -> dict[str, float]:
+    """Accuracy of each task on a split, and their mean: what model selection reads.
+
+    Returns:
+        ``valid/TASK_accuracy`` and ``valid/accuracy``, in [0, 1].
+    """
+    predicted = predict_torch(model, batches)
+    labels: dict[str, list[NDArray[np.int64]]] = {}
+    for batch in batches():
+        for task, values in batch.targets.items():
+            labels.setdefault(task, []).append(values.numpy())
+    scores = {
+        f"valid/{task}_accuracy": float(accuracy(predicted[f"logits.{task}"], np.concatenate(parts)))
+        for task, parts in labels.items()
+        if f"logits.{task}" in predicted and (np.concatenate(parts) != IGNORE).any()
+    }
+    return {**scores, "valid/accuracy": float(np.mean(list(scores.values())))}
+
+
+def clean_batches(loader: Loader, reads: str) -> Callable[[], Iterator[Batch]]:
+    """Return a maker of iterators over one model's batches of an unshuffled loader."""
+    return lambda: (batches[reads] for batches in loader.epoch(0))
+
+
+def write_arrays(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+    """Write named arrays as safetensors, atomically."""
+    with atomic(path) as temporary:
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """Read what :func:`write_arrays` wrote."""
+    return load_file(path)

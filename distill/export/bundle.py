@@ -1,0 +1,244 @@
+"""The folder that leaves the workshop: model, preprocessing, labels, hashes and a model card; and its parity gate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from distill.contracts import UserError
+from distill.export.onnx import describe
+from distill.predict import (
+    BUNDLE_FILE,
+    BUNDLE_FORMAT,
+    BUNDLE_VERSION,
+    LABELS_FILE,
+    MODEL_FILE,
+    RUNTIME,
+    verify_bundle,
+)
+from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor
+from distill.runs import atomic, sha256_file, write_json
+
+__all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"]
+
+CARD_FILE = "README.md"
+
+
+class ParityError(RuntimeError):
+    """An exported model does not say what its source says."""
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    model_path: Path,
+    preprocessor: Preprocessor,
+    labels: Mapping[str, Sequence[str]],
+    name: str,
+    source: Mapping[str, Any],
+    info: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a bundle and verify it.
+
+    Args:
+        folder: where to; made if absent, files of an older bundle are replaced.
+        model_path: the ONNX file; copied to ``model.onnx`` unless it is that file.
+        preprocessor: how rows become the graph's inputs.
+        labels: task -> class names, in the order of the logits.
+        name: the model's name, for people.
+        source: where the model comes from (such as ``fingerprint`` of its training run), JSON values.
+        info: what else is known (such as ``precision`` or measured quality), JSON values; the model card lists them.
+
+    Returns:
+        The content of ``bundle.json``: format, version, runtime, inputs, outputs, file hashes, source and info.
+
+    Raises:
+        UserError: the labels do not fit the graph's outputs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    graph = describe(onnx.load(model_path))
+    _check_labels(labels, graph["outputs"])
+    (folder / BUNDLE_FILE).unlink(missing_ok=True)  # written last: a folder without it is no bundle
+    if model_path.resolve() != (folder / MODEL_FILE).resolve():
+        shutil.copyfile(model_path, folder / MODEL_FILE)
+    preprocessor.save(folder)
+    write_json(folder / LABELS_FILE, {task: list(names) for task, names in labels.items()})
+    content = {
+        "format": BUNDLE_FORMAT,
+        "version": BUNDLE_VERSION,
+        "name": name,
+        "runtime": RUNTIME,
+        "runtime_version": onnxruntime.__version__,
+        "opset": graph["opset"],
+        "inputs": graph["inputs"],
+        "outputs": graph["outputs"],
+        "source": dict(source),
+        "info": dict(info),
+    }
+    with atomic(folder / CARD_FILE) as temporary:
+        temporary.write_text(_card(content, labels, preprocessor), encoding="utf-8")
+    names = [MODEL_FILE, SPEC_FILE, LABELS_FILE, CARD_FILE]
+    names += [TOKENIZER_FILE] if preprocessor.tokenizer else []
+    files = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256_file(folder / file)} for file in names}
+    write_json(folder / BUNDLE_FILE, {**content, "files": files})
+    return verify_bundle(folder)
+
+
+def parity(
+    source: Mapping[str, NDArray[np.float32]],
+    bundle: Mapping[str, NDArray[np.float32]],
+    *,
+    min_agreement: float,
+    ids: Sequence[int] | NDArray[np.int64] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Compare an exported model with its source on the same rows.
+
+    Args:
+        source: output name -> logits [N, C] of the source model.
+        bundle: the same outputs, computed by the exported model on its own runtime.
+        min_agreement: least share of rows (0 to 1) on which both name the same class.
+        ids: row ids, for messages and the result; row numbers where absent.
+
+    Returns:
+        output name -> ``agreement`` (top-1), ``rows``, ``max_difference`` (absolute, of any logit) and ``row``,
+        the id of the row that has it.
+
+    Raises:
+        ParityError: an output is missing, of another shape, not finite, or agrees on too few rows.
+    """
+    names = np.arange(len(next(iter(source.values()), ()))) if ids is None else np.asarray(ids)
+    result = {}
+    for name, expected in source.items():
+        found = bundle.get(name)
+        if found is None or found.shape != expected.shape:
+            shape = "absent" if found is None else f"of shape {found.shape}"
+            raise ParityError(f"output {name!r} is {shape} in the bundle, of shape {expected.shape} in its source")
+        difference = np.abs(found.astype(np.float64) - expected).max(axis=1)
+        worst = int(np.argmax(difference))  # NaN counts as the largest
+        if not np.isfinite(difference[worst]):
+            raise ParityError(f"output {name!r} is not finite at row {names[worst]}")
+        differs = found.argmax(axis=1) != expected.argmax(axis=1)
+        entry = {
+            "agreement": float(1 - differs.mean()),
+            "rows": len(expected),
+            "max_difference": float(difference[worst]),
+            "row": int(names[worst]),
+        }
+        if entry["agreement"] < min_agreement:
+            raise ParityError(
+                f"output {name!r}: bundle and source name the same class on {entry['agreement']:.2%} of "
+                f"{len(expected)} rows, {min_agreement:.2%} are required; the largest difference of a logit is "
+                f"{entry['max_difference']:.4g}, at row {entry['row']}"
+            )
+        result[name] = entry
+    return result
+
+
+def _check_labels(labels: Mapping[str, Sequence[str]], outputs: Mapping[str, Mapping[str, Any]]) -> None:
+    for task, names in labels.items():
+        if task not in outputs:
+            raise UserError(f"labels are given for {task!r}, but the graph's outputs are {', '.join(outputs)}")
+        classes = outputs[task]["shape"][-1]
+        if classes != len(names):
+            raise UserError(f"task {task!r} has {len(names)} labels, but its output has {classes} classes")
+
+
+def _card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], preprocessor: Preprocessor) -> str:
+    tensors = [
+        f"| {kind} | `{name}` | {value['dtype']} | {' x '.join(str(size) for size in value['shape'])} |"
+        for kind in ("inputs", "outputs")
+        for name, value in content[kind].items()
+    ]
+    tasks = [f"- `{task}`: {len(names)} classes ({_some(names)})" for task, names in labels.items()]
+    facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
+    arguments = ["'image': 'photo.png'"] if preprocessor.image_size is not None else []
+    arguments += ["'text': 'a few words'"] if preprocessor.tokenizer else []
+    return "\n".join(
+        [
+            f"# {content['name']}",
+            "",
+            "A model distilled with multidistill. It runs on onnxruntime; neither torch nor multidistill is needed.",
+            "",
+            *tasks,
+            "",
+            *facts,
+            "",
+            "## Use",
+            "",
+            "With onnxruntime alone, in this folder:",
+            "",
+            "```python",
+            *_example(preprocessor),
+            "```",
+            "",
+            "With multidistill, which also reads damaged or huge images safely and takes rows without image or text:",
+            "",
+            "```python",
+            "from distill.predict import load",
+            "",
+            f"print(load('.').predict([{{{', '.join(arguments)}}}]))",
+            "```",
+            "",
+            "## Tensors",
+            "",
+            "| | name | type | shape |",
+            "|---|---|---|---|",
+            *tensors,
+            "",
+            "Task outputs are logits: a softmax gives probabilities. An input `..._present` that is false makes the",
+            "model ignore that modality. `bundle.json` holds the sha256 of every file.",
+            "",
+        ]
+    ).replace("\n\n\n", "\n\n")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _example(preprocessor: Preprocessor) -> list[str]:
+    """Lines of Python that classify one row without this package."""
+    size, tokenizer = preprocessor.image_size, preprocessor.tokenizer
+    lines = ["import json", "import numpy as np", "import onnxruntime"]
+    lines += ["from PIL import Image, ImageOps"] if size is not None else []
+    lines += ["from tokenizers import Tokenizer"] if tokenizer else []
+    lines += ["", "feeds = {}"]
+    if size is not None:
+        lines += [
+            "image = ImageOps.exif_transpose(Image.open('photo.png')).convert('RGBA')",
+            "image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')",
+            f"width, height = (max(1, round(side * {size} / max(image.size))) for side in image.size)",
+            f"square = Image.new('RGB', ({size}, {size}), 'white')",
+            "resized = image.resize((width, height), Image.Resampling.BICUBIC)",
+            f"square.paste(resized, (({size} - width) // 2, ({size} - height) // 2))",
+            "feeds['image'] = np.asarray(square).transpose(2, 0, 1)[None]",
+            "feeds['image_present'] = np.array([True])",
+        ]
+    if tokenizer:
+        lines += [
+            f"tokenizer = Tokenizer.from_file('{TOKENIZER_FILE}')",
+            "tokenizer.no_padding()",
+            f"tokenizer.enable_truncation({tokenizer.max_length})",
+            "feeds['text'] = np.array([tokenizer.encode('a few words').ids], dtype=np.int64)",
+            "feeds['text_mask'] = np.ones(feeds['text'].shape, dtype=bool)",
+            "feeds['text_present'] = np.array([True])",
+        ]
+    return [
+        *lines,
+        f"session = onnxruntime.InferenceSession('{MODEL_FILE}', providers=['CPUExecutionProvider'])",
+        "outputs = dict(zip([output.name for output in session.get_outputs()], session.run(None, feeds)))",
+        f"for task, names in json.load(open('{LABELS_FILE}', encoding='utf-8')).items():",
+        "    print(task, names[outputs[task][0].argmax()])",
+    ]

@@ -1,0 +1,35 @@
+"""Losses on embeddings and intermediate features: pure functions of tensors of equal shape."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def fitnet(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    """Hint loss: mean squared difference of features of one shape (Romero et al. 2015, arXiv 1412.6550).
+
+    A projector brings the student's feature to the teacher's width before the call. Averaged over all elements; the
+    paper's ½ is left to the weight.
+
+    Args:
+        student_feature: any shape, rows first.
+        teacher_feature: the same shape; no gradient flows into it.
+
+    Returns:
+        A scalar.
+    """
+    return F.mse_loss(student_feature.float(), teacher_feature.detach().float())
+
+
+def cosine(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
+    """One minus the cosine between paired embeddings, averaged over rows.
+
+    Args:
+        student_embedding: [B, D].
+        teacher_embedding: [B, D]; no gradient flows into it.
+
+    Returns:
+        A scalar in [0, 2].
+    """
+    return 1 - F.cosine_similarity(student_embedding.float(), teacher_embedding.detach().float(), dim=-1).mean()

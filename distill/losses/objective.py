@@ -1,0 +1,193 @@
+"""The objective: a weighted sum of terms, each of which picks rows and tensors and calls one pure loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from distill.config import TermConfig, nearest
+from distill.contracts import Batch, Outputs, UserError
+from distill.losses import contrastive, features, logits
+
+Kind = Literal["labels", "teacher", "teacher+labels", "features", "pair"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and the arguments it takes.
+
+    Attributes:
+        function: the pure function.
+        kind: "labels" (logits, labels), "teacher" (logits of both), "teacher+labels", "features" (an embedding or a
+            pair of taps, of both), "pair" (two of the model's own embeddings).
+        relational: True where rows are compared with each other, so that splitting a batch changes the value.
+    """
+
+    function: Callable[..., Tensor]
+    kind: Kind
+    relational: bool = False
+
+
+LOSSES = {
+    "cross_entropy": Loss(logits.cross_entropy, "labels"),
+    "kd": Loss(logits.kd, "teacher"),
+    "mse_logits": Loss(logits.mse_logits, "teacher"),
+    "dkd": Loss(logits.dkd, "teacher+labels"),
+    "cosine": Loss(features.cosine, "features"),
+    "fitnet": Loss(features.fitnet, "features"),
+    "clip_infonce": Loss(contrastive.clip_infonce, "pair", relational=True),
+}
+
+NEEDS = {"labels": "task", "teacher": "task", "teacher+labels": "task", "pair": "embedding"}
+
+
+def check_terms(terms: Sequence[TermConfig], where: str) -> None:
+    """Check names, targets and parameters of terms without building anything.
+
+    Raises:
+        UserError: an unknown loss or parameter, or a term without the target that its loss needs.
+    """
+    for index, term in enumerate(terms):
+        place = f"{where}[{index}]"
+        if term.loss not in LOSSES:
+            raise UserError(f"{place}: unknown loss {term.loss!r}; {nearest(term.loss, LOSSES)}")
+        loss = LOSSES[term.loss]
+        allowed = [p.name for p in inspect.signature(loss.function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        for name in term.params:
+            if name not in allowed:
+                raise UserError(f"{place}: {term.loss} has no parameter {name!r}; {nearest(name, allowed)}")
+        given = [key for key in ("task", "embedding", "taps") if getattr(term, key) is not None]
+        expected = [NEEDS[loss.kind]] if loss.kind in NEEDS else ["embedding", "taps"]
+        if len(given) != 1 or given[0] not in expected:
+            raise UserError(f"{place}: {term.loss} needs exactly one of {' or '.join(expected)}, got {given or 'none'}")
+        if term.taps is not None and set(term.taps) != {"student", "teacher"}:
+            raise UserError(f"{place}: taps needs both 'student' and 'teacher'")
+
+
+def needs_teacher(terms: Sequence[TermConfig]) -> bool:
+    """Whether any term reads a teacher."""
+    return any(LOSSES[term.loss].kind in ("teacher", "teacher+labels", "features") for term in terms)
+
+
+def tap_paths(terms: Sequence[TermConfig], side: Literal["student", "teacher"]) -> list[str]:
+    """The module paths whose outputs the terms read on one side, without repetition."""
+    return list(dict.fromkeys(term.taps[side] for term in terms if term.taps))
+
+
+class Objective(nn.Module):
+    """A weighted sum of terms, with the projectors that pairs of unequal width need.
+
+    Projectors are parameters of the objective: trained and checkpointed with the student, and left behind when the
+    student is kept.
+
+    Args:
+        terms: what to sum.
+        student: example outputs of the student, from one forward.
+        teacher: example outputs of the teacher; None when no term needs one.
+
+    Raises:
+        UserError: a term names a task, embedding or tap that a model does not give, or no projector fits.
+    """
+
+    def __init__(self, terms: Sequence[TermConfig], student: Outputs, teacher: Outputs | None) -> None:
+        super().__init__()
+        check_terms(terms, "objective")
+        self.terms = tuple(terms)
+        self.projectors = nn.ModuleDict()
+        for index, term in enumerate(self.terms):
+            if LOSSES[term.loss].kind != "features":
+                continue
+            if teacher is None:
+                raise UserError(f"term {term.name!r} reads a teacher, and this stage has none")
+            projector = _projector(term.name, _feature(term, student, "student"), _feature(term, teacher, "teacher"))
+            if projector is not None:
+                self.projectors[str(index)] = projector
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum (a scalar) and each term's unweighted value by its name."""
+        values: dict[str, Tensor] = {}
+        total = batch.ids.new_zeros((), dtype=torch.float32)
+        for index, term in enumerate(self.terms):
+            value = self._value(index, term, student, teacher, batch)
+            total = total + term.weight * value
+            name = term.name if term.name not in values else f"{term.name}#{index}"
+            values[name] = value
+        return total, values
+
+    def _value(self, index: int, term: TermConfig, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        loss = LOSSES[term.loss]
+        arguments = list(self._arguments(index, term, loss.kind, student, teacher, batch))
+        rows = _rows(term, batch)
+        if rows is not None:
+            arguments = [tensor[rows] for tensor in arguments]
+            if arguments[0].shape[0] == 0:
+                return _zero(student)
+        return loss.function(*arguments, **term.params)
+
+    def _arguments(
+        self, index: int, term: TermConfig, kind: Kind, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[Tensor, ...]:
+        if kind == "pair":
+            first, second = str(term.embedding).split(",")
+            return tuple(F.normalize(_pick(student.embeddings, name, term.name), dim=-1) for name in (first, second))
+        if kind == "labels":
+            return _pick(student.logits, str(term.task), term.name), batch.targets[str(term.task).split(".")[0]]
+        if teacher is None:
+            raise UserError(f"term {term.name!r} reads a teacher, and this stage has none")
+        if kind == "features":
+            feature = _feature(term, student, "student")
+            if str(index) in self.projectors:
+                feature = self.projectors[str(index)](feature)
+            return feature, _feature(term, teacher, "teacher")
+        task = str(term.task)
+        pair = _pick(student.logits, task, term.name), _pick(teacher.logits, task, term.name)
+        return pair if kind == "teacher" else (*pair, batch.targets[task.split(".")[0]])
+
+
+def _rows(term: TermConfig, batch: Batch) -> Tensor | None:
+    """The rows a term is about: those that have its modalities; None for all."""
+    names: list[str] = []
+    if term.task and "." in term.task:
+        names = [term.task.split(".")[1]]
+    elif term.embedding:
+        names = term.embedding.split(",")
+    masks = [batch.present[name] for name in names if name in batch.present]
+    if not masks:
+        return None
+    keep = torch.stack(masks).all(dim=0)
+    return None if bool(keep.all()) else keep
+
+
+def _feature(term: TermConfig, outputs: Outputs, side: Literal["student", "teacher"]) -> Tensor:
+    if term.taps is not None:
+        return _pick(outputs.features, term.taps[side], term.name)
+    return _pick(outputs.embeddings, str(term.embedding), term.name)
+
+
+def _pick(tensors: dict[str, Tensor], name: str, term: str) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"term {term!r}: the model gives no {name!r}; {nearest(name, tensors)}")
+    return tensors[name]
+
+
+def _projector(name: str, student: Tensor, teacher: Tensor) -> nn.Module | None:
+    """The projector from the student's feature to the teacher's: none, linear, or a 1x1 convolution."""
+    if student.shape[1:] == teacher.shape[1:]:
+        return None
+    if student.ndim == teacher.ndim == 4 and student.shape[2:] == teacher.shape[2:]:
+        return nn.Conv2d(student.shape[1], teacher.shape[1], kernel_size=1)
+    if student.ndim == teacher.ndim and student.shape[1:-1] == teacher.shape[1:-1]:
+        return nn.Linear(student.shape[-1], teacher.shape[-1])
+    shapes = f"{list(student.shape[1:])} and {list(teacher.shape[1:])}"
+    raise UserError(f"term {name!r}: no projector fits features of shapes {shapes}; choose taps of equal layout")
+
+
+def _zero(outputs: Outputs) -> Tensor:
+    tensor: Any = next(iter(outputs.logits.values()))
+    return tensor.sum() * 0.0

@@ -1,0 +1,203 @@
+"""Encoders + fusion + heads = one model, and taps that read its inner features.
+
+Logits are the sum of the fused head and one head a modality: attention fusion alone overfits small data, while
+single-modality heads keep each encoder useful on its own and let any subset of modalities answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import nearest
+from distill.contracts import Batch, Outputs, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Encoded(NamedTuple):
+    """What an encoder gives.
+
+    Attributes:
+        tokens: [B, T, D].
+        mask: bool [B, T], True where there is a token.
+        pooled: [B, D].
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+
+class Encoder(nn.Module):
+    """Base of all encoders: reads its own entries of ``Batch.inputs``.
+
+    Attributes:
+        out_dim: D, the width of tokens and pooled vector.
+        frozen: whether its parameters are fixed; its outputs may then be computed once and kept.
+    """
+
+    out_dim: int
+    frozen: bool = False
+
+    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
+        """Encode a batch."""
+        raise NotImplementedError
+
+
+class Neck(nn.Module):
+    """Bring an encoder's width to the fusion's: normalise, project, activate."""
+
+    def __init__(self, in_dim: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_dim)
+        self.linear = nn.Linear(in_dim, dim)
+        self.activation = nn.ReLU()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_dim] to [..., dim]."""
+        return self.dropout(self.activation(self.linear(self.norm(x))))
+
+
+class MultimodalModel(nn.Module):
+    """Several encoders whose tokens meet in a fusion block, with heads for each task.
+
+    Args:
+        encoders: modality -> encoder.
+        fusion: the fusion block.
+        heads: task -> head on the fused vector.
+        unimodal_heads: task -> modality -> head on that modality's pooled vector; may be empty.
+        dim: width of the fusion.
+        embedding_dim: width of the shared embedding space.
+        modality_dropout: probability, in training, that a row loses one of its present modalities.
+        dropout: probability of dropping a neck's feature in training.
+    """
+
+    def __init__(
+        self,
+        encoders: dict[str, Encoder],
+        fusion: nn.Module,
+        heads: dict[str, nn.Module],
+        unimodal_heads: dict[str, dict[str, nn.Module]],
+        *,
+        dim: int,
+        embedding_dim: int,
+        modality_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(encoders)
+        self.necks = nn.ModuleDict({name: Neck(e.out_dim, dim, dropout) for name, e in encoders.items()})
+        readers = encoders if fusion.reads_tokens else {}
+        self.token_necks = nn.ModuleDict({name: nn.Linear(e.out_dim, dim) for name, e in readers.items()})
+        self.fusion = fusion
+        self.heads = nn.ModuleDict(heads)
+        self.unimodal_heads = nn.ModuleDict({task: nn.ModuleDict(by) for task, by in unimodal_heads.items()})
+        self.embedders = nn.ModuleDict({name: nn.Linear(dim, embedding_dim) for name in [*encoders, "fused"]})
+        self.modality_dropout = modality_dropout
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Return logits of every task (and of its single-modality heads) and embeddings.
+
+        Args:
+            batch: inputs and presence of the model's modalities.
+
+        Returns:
+            logits ``task`` [B, C] and ``task.modality`` [B, C]; embeddings of each modality and "fused" [B, E].
+        """
+        encoded = {name: encoder(batch.inputs) for name, encoder in self.encoders.items()}
+        present = self._dropped({name: batch.present[name] for name in self.encoders})
+        pooled = {name: self.necks[name](item.pooled) for name, item in encoded.items()}
+        tokens = {name: neck(encoded[name].tokens) for name, neck in self.token_necks.items()}
+        masks = {name: item.mask for name, item in encoded.items()}
+        fused = self.fusion(tokens, masks, pooled, present)
+
+        logits: dict[str, Tensor] = {}
+        for task, head in self.heads.items():
+            total = head(fused)
+            by_modality = self.unimodal_heads[task] if task in self.unimodal_heads else {}
+            for name, unimodal in by_modality.items():
+                own = unimodal(pooled[name])
+                logits[f"{task}.{name}"] = own
+                total = total + own * present[name][:, None].to(own.dtype)
+            logits[task] = total
+        vectors = {**pooled, "fused": fused}
+        embeddings = {name: embed(vectors[name]) for name, embed in self.embedders.items()}
+        return Outputs(logits, embeddings, {})
+
+    def _dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In training, let some rows that have every modality lose one at random."""
+        if not self.training or not self.modality_dropout or len(present) < 2:
+            return present
+        stacked = torch.stack(list(present.values()), dim=1)
+        lost = torch.rand(len(stacked), device=stacked.device) < self.modality_dropout
+        which = torch.randint(stacked.shape[1], (len(stacked),), device=stacked.device)
+        drop = torch.nn.functional.one_hot(which, stacked.shape[1]).bool() & (lost & stacked.all(1))[:, None]
+        return dict(zip(present, (stacked & ~drop).unbind(1), strict=True))
+
+
+class Tapped:
+    """Calls a model and adds the outputs of some of its modules to what it returns.
+
+    A tap is a module path such as ``encoders.image.stages.3``; a trailing ``:mean`` averages a feature map over
+    its positions ([B, C, H, W] or [B, T, C] -> [B, C]), which keeps caches small.
+
+    Args:
+        model: any ``Batch -> Outputs`` module; hooks are registered on it.
+        paths: the taps.
+
+    Raises:
+        UserError: the model has no such module.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self.model = model
+        self._features: dict[str, Tensor] = {}
+        modules = dict(model.named_modules())
+        for path in paths:
+            name, _, reduction = path.partition(":")
+            if name not in modules:
+                raise UserError(f"tap {path!r}: the model has no module {name!r}; {nearest(name, filter(None, modules))}")
+            if reduction not in ("", "mean"):
+                raise UserError(f"tap {path!r}: the only reduction is ':mean'")
+            modules[name].register_forward_hook(self._reader(path, bool(reduction)))
+
+    def _reader(self, path: str, mean: bool) -> Callable[[nn.Module, object, Tensor], None]:
+        def read(module: nn.Module, args: object, output: Tensor) -> None:
+            if mean and output.ndim > 2:
+                output = output.mean(dim=(2, 3) if output.ndim == 4 else 1)
+            self._features[path] = output
+
+        return read
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """Run the model; the features are the taps' values of this call."""
+        outputs = self.model(batch)
+        features, self._features = self._features, {}
+        return outputs._replace(features=features)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model into eval mode without gradients, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def only(batch: Batch, modality: str) -> Batch:
+    """The same rows with just one modality present."""
+    present = {
+        name: mask if name == modality else torch.zeros_like(mask) for name, mask in batch.present.items()
+    }
+    return batch._replace(present=present)

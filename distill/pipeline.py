@@ -1,0 +1,319 @@
+"""The stages of a run in order, what each depends on, and the runner that skips what is up to date.
+
+The only file that names teachers and students.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import students
+import teachers
+from distill import results, stages
+from distill.build import check_model
+from distill.config import Recipe
+from distill.contracts import Artifact, UserError
+from distill.data.prepare import prepare, source_fingerprint
+from distill.losses.objective import check_terms, needs_teacher, tap_paths
+from distill.progress import progress
+from distill.runs import MANIFEST, find, finish, fingerprint, locked, start, write_json
+from distill.stages import Workspace
+
+ENCODERS = {**teachers.ENCODERS, **students.ENCODERS}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: also its folder's.
+        about: a few words for the plan.
+        run: writes the stage's folder and returns what the report should know.
+        parents: stages whose artifacts it reads.
+        config: the part of the recipe that its content depends on, as JSON values.
+        version: raised when the stage's code changes what it writes.
+        resumes: it can go on in a folder that a killed run left.
+    """
+
+    name: str
+    about: str
+    run: Callable[[Workspace, Path], dict[str, Any]]
+    parents: tuple[str, ...]
+    config: Callable[[Recipe], Any]
+    version: int = 1
+    resumes: bool = False
+
+
+def _student_architecture(recipe: Recipe) -> Any:
+    return recipe.student.model_dump(exclude={"inherit", "train", "baseline", "objective"})
+
+
+def _distillation(recipe: Recipe) -> Any:
+    return [_student_architecture(recipe), recipe.student.model_dump(include={"inherit", "objective"}), recipe.seed]
+
+
+def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
+    with progress("read data", quiet=work.quiet) as report:
+        return prepare(work.recipe.data, folder, work.base, report)
+
+
+STAGES = (
+    Stage("data", "read, check and decode the rows", _prepare, (), lambda r: r.data.model_dump(exclude={"augment"})),
+    Stage(
+        "towers",
+        "encode each distinct input of the frozen towers once",
+        stages.keep_towers,
+        ("data",),
+        lambda r: [
+            {n: p.model_dump() for n, p in r.teacher.encoders.items()},
+            r.data.augment.model_dump(),
+            r.cache.views,
+            r.seed,
+        ],
+        resumes=True,
+    ),
+    Stage(
+        "teacher",
+        "fit the teacher",
+        stages.fit_teacher,
+        ("data", "towers"),
+        lambda r: [r.teacher.model_dump(), r.seed],
+        resumes=True,
+    ),
+    Stage(
+        "cache",
+        "store the teacher's outputs",
+        stages.fill_cache,
+        ("data", "towers", "teacher"),
+        lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
+        resumes=True,
+    ),
+    Stage(
+        "inherit",
+        "cut the teacher's vocabulary to the student's size",
+        stages.inherit,
+        ("data", "teacher"),
+        lambda r: [p.params.get("vocab_size") for p in r.student.encoders.values()],
+    ),
+    Stage(
+        "baseline",
+        "train the student without a teacher",
+        stages.train_baseline,
+        ("data", "inherit"),
+        lambda r: [
+            _student_architecture(r),
+            r.student.model_dump(include={"train", "baseline"}),
+            r.data.augment.model_dump(),
+            r.cache.views,
+            r.seed,
+        ],
+        resumes=True,
+    ),
+    Stage(
+        "student",
+        "distil the student",
+        stages.distil_student,
+        ("data", "teacher", "cache", "inherit"),
+        lambda r: [_distillation(r), r.student.train.model_dump()],
+        resumes=True,
+    ),
+    Stage(
+        "pruned",
+        "prune the student and recover",
+        stages.prune_student,
+        ("data", "teacher", "cache", "student"),
+        lambda r: [_distillation(r), r.prune.model_dump()],
+        resumes=True,
+    ),
+    Stage(
+        "export",
+        "write the fp32 graphs and the onnx-fp32 bundle",
+        results.export_graphs,
+        ("data", "teacher", "inherit", "baseline", "student", "pruned"),
+        lambda r: [_student_architecture(r), r.export.model_dump(exclude={"quantize", "min_agreement_int8"})],
+    ),
+    Stage(
+        "quantize",
+        "write the onnx-int8 bundle from the fp32 graph",
+        results.quantize_bundle,
+        ("data", "pruned", "export"),
+        lambda r: r.export.model_dump(),
+    ),
+    Stage(
+        "evaluate",
+        "predict the test rows with every model, each on its own runtime",
+        results.evaluate_all,
+        ("data", "towers", "teacher", "inherit", "baseline", "student", "pruned", "export", "quantize"),
+        lambda r: _student_architecture(r),
+    ),
+    Stage(
+        "bench",
+        "measure latency, memory and size",
+        results.bench_all,
+        ("data", "teacher", "inherit", "baseline", "student", "pruned", "export", "quantize"),
+        lambda r: r.bench.model_dump(),
+    ),
+    Stage(
+        "report",
+        "compare student and teacher",
+        results.write_run_report,
+        ("data", "cache", "evaluate", "bench"),
+        lambda r: r.model_dump(),
+    ),
+)
+NAMES = [stage.name for stage in STAGES]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One line of a plan.
+
+    Attributes:
+        stage: the stage.
+        key: its fingerprint.
+        artifact: what is there already, if it is up to date.
+    """
+
+    stage: Stage
+    key: str
+    artifact: Artifact | None
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a recipe's run lies: ``OUTPUT/NAME``."""
+    return Path(recipe.output) / recipe.name
+
+
+def check(recipe: Recipe) -> None:
+    """Check what the schema cannot: names and parameters of all parts against their builders.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    tasks = list(recipe.data.targets)
+    for where, config in (("teacher", recipe.teacher), ("student", recipe.student)):
+        takers = [n for n, p in config.encoders.items() if p.type in ENCODERS and stages.takes_tokenizer(ENCODERS[p.type])]
+        check_model(config, ENCODERS, where, tasks, {name: {"tokenizer_file": ""} for name in takers})
+        for modality in config.encoders:
+            if modality not in recipe.data.modalities:
+                known = ", ".join(recipe.data.modalities)
+                raise UserError(f"{where}.encoders: the data has no modality {modality!r}; data.modalities has: {known}")
+    check_terms(recipe.teacher.objective, "teacher.objective")
+    check_terms(recipe.student.baseline, "student.baseline")
+    check_terms(recipe.student.objective, "student.objective")
+    for where, terms in (("teacher.objective", recipe.teacher.objective), ("student.baseline", recipe.student.baseline)):
+        if needs_teacher(terms):
+            raise UserError(f"{where}: a term reads a teacher, and this stage has none; use losses on labels here")
+
+
+def plan(recipe: Recipe, base: Path, *, until: str | None = None, force: Sequence[str] = ()) -> list[Planned]:
+    """Find out which stages are up to date.
+
+    Args:
+        recipe: the validated recipe.
+        base: folder that its relative paths start from.
+        until: last stage; with it, only what that stage needs.
+        force: stages to run again in any case.
+
+    Raises:
+        UserError: an unknown stage, or the data's source is missing.
+    """
+    for name in [*force, *([until] if until else [])]:
+        if name not in NAMES:
+            raise UserError(f"unknown stage {name!r}; choices: {', '.join(NAMES)}")
+    folder, keys, planned = run_folder(recipe), {}, []
+    rerun: set[str] = set()
+    for stage in _needed(until):
+        part = [stage.config(recipe), stage.version, [keys[parent] for parent in stage.parents]]
+        if stage.name == "data":
+            part.append(source_fingerprint(recipe.data, base))
+        keys[stage.name] = fingerprint(stage.name, part)
+        if stage.name in force or rerun.intersection(stage.parents):
+            rerun.add(stage.name)
+        fresh = stage.name in rerun
+        artifact = None if fresh else find(folder / stage.name, stage.name, keys[stage.name])
+        planned.append(Planned(stage, keys[stage.name], artifact))
+    return planned
+
+
+def _needed(until: str | None) -> list[Stage]:
+    """All stages, or those that one of them needs, in order."""
+    wanted = set(NAMES if until is None else [until])
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted.update(stage.parents)
+    return [stage for stage in STAGES if stage.name in wanted]
+
+
+def run(
+    recipe: Recipe,
+    base: Path,
+    *,
+    until: str | None = None,
+    force: Sequence[str] = (),
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Artifact]:
+    """Bring a run up to date.
+
+    Args:
+        recipe: the validated recipe.
+        base: folder that its relative paths start from.
+        until: last stage, if not all.
+        force: stages to run again in any case.
+        quiet: show no progress.
+        say: called with one line a stage.
+
+    Returns:
+        Finished artifacts by stage name.
+
+    Raises:
+        UserError: a mistake that the user can mend, or the run folder is in use.
+    """
+    check(recipe)
+    folder = run_folder(recipe)
+    with locked(folder):
+        write_json(folder / "recipe.resolved.json", recipe.model_dump())
+        (folder / "recipe.resolved.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
+        work = Workspace(recipe, base, ENCODERS, students.INHERITANCES, quiet=quiet)
+        for item in plan(recipe, base, until=until, force=force):
+            if item.artifact is not None:
+                work.done[item.stage.name] = item.artifact
+                continue
+            for name in force:
+                if name == item.stage.name:
+                    (folder / name / MANIFEST).unlink(missing_ok=True)
+            say(f"{item.stage.name}: {item.stage.about}")
+            artifact = _run_stage(item, work, folder / item.stage.name)
+            cost = artifact.info["cost"]
+            say(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
+            work.done[item.stage.name] = artifact
+    return work.done
+
+
+def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
+    stage = item.stage
+    start(folder, item.key, resume=stage.resumes)
+    work.done[stage.name] = Artifact(stage.name, folder, item.key)
+    wall, cpu = time.monotonic(), _cpu_seconds()
+    info = stage.run(work, folder)
+    cost = {"seconds": time.monotonic() - wall, "cpu_seconds": _cpu_seconds() - cpu}
+    return finish(folder, stage.name, item.key, {**info, "cost": cost})
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and its finished children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def _as_yaml(recipe: Recipe) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))

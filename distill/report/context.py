@@ -1,0 +1,136 @@
+"""What the pipeline hands to the report: one entry a model, and everything that a reader needs to trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill.metrics import Floats, Integers
+
+TEACHER, BASELINE, STUDENT, PRUNED = "teacher", "baseline", "student", "pruned"
+"""Names of the models that the report compares all others with."""
+
+Logits = Mapping[str, Floats]
+"""Task -> float32 [N, C]."""
+
+Examples = Callable[[int], Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
+"""Row id -> ``{"image_png": bytes | None, "text": str}``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """One evaluated model. What was not measured is None, and shows as a dash.
+
+    Attributes:
+        name: unique; ``teacher``, ``baseline``, ``student`` and ``pruned`` have the meaning that their names say.
+        stage: the stage that made it.
+        runtime: what ran it, for example ``pytorch`` or ``onnxruntime``.
+        logits: task -> float32 [N, C] on the test rows.
+        subsets: modality -> task -> float32 [N, C], predicted from that modality alone.
+        num_params: parameters of the whole model.
+        flops: floating-point operations of one row (a multiply-add counts as two).
+        size_bytes: bytes on disk.
+        latency_ms: ``{"p50", "p95"}`` of one row on one thread, milliseconds.
+        latency_note: how latency was measured, for example "onnxruntime 1.31 CPU, batch 1, one thread".
+        peak_memory_bytes: largest resident memory while predicting.
+        seeds: seeds that its training used.
+        source: name of the model that it was exported from; None for a model that was not exported.
+    """
+
+    name: str
+    stage: str
+    runtime: str
+    logits: Logits
+    subsets: Mapping[str, Logits] = field(default_factory=dict)
+    num_params: int | None = None
+    flops: int | None = None
+    size_bytes: int | None = None
+    latency_ms: Mapping[str, float] | None = None
+    latency_note: str = ""
+    peak_memory_bytes: int | None = None
+    seeds: Sequence[int] = ()
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportContext:
+    """Everything that a report is made from.
+
+    Attributes:
+        name: the recipe's name.
+        recipe: the resolved recipe, JSON values.
+        created: ISO date and time.
+        tasks: task -> class names; the first task leads the headline.
+        targets: task -> int64 [N], IGNORE where a row has no label.
+        groups: int64 [N]; rows of a group are resampled together.
+        ids: int64 [N].
+        models: in the order of the tables.
+        data: what is known about the data, JSON values: rows a split, fingerprint, licences.
+        seeds: all seeds of the run.
+        versions: package or tool -> version.
+        curves: model -> one dict an epoch, with ``epoch``, ``train_loss`` and ``valid/<task>_accuracy``.
+        costs: stage -> ``{"seconds", "cpu_seconds"}``.
+        cache: what the teacher cache cost, JSON values; keys ending in ``bytes`` or ``seconds`` are shown as such.
+        parity: bundle -> what its export gate measured, JSON values.
+        examples: shows a row to a human; None for none.
+        num_examples: largest number of regressions shown.
+        resamples: bootstrap replicates.
+        bootstrap_seed: seed of the bootstrap.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    created: str
+    tasks: Mapping[str, Sequence[str]]
+    targets: Mapping[str, Integers]
+    groups: Integers
+    ids: Integers
+    models: Sequence[ModelEntry]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    examples: Examples | None = None
+    num_examples: int = 8
+    resamples: int = 2000
+    bootstrap_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse predictions that do not fit the rows.
+
+        Raises:
+            ValueError: a model name occurs twice, or an array's shape does not fit the rows and classes.
+        """
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"models of a report need unique names, got {names}")
+        num_rows = len(self.ids)
+        for what, rows in {"groups": self.groups, **self.targets}.items():
+            if len(rows) != num_rows:
+                raise ValueError(f"{what} has {len(rows)} rows, expected {num_rows}, one for each id")
+        for model in self.models:
+            for where, logits in (("", model.logits), *((f" ({m} alone)", part) for m, part in model.subsets.items())):
+                self._check_logits(f"{model.name}{where}", logits)
+
+    def model(self, name: str) -> ModelEntry | None:
+        """Return the model of this name, or None."""
+        return next((model for model in self.models if model.name == name), None)
+
+    def _check_logits(self, owner: str, logits: Logits) -> None:
+        for task, values in logits.items():
+            expected = (len(self.ids), len(self.tasks.get(task, ())))
+            if values.shape != expected:
+                raise ValueError(f"logits of {owner} for {task!r} have shape {values.shape}, expected {expected}")
+
+
+def shipped(models: Sequence[ModelEntry]) -> ModelEntry | None:
+    """Return the model that goes to the device: the smallest exported one, or else the student or the last model."""
+    exported = [model for model in models if model.source and model.name != TEACHER and model.source != TEACHER]
+    if exported:
+        return min(exported, key=lambda model: model.size_bytes or float("inf"))
+    learners = [model for model in models if model.name != TEACHER]
+    return next((m for m in learners if m.name == STUDENT), learners[-1] if learners else None)

@@ -1,0 +1,130 @@
+"""Where two models differ: classes, confusions, calibration, and the rows that got worse."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from distill import metrics
+from distill.report.context import TEACHER, ModelEntry, ReportContext
+from distill.report.evidence import TaskEvidence
+
+MATRIX_CLASSES = 20
+"""Most classes for which the whole confusion matrix is kept; beyond it the most confused pairs say more."""
+
+NUM_PAIRS = 12
+TEXT_LENGTH = 300
+
+
+def class_differences(evidence: TaskEvidence, names: list[str], model: str, reference: str) -> dict[str, Any]:
+    """Return both models' recall for each class that has rows, the one that lost most right answers first."""
+    ours = metrics.per_class_recall(evidence.logits[model], evidence.targets)
+    theirs = metrics.per_class_recall(evidence.logits[reference], evidence.targets)
+    rows = np.bincount(evidence.targets, minlength=len(names))
+    classes = [
+        {
+            "class": names[c],
+            "n": rows[c],
+            "model": ours[c],
+            "reference": theirs[c],
+            "difference": ours[c] - theirs[c],
+            "change": round((ours[c] - theirs[c]) * rows[c]),
+        }
+        for c in np.flatnonzero(rows)
+    ]
+    return {"model": model, "reference": reference, "classes": sorted(classes, key=lambda c: int(c["change"]))}
+
+
+def confusions(evidence: TaskEvidence, names: list[str], model: str, reference: str | None) -> dict[str, Any]:
+    """Return the most frequent mistakes of a model beside the reference's count, and the matrix where it is small.
+
+    A mistake that was made once is listed only if none was made twice.
+    """
+    counts = metrics.confusion_matrix(evidence.logits[model], evidence.targets)
+    other = metrics.confusion_matrix(evidence.logits[reference], evidence.targets) if reference else None
+    mistakes = counts - np.diag(np.diag(counts))
+    largest = np.argsort(-mistakes, axis=None, kind="stable")[:NUM_PAIRS]
+    pairs = [
+        {
+            "target": names[target],
+            "predicted": names[predicted],
+            "count": mistakes[target, predicted],
+            "n": counts[target].sum(),
+            "reference_count": None if other is None else other[target, predicted],
+        }
+        for target, predicted in zip(*np.unravel_index(largest, mistakes.shape), strict=True)
+        if mistakes[target, predicted] >= max(1, min(2, mistakes.max(initial=0)))
+    ]
+    matrix = counts if len(names) <= MATRIX_CLASSES else None
+    return {"model": model, "reference": reference, "pairs": pairs, "classes": len(names), "matrix": matrix}
+
+
+def reliability(evidence: TaskEvidence, model: str) -> dict[str, Any]:
+    """Return the points of a model's reliability diagram."""
+    return metrics.reliability(evidence.logits[model], evidence.targets)._asdict()
+
+
+def regressions(context: ReportContext, evidences: list[TaskEvidence], model: ModelEntry) -> list[dict[str, Any]]:
+    """Return rows that the teacher gets right and the model wrong, the largest loss of the true class first.
+
+    The examples are shared between the tasks, and no group is shown twice.
+    """
+    chosen: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    evidences = [e for e in evidences if TEACHER in e.logits and model.name in e.logits and model.name != TEACHER]
+    for number, evidence in enumerate(evidences, start=1):
+        limit = context.num_examples * number // len(evidences)
+        for position in _worst_rows(evidence, model.name):
+            row = int(evidence.rows[position])
+            if len(chosen) >= limit:
+                break
+            if int(context.groups[row]) not in seen:
+                seen.add(int(context.groups[row]))
+                chosen.append(_example(context, evidence, model.name, int(position)))
+    return chosen
+
+
+def _worst_rows(evidence: TaskEvidence, model: str) -> Any:
+    """Positions among the labelled rows, the worst first."""
+    teacher, ours = evidence.logits[TEACHER], evidence.logits[model]
+    lost = (teacher.argmax(axis=1) == evidence.targets) & (ours.argmax(axis=1) != evidence.targets)
+    positions = np.flatnonzero(lost)
+    targets = evidence.targets[positions]
+    fall = _true_probability(teacher[positions], targets) - _true_probability(ours[positions], targets)
+    return positions[np.argsort(-fall, kind="stable")]
+
+
+def _true_probability(logits: Any, targets: Any) -> Any:
+    return np.exp(metrics.log_softmax(logits))[np.arange(len(targets)), targets] if len(targets) else np.zeros(0)
+
+
+def _example(context: ReportContext, evidence: TaskEvidence, model: str, position: int) -> dict[str, Any]:
+    names, row_id = context.tasks[evidence.task], int(context.ids[evidence.rows[position]])
+    shown = _shown(context, row_id)
+    image = shown.get("image_png")
+    return {
+        "id": row_id,
+        "task": evidence.task,
+        "target": names[evidence.targets[position]],
+        "teacher": _guess(evidence.logits[TEACHER][position], names),
+        "model": {"name": model} | _guess(evidence.logits[model][position], names),
+        "text": str(shown.get("text") or "")[:TEXT_LENGTH],
+        "image": f"data:image/png;base64,{base64.b64encode(image).decode()}" if image else None,
+    }
+
+
+def _guess(logits: Any, names: Any) -> dict[str, Any]:
+    probabilities = np.exp(metrics.log_softmax(logits[None])[0])
+    best = int(logits.argmax())
+    return {"class": names[best], "probability": probabilities[best]}
+
+
+def _shown(context: ReportContext, row_id: int) -> Mapping[str, Any]:
+    if context.examples is None:
+        return {}
+    if callable(context.examples):
+        return context.examples(row_id)
+    return context.examples.get(row_id, {})

@@ -1,0 +1,27 @@
+"""Heads: from a pooled vector to a task's outputs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class ClassificationHead(nn.Module):
+    """Dropout and a linear layer.
+
+    Args:
+        in_dim: width of the pooled vector.
+        num_classes: C.
+        dropout: probability of dropping a feature in training.
+    """
+
+    def __init__(self, in_dim: int, num_classes: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(in_dim, num_classes)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map [B, D] to logits [B, C]."""
+        return self.linear(self.dropout(pooled))
+
+
+HEADS = {"classification": ClassificationHead}

@@ -1,0 +1,60 @@
+"""A small residual ConvNet for images: plain convolutions, BatchNorm and ReLU, so that it prunes and quantizes well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.multimodal import Encoded, Encoder
+
+
+def conv_bn(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Sequential:
+    """A 3x3 convolution without bias and its BatchNorm."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_channels)
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around an identity (He et al. 2016, arXiv 1512.03385)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv_bn(width, width), conv_bn(width, width)
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, width, H, W] to the same shape."""
+        return self.activation(x + self.conv2(self.activation(self.conv1(x))))
+
+
+class ConvNet(Encoder):
+    """Stages that halve the resolution and then refine it; tokens are the positions of the last map.
+
+    Args:
+        widths: channels of each stage; the first is the stem's. Resolution falls by 2 a stage.
+        blocks: residual blocks in each stage; the stem may have none.
+        dropout: probability of dropping a channel of the pooled vector in training.
+    """
+
+    def __init__(self, *, widths: Sequence[int], blocks: Sequence[int], dropout: float = 0.0) -> None:
+        super().__init__()
+        if len(widths) != len(blocks):
+            raise ValueError(f"widths has {len(widths)} stages and blocks has {len(blocks)}; give as many of each")
+        stages = []
+        for before, width, count in zip([3, *widths], widths, blocks, strict=False):
+            stages.append(
+                nn.Sequential(conv_bn(before, width, stride=2), nn.ReLU(), *(ResidualBlock(width) for _ in range(count)))
+            )
+        self.stages = nn.Sequential(*stages)
+        self.dropout = nn.Dropout(dropout)
+        self.out_dim = widths[-1]
+
+    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
+        """Encode ``image`` uint8 [B, 3, H, W]; tokens [B, T, D] with T = H·W / 4^stages, pooled their mean."""
+        features = self.stages(inputs["image"].float() * (2 / 255) - 1)
+        tokens = features.flatten(2).transpose(1, 2)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Encoded(tokens, mask, self.dropout(features.mean(dim=(2, 3))))

@@ -1,0 +1,90 @@
+"""Where pretrained weights come from: ``hub:ID``, ``path:FOLDER`` or ``package:NAME/FOLDER``.
+
+Files are read as data: no code of a package or a checkpoint is imported or run. Weights that are not there stop
+the run; nothing falls back to random ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from distill.contracts import UserError
+from distill.runs import sha256_file
+
+PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
+
+
+def resolve_weights(weights: str | Sequence[str], sha256: str | None = None, base: Path | None = None) -> Path:
+    """Return the folder of the first source that is there.
+
+    Args:
+        weights: one source or several in order of preference, all of the same weights.
+        sha256: expected hash of ``model.safetensors``, in hex; checked when given.
+        base: folder to which ``path:`` is relative; the working directory by default.
+
+    Raises:
+        UserError: no source is there, a source is malformed, or the hash differs.
+    """
+    sources = [weights] if isinstance(weights, str) else list(weights)
+    problems = []
+    for source in sources:
+        try:
+            folder = _resolve(source, base or Path.cwd())
+        except _NotThereError as problem:
+            problems.append(f"{source}: {problem}")
+            continue
+        if sha256 is not None:
+            _check_hash(folder / "model.safetensors", sha256, source)
+        return folder
+    raise UserError("pretrained weights are not there: " + "; ".join(problems))
+
+
+class _NotThereError(Exception):
+    pass
+
+
+def _resolve(source: str, base: Path) -> Path:
+    scheme, _, rest = source.partition(":")
+    if scheme == "path":
+        folder = (base / rest).expanduser()
+        if not (folder / "config.json").is_file():
+            raise _NotThereError(f"no config.json in {folder}; expected a folder in transformers format")
+        return folder
+    if scheme == "package":
+        return _package_folder(rest)
+    if scheme == "hub":
+        return _hub_folder(rest)
+    raise UserError(f"weights {source!r}: expected hub:ID, path:FOLDER or package:NAME/FOLDER")
+
+
+def _package_folder(rest: str) -> Path:
+    name, _, folder = rest.partition("/")
+    try:
+        distribution = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        raise _NotThereError(f"package {name!r} is not installed; pip install {name}") from None
+    for file in distribution.files or []:
+        parent = file.parent.as_posix()
+        if file.name == "config.json" and (parent == folder or parent.endswith(f"/{folder}")):
+            return Path(str(distribution.locate_file(file))).parent
+    raise _NotThereError(f"package {name!r} has no folder {folder!r} with a config.json")
+
+
+def _hub_folder(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=PATTERNS))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise _NotThereError(f"could not be downloaded and is not in the local cache ({reason})") from error
+
+
+def _check_hash(file: Path, expected: str, source: str) -> None:
+    if not file.is_file():
+        raise UserError(f"weights {source!r}: {file} is missing, so its pinned sha256 cannot be checked")
+    found = sha256_file(file)
+    if found != expected.lower():
+        raise UserError(f"weights {source!r}: sha256 of {file.name} is {found}, the recipe pins {expected}")

@@ -1,0 +1,303 @@
+"""Prepared data: what is written, what is left out and listed, and what stops with a sentence."""
+
+import io
+import json
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pa_parquet
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from distill.config import DataConfig, packaged_configs
+from distill.contracts import IGNORE, UserError
+from distill.data.prepare import PreparedData, prepare, source_fingerprint
+from distill.data.sources import open_source
+from distill.preprocess import decode_image
+
+SPLITS = ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
+
+
+def picture(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def good_rows() -> list[dict]:
+    return [
+        {
+            "id": 100 - number,
+            "image": picture(number),
+            "text": f"drawing {number}",
+            "label": "ab"[number % 2],
+            "colour": number % 2,
+            "family": f"f{number // 2}",
+            "split": split,
+        }
+        for number, split in enumerate(SPLITS)
+    ]
+
+
+def config(**changes) -> DataConfig:
+    values = {
+        "source": {"type": "table", "path": "t.parquet"},
+        "modalities": {"image": "image", "text": "text"},
+        "targets": {"label": "label", "colour": "colour"},
+        "group": "family",
+        "id": "id",
+        "working_size": 8,
+    }
+    return DataConfig.model_validate(values | changes)
+
+
+def run(folder, rows, progress=None, **changes):
+    """Write the table, prepare it, and return (info, data, report)."""
+    pa_parquet.write_table(pa.Table.from_pylist(rows), folder / "t.parquet", row_group_size=3)
+    info = prepare(config(**changes), folder / "data", folder, progress)
+    return info, PreparedData.open(folder / "data"), report_of(folder)
+
+
+def report_of(folder):
+    return json.loads((folder / "data" / "data_report.json").read_text())
+
+
+def test_everything_is_written(tmp_path):
+    info, data, report = run(tmp_path, good_rows())
+    assert data.ids.tolist() == [100 - n for n in range(10)] and len(data) == 10
+    assert data.images.shape == (10, 3, 8, 8) and data.images.dtype == np.uint8
+    assert all(np.array_equal(data.images[n], decode_image(picture(n), 8)) for n in range(10))
+    assert data.texts[3] == "drawing 3" and data.split.tolist() == SPLITS
+    assert data.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert data.labels == {"label": ["a", "b"], "colour": ["0", "1"]}
+    assert data.targets["label"].tolist() == [0, 1] * 5 and data.targets["label"].dtype == np.int64
+    assert all(values.all() and values.dtype == bool for values in data.present.values())
+    assert info == {
+        "rows": {"train": 6, "valid": 2, "test": 2},
+        "num_classes": {"label": 2, "colour": 2},
+        "modalities": ["image", "text"],
+        "bad_rows": 0,
+        "duplicate_images_across_splits": 0,
+        "groups_across_splits": 0,
+    }
+    assert report["classes"]["label"]["train"] == {"a": 3, "b": 3}
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "data_report.json",
+        "image.npy",
+        "labels.json",
+        "rows.parquet",
+    ]
+
+
+def test_rows_of_a_split_are_in_order_of_id(tmp_path):
+    _, data, _ = run(tmp_path, good_rows())
+    assert data.rows("train").tolist() == [5, 4, 3, 2, 1, 0]
+    assert data.rows("test").tolist() == [9, 8]
+
+
+def test_images_are_mapped_not_read(tmp_path):
+    _, data, _ = run(tmp_path, good_rows())
+    assert isinstance(data.images, np.memmap) and not data.images.flags.writeable
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path):
+    rows = good_rows()
+    rows[2]["image"] = b"not an image"
+    info, data, report = run(tmp_path, rows, max_bad_fraction=0.1)
+    assert info["bad_rows"] == 1 and 98 not in data.ids and len(data) == 9
+    assert data.images.shape[0] == 9 and np.array_equal(data.images[2], decode_image(picture(3), 8))
+    [listed] = report["bad_rows"]["rows"]
+    assert listed["id"] == 98 and listed["where"] == "column 'image', row 2" and "not a readable" in listed["reason"]
+
+
+def test_image_files_are_listed_by_path(tmp_path):
+    rows = good_rows()
+    for number, row in enumerate(rows):
+        row["image"] = f"{number}.png"
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "4.png").unlink()
+    (tmp_path / "6.png").unlink()
+    (tmp_path / "6.png").mkdir()
+    _, data, report = run(tmp_path, rows, max_bad_fraction=0.2)
+    missing, folder = report["bad_rows"]["rows"]
+    assert missing["where"] == str(tmp_path / "4.png") and "cannot be read" in missing["reason"]
+    assert folder["id"] == 94 and len(data) == 8
+
+
+def test_too_many_bad_rows_stop_with_the_first_example(tmp_path):
+    rows = good_rows()
+    rows[2]["image"] = rows[5]["image"] = b"not an image"
+    with pytest.raises(UserError, match=r"2 of 10 rows .*max_bad_fraction 0\.1 .* id 98 .*not a readable"):
+        run(tmp_path, rows, max_bad_fraction=0.1)
+    assert report_of(tmp_path)["bad_rows"]["count"] == 2
+    assert not (tmp_path / "data" / "rows.parquet").exists()
+
+
+def test_missing_targets(tmp_path):
+    rows = good_rows()
+    rows[0]["label"] = None
+    rows[1]["label"], rows[1]["colour"] = "", None
+    info, data, report = run(tmp_path, rows, max_bad_fraction=0.1)
+    assert info["bad_rows"] == 1 and report["bad_rows"]["rows"][0]["reason"] == "no target"
+    assert data.targets["label"][0] == IGNORE and data.targets["colour"][0] == 0
+    assert report["missing_targets"] == {"label": 1, "colour": 0}
+
+
+def test_missing_modalities_are_marked(tmp_path):
+    rows = good_rows()
+    rows[0]["text"], rows[1]["text"], rows[2]["image"] = None, "  ", None
+    rows[3]["text"] = rows[3]["image"] = None
+    _, data, report = run(tmp_path, rows, max_bad_fraction=0.1)
+    assert [entry["reason"] for entry in report["bad_rows"]["rows"]] == ["every modality is missing"]
+    assert data.present["text"].tolist() == [False, False] + [True] * 7
+    assert data.present["image"].tolist() == [True, True, False] + [True] * 6
+    assert data.texts[:2] == ["", ""] and not data.images[2].any()
+    assert report["present"]["text"] == {"train": 3, "valid": 2, "test": 2}
+
+
+def test_text_alone(tmp_path):
+    rows = good_rows()
+    rows[0]["text"] = ""
+    info, data, report = run(tmp_path, rows, modalities={"text": "text"}, max_bad_fraction=0.1)
+    assert data.images is None and set(data.present) == {"text"} and info["modalities"] == ["text"]
+    assert report["bad_rows"]["rows"] == [{"id": 100, "where": "row 0", "reason": "every modality is missing"}]
+
+
+def test_image_alone(tmp_path):
+    _, data, _ = run(tmp_path, good_rows(), modalities={"image": "image"})
+    assert set(data.present) == {"image"} and data.texts == [""] * 10
+
+
+def test_rows_without_ids_and_groups(tmp_path):
+    _, data, _ = run(tmp_path, good_rows(), id=None, group=None)
+    assert data.ids.tolist() == list(range(10)) == data.groups.tolist()
+
+
+def test_integer_classes_are_in_order_of_value(tmp_path):
+    rows = good_rows()
+    for number, row in enumerate(rows):
+        row["colour"] = (2, 10)[number % 2]
+    assert run(tmp_path, rows)[1].labels["colour"] == ["2", "10"]
+
+
+def test_booleans_are_classes(tmp_path):
+    rows = [row | {"colour": row["colour"] == 1} for row in good_rows()]
+    assert run(tmp_path, rows)[1].labels["colour"] == ["False", "True"]
+
+
+def test_the_packaged_data_config_fits_its_sample(tmp_path):
+    raw = OmegaConf.to_container(OmegaConf.load(packaged_configs() / "data" / "emoji.yaml"))
+    emoji = DataConfig.model_validate(raw)
+    columns = open_source(emoji.source, tmp_path).columns
+    named = [*emoji.modalities.values(), *emoji.targets.values(), emoji.split, emoji.group, emoji.id]
+    assert set(named) <= set(columns)
+
+
+def test_common_names_of_validation_are_understood(tmp_path):
+    rows = good_rows()
+    rows[6]["split"], rows[7]["split"] = "val", "validation"
+    assert run(tmp_path, rows)[0]["rows"]["valid"] == 2
+
+
+def test_image_folder(tmp_path):
+    for number, split in enumerate(SPLITS):
+        folder = tmp_path / "pictures" / split / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(picture(number))
+    part = {"type": "image_folder", "path": "pictures"}
+    _, data, _ = run(
+        tmp_path,
+        good_rows(),
+        source=part,
+        modalities={"image": "image"},
+        targets={"kind": "label"},
+        id=None,
+        group=None,
+    )
+    assert len(data) == 10 and data.labels == {"kind": ["a", "b"]}
+
+
+def test_duplicates_and_shared_groups_across_splits_are_reported(tmp_path, caplog):
+    rows = good_rows()
+    rows[9]["image"], rows[1]["image"] = rows[0]["image"], rows[0]["image"]
+    rows[8]["family"] = "f0"
+    with caplog.at_level(logging.WARNING):
+        info, _, report = run(tmp_path, rows)
+    assert info["duplicate_images_across_splits"] == info["groups_across_splits"] == 1
+    assert report["duplicate_images_across_splits"]["examples"] == [{"train": 100, "test": 91}]
+    assert report["groups_across_splits"]["examples"] == [{"train": 100, "test": 92}]
+    assert len(caplog.messages) == 2
+
+
+def test_progress_ends_at_the_total(tmp_path):
+    seen = []
+    rows = good_rows()
+    rows[9]["label"] = rows[9]["colour"] = None
+    run(tmp_path, rows, lambda done, total: seen.append((done, total)), max_bad_fraction=0.1)
+    assert seen[-1] == (9, 9)
+
+
+def changed(column, value, rows=(0,)):
+    table = good_rows()
+    for row in rows:
+        table[row][column] = value
+    return table
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        (good_rows(), {"targets": {"label": "lable"}}, r"t\.parquet has no column 'lable'; did you mean 'label'"),
+        (good_rows(), {"modalities": {"image": "picture"}}, "no column 'picture'"),
+        (good_rows(), {"modalities": {"images": "image"}}, "unknown modality 'images'.* did you mean 'image'"),
+        (good_rows(), {"split": "part"}, "no column 'part'"),
+        (good_rows(), {"group": "famili"}, "did you mean 'family'"),
+        (good_rows(), {"id": "idd"}, "did you mean 'id'"),
+        (good_rows(), {"id": "text"}, "column 'text', row 0: 'drawing 0' is not an integer id"),
+        (good_rows(), {"modalities": {"text": "id"}}, "column 'id', row 0: 100 is not a text"),
+        (changed("id", 7, (2, 8)), {}, "id 7 2 times"),
+        (changed("split", "trian"), {}, "row 0: unknown split 'trian'; did you mean 'train'"),
+        (changed("split", None), {}, "row 0: None is not one of train, valid, test"),
+        (changed("split", "train", (6, 7)), {}, "no usable row of split 'valid'"),
+        (changed("label", "c", (8,)), {}, "task 'label': class 'c' of split 'test' never occurs in train"),
+        (changed("label", "a", range(10)), {}, r"task 'label' has 1 class\(es\)"),
+        ([row | {"colour": 0.5} for row in good_rows()], {}, "column 'colour' holds float"),
+    ],
+)
+def test_mistakes_stop_before_images_are_decoded(tmp_path, rows, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, rows, **changes)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_split_that_only_has_bad_rows_is_empty(tmp_path):
+    with pytest.raises(UserError, match="no usable row of split 'test'"):
+        run(tmp_path, changed("image", b"bad", (8, 9)), max_bad_fraction=0.5)
+
+
+def test_no_rows_at_all(tmp_path):
+    pa_parquet.write_table(pa.Table.from_pylist(good_rows()).slice(0, 0), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="no usable row of split 'train'"):
+        prepare(config(), tmp_path / "data", tmp_path)
+
+
+def test_fingerprint_follows_the_bytes_of_tables_and_images(tmp_path):
+    rows = [row | {"image": "one.png"} for row in good_rows()]
+    (tmp_path / "one.png").write_bytes(picture(0))
+    pa_parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    first = source_fingerprint(config(), tmp_path)
+    assert first == source_fingerprint(config(), tmp_path)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("t.parquet", "one.png"):
+        (moved / name).write_bytes((tmp_path / name).read_bytes())
+    assert first == source_fingerprint(config(), moved)
+    (tmp_path / "one.png").write_bytes(picture(1))
+    second = source_fingerprint(config(), tmp_path)
+    pa_parquet.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "t.parquet")
+    assert len({first, second, source_fingerprint(config(), tmp_path)}) == 3
+    (tmp_path / "one.png").unlink()
+    assert source_fingerprint(config(), tmp_path) != second

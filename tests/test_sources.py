@@ -1,0 +1,183 @@
+"""Tables and image folders: the same rows from each format, and a sentence for each mistake."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pa_parquet
+import pytest
+
+from distill.config import Part
+from distill.contracts import UserError
+from distill.data.sources import SOURCES, ImageFolderSource, TableSource, open_source
+from distill.preprocess import BadInput
+
+ROWS = [{"id": n, "image": f"images/{n}.png", "label": "ab"[n % 2], "text": f"text {n}"} for n in range(5)]
+
+
+def write_table(folder, suffix):
+    path = folder / f"table{suffix}"
+    if suffix == ".parquet":
+        pa_parquet.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ROWS[0], delimiter="," if suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv", ".tsv"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    source = TableSource(write_table(tmp_path, suffix).name, base=tmp_path)
+    assert len(source) == 5 and source.columns == ["id", "image", "label", "text"]
+    assert source.column("id") == [0, 1, 2, 3, 4]
+    assert source.column("text")[3] == "text 3"
+    assert [source.image(row, "image") for row in (4, 0)] == [tmp_path / "images/4.png", tmp_path / "images/0.png"]
+
+
+def test_folder_of_parquet_files_is_read_in_order_of_name(tmp_path):
+    for name, rows in (("b", ROWS[3:]), ("a", ROWS[:3])):
+        pa_parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    source = TableSource(".", base=tmp_path)
+    assert source.column("id") == [0, 1, 2, 3, 4]
+    assert list(source.files(None)) == ["a.parquet", "b.parquet"]
+
+
+def test_files_of_a_folder_have_the_same_columns(tmp_path):
+    pa_parquet.write_table(pa.table({"id": [1]}), tmp_path / "a.parquet")
+    pa_parquet.write_table(pa.table({"id": [1], "extra": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="'extra'"):
+        TableSource(".", base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        (b"data", b"data"),
+        (b"", None),
+        ({"bytes": b"data", "path": "a.png"}, b"data"),
+        ({"bytes": None, "path": "a.png"}, "a.png"),
+        ({"bytes": None, "path": None}, None),
+        ("a.png", "a.png"),
+        ("", None),
+        ("/elsewhere/a.png", "/elsewhere/a.png"),
+    ],
+)
+def test_image_cells(tmp_path, cell, expected):
+    pa_parquet.write_table(pa.Table.from_pylist([{"image": cell}]), tmp_path / "t.parquet")
+    value = TableSource("t.parquet", base=tmp_path).image(0, "image")
+    assert value == (tmp_path / expected if isinstance(expected, str) else expected)
+
+
+@pytest.mark.parametrize(("cell", "message"), [(3, "a int"), ("../a.png", "leaves the folder")])
+def test_bad_image_cells(tmp_path, cell, message):
+    pa_parquet.write_table(pa.table({"image": [cell]}), tmp_path / "t.parquet")
+    with pytest.raises(BadInput, match=message):
+        TableSource("t.parquet", base=tmp_path).image(0, "image")
+
+
+def test_root_is_where_image_paths_start(tmp_path):
+    (tmp_path / "tables").mkdir()
+    write_table(tmp_path / "tables", ".csv")
+    source = TableSource("tables/table.csv", root=".", base=tmp_path)
+    assert source.image(1, "image") == tmp_path / "images/1.png"
+    assert list(source.files("image"))[:2] == ["table.csv", "images/0.png"]
+
+
+def test_embedded_images_need_no_files(tmp_path):
+    pa_parquet.write_table(pa.table({"image": [b"x"]}), tmp_path / "t.parquet")
+    assert list(TableSource("t.parquet", base=tmp_path).files("image")) == ["t.parquet"]
+
+
+def test_packaged_sample(tmp_path):
+    source = TableSource("sample:emoji", base=tmp_path)
+    assert {"id", "image", "text", "category", "subcategory", "family", "split"} <= set(source.columns)
+    assert isinstance(source.image(len(source) - 1, "image"), bytes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.csv", None, "no table"),
+        ("t.xlsx", "", r"unknown suffix '\.xlsx'"),
+        ("t.parquet", "nonsense", "cannot be read as a table"),
+        ("t.jsonl", "{", "cannot be read as a table"),
+        ("t.csv", "", "cannot be read as a table"),
+        ("sample:emojis", None, "did you mean 'emoji'"),
+    ],
+)
+def test_unusable_tables(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        TableSource(name, base=tmp_path)
+
+
+def test_empty_folder_is_no_table(tmp_path):
+    with pytest.raises(UserError, match=r"holds no \.parquet file"):
+        TableSource(".", base=tmp_path)
+
+
+def test_missing_column_names_the_nearest(tmp_path):
+    source = TableSource(write_table(tmp_path, ".csv").name, base=tmp_path)
+    with pytest.raises(UserError, match=r"table\.csv has no column 'labels'; did you mean 'label'"):
+        source.column("labels")
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_image_folder_with_classes(tmp_path):
+    touch(tmp_path, "dog/2.JPG", "cat/1.png", "cat/notes.txt", ".hidden/x/y.png", "readme.md")
+    source = ImageFolderSource(".", base=tmp_path)
+    assert source.columns == ["image", "label"] and len(source) == 2
+    assert source.column("label") == ["cat", "dog"]
+    assert source.image(1, "image") == tmp_path / "dog/2.JPG"
+
+
+def test_image_folder_with_splits(tmp_path):
+    touch(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/3.png")
+    source = ImageFolderSource(".", base=tmp_path)
+    assert source.column("split") == ["train", "train", "val"]
+    assert source.column("label") == ["cat", "dog", "cat"]
+    assert list(source.files("image")) == source.column("image")
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    touch(tmp_path, "train/1.png", "bus/1.png")
+    assert ImageFolderSource(".", base=tmp_path).column("label") == ["bus", "train"]
+
+
+@pytest.mark.parametrize(("path", "message"), [("gone", "no folder"), (".", "holds no image at class/file")])
+def test_unusable_image_folders(tmp_path, path, message):
+    with pytest.raises(UserError, match=message):
+        ImageFolderSource(path, base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "tabel"}, "did you mean 'table'"),
+        ({"type": "table", "paht": "x"}, "no parameter 'paht'; did you mean 'path'"),
+        ({"type": "table", "base": "x"}, "no parameter 'base'"),
+        ({"type": "table"}, "needs the parameter 'path'"),
+        ({"type": "table", "path": 3}, r"data\.source: path is 3; expected a string"),
+    ],
+)
+def test_wrong_parts(tmp_path, part, message):
+    with pytest.raises(UserError, match=message):
+        open_source(Part(**part), tmp_path)
+
+
+def test_parts_open_their_sources(tmp_path):
+    touch(tmp_path, "cat/1.png")
+    write_table(tmp_path, ".csv")
+    paths = {"table": "table.csv", "image_folder": "."}
+    for kind, builder in SOURCES.items():
+        assert isinstance(open_source(Part(type=kind, path=paths[kind]), tmp_path), builder)
