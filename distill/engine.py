@@ -258,8 +258,8 @@ def _step(
                 f"{job.folder / 'not_finite.json'}; lower train.lr or check those rows"
             )
         accelerator.backward(loss * share)
-        for name, value in {"loss": loss.detach(), **values}.items():
-            logged[name] = logged.get(name, 0.0) + float(value) * share
+        for name, value in {"loss": loss, **values}.items():
+            logged[name] = logged.get(name, 0.0) + float(value.detach()) * share
     if job.config.clip_norm:
         accelerator.clip_grad_norm_(trainee.parameters(), job.config.clip_norm)
     optimizer.step()
@@ -396,7 +396,7 @@ def _note(state: State) -> str:
 
 
 def _floats(values: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items()}
+    return {name: float(value.detach()) for name, value in values.items()}
 
 
 def _write_metrics(folder: Path, state: State) -> None:

@@ -60,7 +60,7 @@ def _distillation(recipe: Recipe) -> Any:
 
 def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
     with progress("read data", quiet=work.quiet) as report:
-        return prepare(work.recipe.data, folder, work.base, report)
+        return prepare(work.recipe.data, folder, Path.cwd(), report)
 
 
 STAGES = (
@@ -212,12 +212,11 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{where}: a term reads a teacher, and this stage has none; use losses on labels here")
 
 
-def plan(recipe: Recipe, base: Path, *, until: str | None = None, force: Sequence[str] = ()) -> list[Planned]:
+def plan(recipe: Recipe, *, until: str | None = None, force: Sequence[str] = ()) -> list[Planned]:
     """Find out which stages are up to date.
 
     Args:
         recipe: the validated recipe.
-        base: folder that its relative paths start from.
         until: last stage; with it, only what that stage needs.
         force: stages to run again in any case.
 
@@ -232,7 +231,7 @@ def plan(recipe: Recipe, base: Path, *, until: str | None = None, force: Sequenc
     for stage in _needed(until):
         part = [stage.config(recipe), stage.version, [keys[parent] for parent in stage.parents]]
         if stage.name == "data":
-            part.append(source_fingerprint(recipe.data, base))
+            part.append(source_fingerprint(recipe.data, Path.cwd()))
         keys[stage.name] = fingerprint(stage.name, part)
         if stage.name in force or rerun.intersection(stage.parents):
             rerun.add(stage.name)
@@ -253,7 +252,6 @@ def _needed(until: str | None) -> list[Stage]:
 
 def run(
     recipe: Recipe,
-    base: Path,
     *,
     until: str | None = None,
     force: Sequence[str] = (),
@@ -263,8 +261,7 @@ def run(
     """Bring a run up to date.
 
     Args:
-        recipe: the validated recipe.
-        base: folder that its relative paths start from.
+        recipe: the validated recipe; its relative paths start from the working directory.
         until: last stage, if not all.
         force: stages to run again in any case.
         quiet: show no progress.
@@ -281,8 +278,8 @@ def run(
     with locked(folder):
         write_json(folder / "recipe.resolved.json", recipe.model_dump())
         (folder / "recipe.resolved.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
-        work = Workspace(recipe, base, ENCODERS, students.INHERITANCES, quiet=quiet)
-        for item in plan(recipe, base, until=until, force=force):
+        work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet)
+        for item in plan(recipe, until=until, force=force):
             if item.artifact is not None:
                 work.done[item.stage.name] = item.artifact
                 continue

@@ -1,10 +1,237 @@
 """The stages after training: export, quantize, evaluate, bench, report."""
+
 from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-from distill.stages import Workspace
-def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]: raise NotImplementedError
-def quantize_bundle(work: Workspace, folder: Path) -> dict[str, Any]: raise NotImplementedError
-def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]: raise NotImplementedError
-def bench_all(work: Workspace, folder: Path) -> dict[str, Any]: raise NotImplementedError
-def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]: raise NotImplementedError
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from distill import bench, evaluate
+from distill.build import example_batch, input_spec
+from distill.contracts import TEST, TRAIN, VALID
+from distill.export.bundle import parity, write_bundle
+from distill.export.onnx import export_onnx
+from distill.multimodal import MultimodalModel
+from distill.predict import MODEL_FILE, load
+from distill.progress import progress
+from distill.quantize import quantize_static
+from distill.report import ModelEntry, ReportContext, write_report
+from distill.stages import STUDENT, TEACHER, Workspace
+
+FP32, INT8 = "onnx-fp32", "onnx-int8"
+TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
+BUNDLES = {FP32: "export", INT8: "quantize"}
+"""Bundle -> the stage whose folder holds it."""
+SHIPPED = "pruned"
+"""The model that is exported into bundles."""
+VERSIONS = ("torch", "transformers", "accelerate", "timm", "onnx", "onnxruntime", "torch-pruning", "numpy")
+CALIBRATION_BATCH = 32
+
+
+def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Write the fp32 graphs of teacher and student, which the bench times, and the gated ``onnx-fp32`` bundle."""
+    recipe = work.recipe
+    graphs: dict[str, Any] = {}
+    names = (TEACHER, STUDENT, SHIPPED)
+    with progress("export", quiet=work.quiet) as report:
+        for number, name in enumerate(names):
+            model = work.model(name)
+            example = example_batch(input_spec(model), recipe.data.working_size)
+            graphs[name] = export_onnx(model, example, folder / f"{name}.onnx", opset=recipe.export.opset)
+            report(number + 1, len(names), name)
+    info = {"precision": "fp32", "num_params": bench.num_params(model)}
+    gate = _write_gated(work, folder / FP32, folder / f"{SHIPPED}.onnx", info, recipe.export.min_agreement_fp32)
+    (folder / f"{SHIPPED}.onnx").unlink()  # the bundle holds it
+    return {"graphs": {name: graph["bytes"] for name, graph in graphs.items()}, "parity": {FP32: gate}}
+
+
+def quantize_bundle(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Write the gated ``onnx-int8`` bundle from the fp32 graph, calibrated on training rows."""
+    config = work.recipe.export
+    spec = input_spec(work.model(SHIPPED))
+    loader = work.clean_loader(TRAIN, spec, STUDENT, CALIBRATION_BATCH)
+    chosen = np.linspace(0, loader.num_rows - 1, min(config.quantize.calibration_rows, loader.num_rows)).astype(int)
+
+    def feeds() -> Iterator[dict[str, NDArray[Any]]]:
+        for part in np.array_split(loader.row_positions[chosen], -(-len(chosen) // CALIBRATION_BATCH)):
+            yield evaluate.feeds(loader.batch(part, loader.clean_views(len(part)))[STUDENT])
+
+    path = folder / "model.onnx"
+    with progress("quantize", quiet=work.quiet) as report:
+        made = quantize_static(work.path("export") / FP32 / MODEL_FILE, path, feeds(), config.quantize)
+        report(1, 1)
+    info = {"precision": "int8", **made}
+    gate = _write_gated(work, folder / INT8, path, info, config.min_agreement_int8)
+    path.unlink()
+    return {**made, "parity": {INT8: gate}}
+
+
+def _write_gated(work: Workspace, bundle: Path, graph: Path, info: Mapping[str, Any], least: float) -> dict[str, Any]:
+    """Write a bundle and compare it with its torch source on the validation rows, on its own runtime."""
+    model = work.model(SHIPPED)
+    spec = input_spec(model)
+    write_bundle(
+        bundle,
+        model_path=graph,
+        preprocessor=work.preprocessor(spec),
+        labels=work.data().labels,
+        name=f"{work.recipe.name} {bundle.name}",
+        source={"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint},
+        info=info,
+    )
+    loader = work.clean_loader(VALID, spec, STUDENT)
+    batches = evaluate.clean_batches(loader, STUDENT)
+    source = evaluate.predict_torch(model, batches)
+    found = evaluate.predict_bundle(load(bundle), batches)
+    return parity(source, found, min_agreement=least, ids=loader.data.ids[loader.row_positions])
+
+
+def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Predict the test rows with every model: the trained ones in torch, the bundles on onnxruntime."""
+    data = work.data()
+    rows = data.rows(TEST)
+    targets = {f"target.{task}": values[rows] for task, values in data.targets.items()}
+    evaluate.write_arrays(folder / "targets.safetensors", {"ids": data.ids[rows], "group": data.groups[rows], **targets})
+    names = [*TRAINED, *BUNDLES]
+    with progress("evaluate", quiet=work.quiet) as report:
+        for number, name in enumerate(names):
+            arrays = _bundle_arrays(work, name) if name in BUNDLES else _torch_arrays(work, work.model(name), name)
+            evaluate.write_arrays(folder / f"{name}.safetensors", {"ids": data.ids[rows], **arrays})
+            report(number + 1, len(names), name)
+    return {"rows": len(rows), "models": names}
+
+
+def _torch_arrays(work: Workspace, model: MultimodalModel, name: str) -> evaluate.Arrays:
+    reads = TEACHER if name == TEACHER else STUDENT
+    loader = work.towers(work.clean_loader(TEST, input_spec(model), reads), model, reads)
+    subsets = list(model.encoders) if len(model.encoders) > 1 else []
+    return evaluate.predict_torch(model, evaluate.clean_batches(loader, reads), subsets=subsets)
+
+
+def _bundle_arrays(work: Workspace, name: str) -> evaluate.Arrays:
+    spec = input_spec(work.model(SHIPPED))
+    batches = evaluate.clean_batches(work.clean_loader(TEST, spec, STUDENT), STUDENT)
+    return evaluate.predict_bundle(load(work.path(BUNDLES[name]) / name), batches)
+
+
+def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Measure every graph side by side on onnxruntime, on one test row whose text has the median length."""
+    recipe, export = work.recipe, work.path("export")
+    paths = {
+        TEACHER: export / "teacher.onnx",
+        STUDENT: export / "student.onnx",
+        FP32: export / FP32 / MODEL_FILE,
+        INT8: work.path("quantize") / INT8 / MODEL_FILE,
+    }
+    models = {name: work.model(name) for name in (TEACHER, STUDENT, SHIPPED)}
+    feeds = {name: _median_row(work, model) for name, model in models.items()}
+    feeds |= {FP32: feeds[SHIPPED], INT8: feeds[SHIPPED]}
+    with progress("bench", quiet=work.quiet) as report:
+        measured = bench.bench_onnx(
+            {name: (path, feeds[name]) for name, path in paths.items()},
+            repeats=recipe.bench.repeats,
+            threads=recipe.bench.threads,
+        )
+        report(1, 1)
+    size = recipe.data.working_size
+    for name, model in models.items():
+        length = feeds[name]["text"].shape[1] if "text" in feeds[name] else 0
+        one = example_batch(input_spec(model), size, rows=1, length=length)
+        entry = measured.setdefault(name, dict(measured[FP32]))  # the fp32 bundle is the shipped model's graph
+        entry |= {"flops": bench.flops(model, one), "num_params": bench.num_params(model)}
+    costs = {field: measured[SHIPPED][field] for field in ("flops", "num_params")}
+    measured[FP32] |= costs
+    measured[INT8] |= costs
+    measured["baseline"] = dict(measured[STUDENT])  # the same architecture, so the same graph but for its weights
+    return {"models": measured, "processor": platform.processor() or platform.machine()}
+
+
+def _median_row(work: Workspace, model: MultimodalModel) -> dict[str, NDArray[Any]]:
+    spec = input_spec(model)
+    loader = work.clean_loader(TEST, spec, TEACHER)
+    rows = loader.row_positions
+    if spec.tokenizer is not None:
+        batch = loader.batch(rows, loader.clean_views(len(rows)))[TEACHER]
+        lengths = batch.inputs["text_mask"].sum(1).numpy()
+        rows = rows[np.argsort(lengths, kind="stable")[len(rows) // 2 :]]
+    return evaluate.feeds(loader.batch(rows[:1], loader.clean_views(1))[TEACHER])
+
+
+def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Write ``report.json``, ``report.md`` and ``report.html``."""
+    recipe, data = work.recipe, work.data()
+    predictions = work.path("evaluate")
+    kept = evaluate.read_arrays(predictions / "targets.safetensors")
+    measured = work.done["bench"].info["models"]
+    context = ReportContext(
+        name=recipe.name,
+        recipe=recipe.model_dump(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tasks=data.labels,
+        targets={task: kept[f"target.{task}"] for task in data.labels},
+        groups=kept["group"],
+        ids=kept["ids"],
+        models=[_entry(work, name, predictions, measured[name]) for name in (*TRAINED, *BUNDLES)],
+        data={**work.done["data"].info, "fingerprint": work.done["data"].fingerprint},
+        seeds=[recipe.seed],
+        versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        curves={name: _curve(work.path(name) / "metrics.jsonl") for name in TRAINED},
+        costs={name: artifact.info["cost"] for name, artifact in work.done.items() if "cost" in artifact.info},
+        cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
+        parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
+        examples=lambda row: _example(work, row),
+        num_examples=recipe.report.examples,
+        resamples=recipe.report.bootstrap,
+    )
+    report = write_report(context, folder)
+    return {"title": report["headline"]["title"]}
+
+
+def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str, Any]) -> ModelEntry:
+    arrays = evaluate.read_arrays(predictions / f"{name}.safetensors")
+    subsets: dict[str, dict[str, Any]] = {}
+    for key, values in arrays.items():
+        if key.startswith("subset."):
+            _, modality, task = key.split(".")
+            subsets.setdefault(modality, {})[task] = values
+    threads = measured["threads"]
+    return ModelEntry(
+        name=name,
+        stage=BUNDLES.get(name, name),
+        runtime="onnxruntime" if name in BUNDLES else "torch",
+        logits={key.removeprefix("logits."): values for key, values in arrays.items() if key.startswith("logits.")},
+        subsets=subsets,
+        num_params=measured["num_params"],
+        flops=measured["flops"],
+        size_bytes=measured["size_bytes"],
+        latency_ms=measured["latency_ms"],
+        latency_note=f"{measured['runtime']} CPU, batch 1, {threads} thread{'s' if threads > 1 else ''}",
+        peak_memory_bytes=measured["peak_memory_bytes"],
+        seeds=[work.recipe.seed],
+        source=SHIPPED if name in BUNDLES else None,
+    )
+
+
+def _curve(file: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [{**entry, "train_loss": entry["train/loss"]} for entry in entries]
+
+
+def _example(work: Workspace, row_id: int) -> dict[str, Any]:
+    data = work.data()
+    (row,) = np.flatnonzero(data.ids == row_id)
+    picture = None
+    if data.images is not None and data.present["image"][row]:
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(data.images[row].transpose(1, 2, 0))).save(buffer, "PNG")
+        picture = buffer.getvalue()
+    return {"image_png": picture, "text": data.texts[row]}

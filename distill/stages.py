@@ -42,7 +42,6 @@ class Workspace:
 
     Attributes:
         recipe: the validated recipe.
-        base: folder that relative paths of the recipe start from.
         encoders: encoder type -> class.
         inheritances: inheritance type -> function.
         done: finished stages by name.
@@ -50,7 +49,6 @@ class Workspace:
     """
 
     recipe: Recipe
-    base: Path
     encoders: Registry
     inheritances: Registry
     done: dict[str, Artifact] = field(default_factory=dict)

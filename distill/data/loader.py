@@ -167,6 +167,11 @@ class Loader:
             batches[name] = Batch(ids, views, inputs, present, targets)
         return batches
 
+    @staticmethod
+    def clean_views(num_rows: int) -> Tensor:
+        """Return the views of rows that are not augmented, int64 [B]."""
+        return torch.full((num_rows,), CLEAN_VIEW)
+
     def _slice(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         first, last = (len(rows) * rank // self._world_size for rank in (self._rank, self._rank + 1))
         return rows[first:last]

@@ -1,0 +1,236 @@
+"""The ``distill`` command: one verb a stage. Verbs import what they need, so that ``--help`` is instant.
+
+Exit codes: 0 done, 1 the run failed, 2 a mistake in the call, the config or the data, 130 / 143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill import __version__
+from distill.contracts import UserError
+
+if TYPE_CHECKING:
+    from distill.config import Recipe
+    from distill.contracts import Artifact
+
+app = typer.Typer(
+    name="distill",
+    help="Distil a large multimodal teacher into a small student: train, prune, quantize, export, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of a packaged one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as student.train.epochs=5.")]
+TeacherOption = Annotated[str, typer.Option("--teacher", help="Teacher part file that replaces the recipe's.")]
+StudentOption = Annotated[str, typer.Option("--student", help="Student part file that replaces the recipe's.")]
+DataOption = Annotated[str, typer.Option("--data", help="Data part file that replaces the recipe's.")]
+ForceOption = Annotated[list[str] | None, typer.Option("--force", help="Stage to run again; may be repeated.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines; progress goes to standard error.")]
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/quantize/onnx-int8.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"multidistill {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    teacher: TeacherOption = "",
+    student: StudentOption = "",
+    data: DataOption = "",
+    force: ForceOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe from data to report; finished stages are skipped."""
+    loaded = _load(recipe, overrides, teacher=teacher, student=student, data=data)
+    if dry_run:
+        _print_plan(loaded, force or [], as_json=as_json)
+        return
+    _finish_run(loaded, _run(loaded, None, force, as_json=as_json), as_json=as_json)
+
+
+def _stage_command(name: str, until: str, text: str) -> None:
+    """Add a verb that runs a recipe up to one stage."""
+
+    def verb(
+        recipe: RecipeArgument,
+        overrides: Overrides = None,
+        teacher: TeacherOption = "",
+        student: StudentOption = "",
+        data: DataOption = "",
+        force: ForceOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        loaded = _load(recipe, overrides, teacher=teacher, student=student, data=data)
+        done = _run(loaded, until, force, as_json=as_json)
+        artifact = done[until]
+        if as_json:
+            typer.echo(json.dumps({"path": str(artifact.path), **artifact.info}))
+        else:
+            typer.echo(f"{name}: {artifact.path}")
+
+    verb.__doc__ = text
+    app.command(name)(verb)
+
+
+_stage_command("train", "student", "Fit the teacher, fill its cache and distil the student.")
+_stage_command("cache", "cache", "Fit the teacher and store its outputs for every training row and view.")
+_stage_command("prune", "pruned", "Prune the distilled student and recover its accuracy.")
+_stage_command("export", "export", "Write the onnx-fp32 bundle of the pruned student.")
+_stage_command("quantize", "quantize", "Write the onnx-int8 bundle from the fp32 graph.")
+_stage_command("evaluate", "evaluate", "Predict the test rows with every model on its own runtime.")
+_stage_command("bench", "bench", "Measure latency, memory and size of every graph on its runtime.")
+
+
+@app.command()
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    teacher: TeacherOption = "",
+    student: StudentOption = "",
+    data: DataOption = "",
+) -> None:
+    """Check a recipe without running it: keys, types, names and parameters of all parts."""
+    from distill import pipeline
+
+    loaded = _load(recipe, overrides, teacher=teacher, student=student, data=data)
+    pipeline.check(loaded)
+    typer.echo(f"{recipe}: valid; run folder {pipeline.run_folder(loaded)}")
+
+
+@app.command()
+def predict(
+    bundle: BundleArgument,
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file; may be repeated.")] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="Text; may be repeated.")] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="CSV with columns image and/or text.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes listed a row.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify images and texts with an exported bundle; needs no torch."""
+    from distill.predict import predict_rows
+
+    rows = predict_rows(bundle, image or [], text or [], table, top_k=top_k)
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    for row in rows:
+        for task, answer in row.items():
+            listed = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
+            typer.echo(f"{task}: {listed}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/a runs/b.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare finished runs: accuracies, differences with intervals, and settings that differ."""
+    from rich.console import Console
+
+    from distill.report import compare_runs, comparison_table
+    from distill.runs import read_json
+
+    files = [folder / "report" / "report.json" for folder in runs]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"no report in {file.parent}; finish that run with `distill run` first")
+    result = compare_runs([read_json(file) for file in files], [folder.name for folder in runs])
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        Console().print(comparison_table(result))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Print versions, devices, extras that are present or missing, and free disk."""
+    from distill.doctor import describe, render
+
+    facts = describe()
+    typer.echo(json.dumps(facts) if as_json else render(facts))
+
+
+def main() -> None:
+    """Run the command; mistakes of the user end in one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; run the same command again to go on", 130)
+    except RuntimeError as error:
+        if type(error).__module__.partition(".")[0] != "distill":
+            raise
+        _fail(str(error), getattr(error, "exit_code", 1))
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _load(recipe: str, overrides: list[str] | None, **parts: str) -> Recipe:
+    from distill.config import load_recipe
+
+    return load_recipe(recipe, overrides or [], parts)
+
+
+def _run(recipe: Recipe, until: str | None, force: list[str] | None, *, as_json: bool) -> dict[str, Artifact]:
+    from distill import pipeline
+
+    return pipeline.run(recipe, until=until, force=force or [], say=lambda line: typer.echo(line, err=as_json))
+
+
+def _finish_run(recipe: Recipe, done: dict[str, Artifact], *, as_json: bool) -> None:
+    """Print the table of the report and where it lies."""
+    from rich.console import Console
+
+    from distill.report import terminal_table
+    from distill.runs import read_json
+
+    folder = done["report"].path
+    report = read_json(folder / "report.json")
+    if as_json:
+        typer.echo(json.dumps({"run": str(folder.parent), "report": str(folder / "report.json"), "models": report["models"]}))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(terminal_table(report))
+    console.print(report["headline"]["title"], highlight=False)
+    typer.echo(f"report: {folder / 'report.html'} (also report.md, report.json)")
+
+
+def _print_plan(recipe: Recipe, force: list[str], *, as_json: bool) -> None:
+    from distill import pipeline
+
+    pipeline.check(recipe)
+    lines: list[dict[str, Any]] = [
+        {"stage": item.stage.name, "state": "up to date" if item.artifact else "to do", "about": item.stage.about}
+        for item in pipeline.plan(recipe, force=force)
+    ]
+    if as_json:
+        typer.echo(json.dumps(lines))
+        return
+    typer.echo(f"run folder: {pipeline.run_folder(recipe)}")
+    for line in lines:
+        typer.echo(f"  {line['stage']:<10} {line['state']:<11} {line['about']}")
+
+
+if __name__ == "__main__":
+    main()
