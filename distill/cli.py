@@ -5,10 +5,17 @@ Exit codes: 0 done, 1 the run failed, 2 a mistake in the call, the config or the
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
+import signal
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,12 +37,19 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of a packaged one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides such as student.train.epochs=5.")]
-TeacherOption = Annotated[str, typer.Option("--teacher", help="Teacher part file that replaces the recipe's.")]
-StudentOption = Annotated[str, typer.Option("--student", help="Student part file that replaces the recipe's.")]
-DataOption = Annotated[str, typer.Option("--data", help="Data part file that replaces the recipe's.")]
+TeacherOption = Annotated[
+    str, typer.Option("--teacher", help="Teacher part, a file or a packaged name, in place of the recipe's.")
+]
+StudentOption = Annotated[
+    str, typer.Option("--student", help="Student part, a file or a packaged name, in place of the recipe's.")
+]
+DataOption = Annotated[
+    str, typer.Option("--data", help="Data part, a file or a packaged name, in place of the recipe's.")
+]
 ForceOption = Annotated[list[str] | None, typer.Option("--force", help="Stage to run again; may be repeated.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines; progress goes to standard error.")]
+NO_SPACE_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/quantize/onnx-int8.")]
 
 
@@ -100,16 +114,24 @@ _stage_command("bench", "bench", "Measure latency, memory and size of every grap
 
 @app.command()
 def validate(
-    recipe: RecipeArgument,
+    recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of a packaged one.")] = "",
     overrides: Overrides = None,
     teacher: TeacherOption = "",
     student: StudentOption = "",
     data: DataOption = "",
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
     """Check a recipe without running it: keys, types, names and parameters of all parts."""
+    if schema:
+        from distill.config import Recipe as RecipeSchema
+
+        typer.echo(json.dumps(RecipeSchema.model_json_schema(), indent=2))
+        return
+    if not recipe:
+        raise UserError("validate: name a recipe, or ask for --schema")
+    loaded = _load(recipe, overrides, teacher=teacher, student=student, data=data)
     from distill import pipeline
 
-    loaded = _load(recipe, overrides, teacher=teacher, student=student, data=data)
     pipeline.check(loaded)
     typer.echo(f"{recipe}: valid; run folder {pipeline.run_folder(loaded)}")
 
@@ -131,9 +153,11 @@ def predict(
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
     for row in rows:
-        for task, answer in row.items():
+        if len(rows) > 1:
+            typer.echo(" | ".join(str(row[name]) for name in ("image", "text") if row[name] is not None))
+        for task, answer in row["predictions"].items():
             listed = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
-            typer.echo(f"{task}: {listed}")
+            typer.echo(f"{'  ' if len(rows) > 1 else ''}{task}: {listed}")
 
 
 @app.command()
@@ -151,7 +175,12 @@ def compare(
     for file in files:
         if not file.is_file():
             raise UserError(f"no report in {file.parent}; finish that run with `distill run` first")
-    result = compare_runs([read_json(file) for file in files], [folder.name for folder in runs])
+    try:
+        reports = [read_json(file) for file in files]
+    except ValueError as error:
+        raise UserError(f"a report is damaged: {error}; make it again with --force report") from error
+    names = [folder.name for folder in runs]
+    result = compare_runs(reports, names if len(set(names)) == len(names) else [str(folder) for folder in runs])
     if as_json:
         typer.echo(json.dumps(result))
     else:
@@ -167,27 +196,61 @@ def doctor(as_json: JsonOption = False) -> None:
     typer.echo(json.dumps(facts) if as_json else render(facts))
 
 
-def main() -> None:
-    """Run the command; mistakes of the user end in one sentence and exit code 2."""
+class _StoppedError(BaseException):
+    """A signal arrived outside of training, which handles signals itself; no library should swallow it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again to go on")
+        self.exit_code = 128 + signum
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; a mistake of the user ends in one sentence and exit code 2.
+
+    Args:
+        arguments: those of the process by default.
+    """
+    # torchao, where it is installed, makes torch warn about itself as soon as transformers is imported.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
-        app()
+        with _stoppable():
+            app(args=arguments)
     except UserError as error:
-        _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped; run the same command again to go on", 130)
+        _fail(error, 2)
+    except _StoppedError as stopped:
+        _fail(stopped, stopped.exit_code)
+    except OSError as error:
+        if error.errno not in NO_SPACE_OR_RIGHT:
+            raise
+        _fail(error, 1)
     except RuntimeError as error:
         if type(error).__module__.partition(".")[0] != "distill":
             raise
-        _fail(str(error), getattr(error, "exit_code", 1))
+        _fail(error, getattr(error, "exit_code", 1))
 
 
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGINT and SIGTERM unwind the stack, so that locks and temporary files go."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _StoppedError(signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fail(error: BaseException, code: int) -> None:
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     sys.exit(code)
 
 
 def _load(recipe: str, overrides: list[str] | None, **parts: str) -> Recipe:
-    from distill.config import load_recipe
+    from distill.recipe import load_recipe
 
     return load_recipe(recipe, overrides or [], parts)
 
@@ -208,7 +271,8 @@ def _finish_run(recipe: Recipe, done: dict[str, Artifact], *, as_json: bool) -> 
     folder = done["report"].path
     report = read_json(folder / "report.json")
     if as_json:
-        typer.echo(json.dumps({"run": str(folder.parent), "report": str(folder / "report.json"), "models": report["models"]}))
+        found = {"run": str(folder.parent), "report": str(folder / "report.json"), "models": report["models"]}
+        typer.echo(json.dumps(found))
         return
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(terminal_table(report))
@@ -217,19 +281,23 @@ def _finish_run(recipe: Recipe, done: dict[str, Artifact], *, as_json: bool) -> 
 
 
 def _print_plan(recipe: Recipe, force: list[str], *, as_json: bool) -> None:
-    from distill import pipeline
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan downloads nothing
+    from distill import estimate, pipeline
 
     pipeline.check(recipe)
-    lines: list[dict[str, Any]] = [
+    stages: list[Mapping[str, str]] = [
         {"stage": item.stage.name, "state": "up to date" if item.artifact else "to do", "about": item.stage.about}
         for item in pipeline.plan(recipe, force=force)
     ]
+    cost = estimate.estimate(recipe, pipeline.ENCODERS)
     if as_json:
-        typer.echo(json.dumps(lines))
+        typer.echo(json.dumps({"run": str(pipeline.run_folder(recipe)), "stages": stages, **cost}))
         return
     typer.echo(f"run folder: {pipeline.run_folder(recipe)}")
-    for line in lines:
-        typer.echo(f"  {line['stage']:<10} {line['state']:<11} {line['about']}")
+    for stage in stages:
+        typer.echo(f"  {stage['stage']:<10} {stage['state']:<11} {stage['about']}")
+    for line in estimate.render(cost):
+        typer.echo(line)
 
 
 if __name__ == "__main__":

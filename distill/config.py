@@ -1,27 +1,29 @@
-"""The schema of a recipe, and how one is read: YAML, part files, overrides, then validation.
+"""The schema of a recipe, and parts: a ``type``, looked up in a registry, and parameters, checked against its builder.
 
-``data:``, ``teacher:`` and ``student:`` hold a mapping, or name a part file: a path relative to the recipe,
-or a name among the packaged configs (``configs/teachers/NAME.yaml``). YAML never names code: a part's
-``type`` is looked up in a registry.
+YAML never names code. How a recipe is read is in :mod:`distill.recipe`.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from yaml import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from distill.contracts import UserError
 
-PARTS = {"data": "data", "teacher": "teachers", "student": "students"}
+EXPECTED = {
+    "model_type": "Input should be a mapping of keys",
+    "dict_type": "Input should be a mapping of keys",
+    "is_instance_of": "Input should be a list",
+    "list_type": "Input should be a list",
+}
+"""Kind of pydantic's complaint -> what it says in a message."""
+SHOWN = 80
+"""Characters of a wrong value that a message repeats."""
 
 
 class Strict(BaseModel):
@@ -55,6 +57,7 @@ class TextAugment(Strict):
     """Replayable text augmentation."""
 
     word_dropout: float = Field(0.0, ge=0, lt=1)  # probability of dropping a word; one word always stays
+    views: int | None = Field(None, ge=1)  # after so many views words drop as before, so that a frozen tower repeats
 
 
 class AugmentConfig(Strict):
@@ -199,7 +202,7 @@ class Recipe(Strict):
     """One job from data to report."""
 
     version: Literal[1]
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)
     seed: int = Field(0, ge=0, lt=2**31)
     output: str = "runs"
     data: DataConfig
@@ -212,10 +215,27 @@ class Recipe(Strict):
     report: ReportConfig = ReportConfig()
 
 
+def one_line(error: Exception) -> str:
+    """Return an exception's text on one line."""
+    return " ".join(str(error).split())
+
+
+def shortened(value: Any) -> str:
+    """Return a value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def complaint(problem: Mapping[str, Any]) -> str:
+    """Return what pydantic found wrong in a value, in the words of YAML where pydantic speaks of Python."""
+    return EXPECTED.get(problem["type"], problem["msg"])
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return a sentence part listing the choices and, where one is close, the nearest: for error messages."""
     known = sorted(choices)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = close or [choice for choice in known if len(word) > 2 and choice.startswith(word)]
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}choices: {', '.join(known)}"
 
@@ -230,19 +250,30 @@ def check_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: st
         given: parameters that the caller adds, which the part may leave out.
 
     Raises:
-        UserError: unknown type, unknown parameter, or a required one is missing.
+        UserError: unknown type, unknown parameter, one of the wrong type, or a required one is missing.
     """
     if part.type not in registry:
         raise UserError(f"{where}: unknown type {part.type!r}; {nearest(part.type, registry)}")
-    added = set(given)
-    signature = inspect.signature(registry[part.type]).parameters
+    builder, added = registry[part.type], set(given)
+    signature = inspect.signature(builder).parameters
     settable = [name for name in signature if name not in added and name != "self"]
-    for name in part.params:
+    hints = get_type_hints(getattr(builder, "__init__") if inspect.isclass(builder) else builder)  # noqa: B009
+    for name, value in part.params.items():
         if name not in settable:
             raise UserError(f"{where}: {part.type} has no parameter {name!r}; {nearest(name, settable)}")
+        _check_type(hints.get(name, Any), value, f"{where}.{name}")
     for name in settable:
         if signature[name].default is inspect.Parameter.empty and name not in part.params:
             raise UserError(f"{where}: {part.type} needs the parameter {name!r}; add it")
+
+
+def _check_type(hint: Any, value: Any, where: str) -> None:
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where} is {shortened(value)}: {complaint(error.errors()[0])}") from error
+    except PydanticUserError:
+        return  # a class of our own, which no recipe can hold: the builder is the judge
 
 
 def build_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: str, **given: Any) -> Any:
@@ -257,100 +288,4 @@ def build_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: st
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {part.type} cannot be built: {_line(error)}") from error
-
-
-def packaged_configs() -> Path:
-    """Return the folder of the configs that come with the package (in a wheel, or in the checkout)."""
-    inside = Path(str(resources.files("distill"))) / "configs"
-    return inside if inside.is_dir() else Path(str(resources.files("distill"))).parent / "configs"
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), parts: dict[str, str] | None = None) -> Recipe:
-    """Read a recipe, resolve its part files, apply ``a.b=c`` overrides and validate it.
-
-    Args:
-        path: a YAML file, or the name of a packaged recipe.
-        overrides: dotted assignments, applied last.
-        parts: part files that replace the recipe's ``data``, ``teacher`` or ``student``.
-
-    Raises:
-        UserError: one sentence naming file, key, what was expected, and the nearest allowed key.
-    """
-    file = _find(str(path), Path.cwd(), "")
-    raw = _read(file)
-    raw.update({key: value for key, value in (parts or {}).items() if value})
-    files = {"": file}
-    for key, folder in PARTS.items():
-        if isinstance(raw.get(key), str):
-            base = Path.cwd() if (parts or {}).get(key) else file.parent
-            files[key] = _find(raw[key], base, folder)
-            raw[key] = _read(files[key])
-    try:
-        tree = OmegaConf.merge(OmegaConf.create(raw), OmegaConf.from_dotlist(list(_checked(overrides))))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{file}: an override or reference cannot be applied: {_line(error)}") from error
-    try:
-        return Recipe.model_validate(plain)
-    except ValidationError as error:
-        raise UserError(_explain(error, files)) from error
-
-
-def _checked(overrides: Sequence[str]) -> Iterable[str]:
-    for item in overrides:
-        if "=" not in item:
-            raise UserError(f"override {item!r} has no '='; write it as a.b=value")
-        yield item
-
-
-def _find(name: str, base: Path, folder: str) -> Path:
-    suffixed = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-    packaged = packaged_configs() / folder
-    for candidate in (base / name, base / suffixed, base / folder / suffixed, packaged / suffixed):
-        if candidate.is_file():
-            return candidate
-    known = [p.stem for p in packaged.glob("*.yaml")]
-    what = folder.removesuffix("s") or "recipe"
-    raise UserError(f"no {what} file {name!r} in {base} or among the packaged ones; {nearest(name, known)}")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file}: not readable as YAML: {_line(error)}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected a mapping of keys, found a {type(raw).__name__}")
-    return {str(key): value for key, value in raw.items()}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _explain(error: ValidationError, files: dict[str, Path]) -> str:
-    """Turn pydantic's first problem into one sentence."""
-    problem, more = error.errors()[0], error.error_count() - 1
-    where = ".".join(str(step) for step in problem["loc"])
-    file = files.get(str(problem["loc"][0]), files[""])
-    rest = f" (and {more} more)" if more else ""
-    if problem["type"] == "extra_forbidden":
-        section = _section(problem["loc"][:-1])
-        return f"{file}: unknown key {where!r}; {nearest(str(problem['loc'][-1]), section.model_fields)}{rest}"
-    if problem["type"] == "missing":
-        return f"{file}: {where!r} is missing; add it{rest}"
-    return f"{file}: {where!r} is {problem['input']!r}: {problem['msg']}{rest}"
-
-
-def _section(loc: Sequence[int | str]) -> type[BaseModel]:
-    """Find the schema class at a location, through dicts, lists and optionals."""
-    current: Any = Recipe
-    for step in loc:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            current = current.model_fields[str(step)].annotation
-        else:  # a dict or list entry
-            current = get_args(current)[-1]
-        while not isinstance(current, type) and type(None) in get_args(current):
-            current = next(a for a in get_args(current) if a is not type(None))
-    return current
+        raise UserError(f"{where}: {part.type} cannot be built: {one_line(error)}") from error

@@ -37,7 +37,8 @@ def describe() -> dict[str, Any]:
 def render(facts: dict[str, Any]) -> str:
     """Return the facts as lines of text."""
     lines = [f"multidistill {facts['multidistill']}, Python {facts['python']}"]
-    lines += [f"  {name:<14} {version or 'missing; pip install ' + name}" for name, version in facts["packages"].items()]
+    for name, version in facts["packages"].items():
+        lines.append(f"  {name:<14} {version or f'missing; pip install {name}'}")
     devices = ", ".join(facts["cuda_devices"]) or ("Apple GPU" if facts["mps"] else "none")
     lines.append(f"processors: {facts['cpus']} ({facts['torch_threads']} torch threads); GPUs: {devices}")
     lines.append(f"onnxruntime providers: {', '.join(facts['onnxruntime_providers'])}")

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from distill import checkpoint
+from distill.averaging import Average, load_state, trained_state
 from distill.config import TrainConfig
-from distill.contracts import Batch, Outputs
+from distill.contracts import Batch, Outputs, UserError
+from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
 from distill.progress import Progress, silent
@@ -47,18 +48,6 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the last good checkpoint is kept."""
 
 
-class InterruptedRunError(RuntimeError):
-    """A signal asked the run to stop; its state was saved.
-
-    Attributes:
-        exit_code: 128 + the signal's number.
-    """
-
-    def __init__(self, signum: int, folder: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; state saved in {folder}, run again to go on")
-        self.exit_code = 128 + signum
-
-
 class Trainee(nn.Module):
     """The trained model and its objective as one module, so that every rank's gradients are averaged once."""
 
@@ -67,9 +56,11 @@ class Trainee(nn.Module):
         self.model, self.objective = tapped.model, objective
         self._tapped = tapped
 
-    def forward(self, batch: Batch, teacher: Outputs | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and each term's value."""
-        return self.objective(self._tapped(batch), teacher, batch)
+    def forward(
+        self, batch: Batch, teacher: Outputs | None, whole: Batch | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss and each term's value; of a micro-batch, its share in the ``whole`` batch's."""
+        return self.objective(self._tapped(batch), teacher, batch, whole)
 
 
 @dataclass
@@ -170,11 +161,13 @@ def fit(job: Job) -> dict[str, Any]:
         ``epochs``, ``steps``, ``best_epoch``, ``best`` (the selection metric), ``seconds``.
 
     Raises:
-        TrainingError: the loss is not finite; the rows are written to ``not_finite.json`` and weights are unchanged.
+        TrainingError: the loss or its gradient is not finite; the rows are written to ``not_finite.json``, and
+            weights are unchanged.
         InterruptedRunError: SIGINT or SIGTERM arrived; the state was saved.
+        UserError: the device cannot compute in the precision asked for.
     """
     config, folder = job.config, job.folder
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = _accelerator(config.precision)
     torch.manual_seed(job.seed)
     trainee = Trainee(job.tapped, job.objective)
     optimizer = build_optimizer(trainee, config)
@@ -189,7 +182,17 @@ def fit(job: Job) -> dict[str, Any]:
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
     saved = time.monotonic()
 
-    with _signals() as received:
+    def save_if_asked() -> None:
+        nonlocal saved
+        if not received and time.monotonic() - saved <= 60 * config.checkpoint_minutes:
+            return
+        if accelerator.is_main_process:
+            _save(folder / "checkpoint", trainee, optimizer, average, state, best)
+        saved = time.monotonic()
+        if received:
+            raise InterruptedRunError(received[0], folder)
+
+    with noted_signals() as received:
         while state.epoch < config.epochs and state.step < total and not _out_of_patience(state, config):
             prepared.train()
             for batches in job.loader.epoch(state.epoch, start=state.batch):
@@ -207,16 +210,12 @@ def fit(job: Job) -> dict[str, Any]:
                 state.step, state.batch = state.step + 1, state.batch + 1
                 state.seconds += time.monotonic() - began
                 job.report(state.step, total, _note(state))
-                due = time.monotonic() - saved > 60 * config.checkpoint_minutes
-                if received or due:
-                    if accelerator.is_main_process:
-                        _save(folder / "checkpoint", trainee, optimizer, average, state, best)
-                    saved = time.monotonic()
-                if received:
-                    raise InterruptedRunError(received[0], folder)
                 if state.step >= total:
                     break
+                if state.batch < per_epoch:  # behind the last one, what validation finds belongs into the checkpoint
+                    save_if_asked()
             best = _end_epoch(job, trainee, average, state, best, last=state.step >= total, lr=factor * config.lr)
+            save_if_asked()
     load_state(trainee, best)
     if accelerator.is_main_process:
         checkpoint.save_weights(trainee.model, folder / "model.safetensors")
@@ -248,22 +247,27 @@ def _step(
     for rows in torch.arange(len(batch.ids), device=batch.ids.device).tensor_split(count):
         part = batch if count == 1 else take(batch, rows)
         part_teacher = teacher if count == 1 or teacher is None else take(teacher, rows)
-        share = len(rows) / len(batch.ids)
         with accelerator.autocast():
-            loss, values = trainee(part, part_teacher)
+            loss, values = trainee(part, part_teacher, None if count == 1 else batch)
         if not torch.isfinite(loss):
-            write_json(job.folder / "not_finite.json", {"ids": part.ids.tolist(), "terms": _floats(values)})
-            raise TrainingError(
-                f"the loss is not finite ({_floats(values)}); weights are unchanged, the rows are listed in "
-                f"{job.folder / 'not_finite.json'}; lower train.lr or check those rows"
-            )
-        accelerator.backward(loss * share)
+            raise _not_finite(job.folder, "loss", part, {name: float(value.detach()) for name, value in values.items()})
+        accelerator.backward(loss)
         for name, value in {"loss": loss, **values}.items():
-            logged[name] = logged.get(name, 0.0) + float(value.detach()) * share
-    if job.config.clip_norm:
-        accelerator.clip_grad_norm_(trainee.parameters(), job.config.clip_norm)
+            logged[name] = logged.get(name, 0.0) + float(value.detach())
+    norm = accelerator.clip_grad_norm_(trainee.parameters(), job.config.clip_norm or math.inf)
+    if job.config.precision != "fp16" and not torch.isfinite(norm):  # the gradient scaler of fp16 skips such steps
+        raise _not_finite(job.folder, "gradient", batch, logged)
     optimizer.step()
     return logged
+
+
+def _not_finite(folder: Path, what: str, batch: Batch, terms: dict[str, float]) -> TrainingError:
+    shown = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
+    write_json(folder / "not_finite.json", {"what": what, "ids": batch.ids.tolist(), "terms": shown})
+    return TrainingError(
+        f"the {what} is not finite ({shown}); weights are unchanged, the rows are listed in "
+        f"{folder / 'not_finite.json'}; lower train.lr or check those rows"
+    )
 
 
 def _end_epoch(
@@ -291,53 +295,6 @@ def _end_epoch(
     return best
 
 
-class Average:
-    """Exponential moving average of the trained weights and buffers (Polyak & Juditsky 1992).
-
-    Args:
-        module: what to average.
-        decay: share kept in each step; early steps use less, ``(1 + step) / (10 + step)``.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = {name: value.detach().clone() for name, value in trained_state(module).items()}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move the average toward the module's present weights."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in trained_state(module).items():
-            if value.is_floating_point():
-                self.values[name].lerp_(value, 1 - decay)
-            else:
-                self.values[name].copy_(value)
-
-    @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """Put the average into the module for the time of the block."""
-        kept = {name: value.detach().clone() for name, value in trained_state(module).items()}
-        load_state(module, self.values)
-        try:
-            yield
-        finally:
-            load_state(module, kept)
-
-
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """State of a module without its frozen parameters, by name."""
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return {name: value for name, value in module.state_dict().items() if name not in frozen}
-
-
-@torch.no_grad()
-def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy values into a module's state in place."""
-    state = module.state_dict()
-    for name, value in values.items():
-        state[name].copy_(value)
-
-
 def take(item: Any, rows: Tensor) -> Any:
     """Rows of a Batch or of Outputs, in the order given."""
 
@@ -351,37 +308,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device; itself when it is there already."""
     if batch.ids.device == device:
         return batch
-    move = {"device": device, "non_blocking": True}
-    fields = ({k: v.to(**move) for k, v in f.items()} if isinstance(f, dict) else f.to(**move) for f in batch)
-    return Batch(*fields)
+
+    def move(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: move(item) for name, item in value.items()}
+        return value.to(device, non_blocking=True)
+
+    return Batch(*(move(value) for value in batch))
 
 
 @contextmanager
 def _unchanged() -> Iterator[None]:
     yield
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM; a second one takes its usual effect."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # only the main thread may set handlers; elsewhere the caller handles signals
-        before.clear()
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _out_of_patience(state: State, config: TrainConfig) -> bool:
@@ -395,8 +333,15 @@ def _note(state: State) -> str:
     return " ".join(shown)
 
 
-def _floats(values: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(value.detach()) for name, value in values.items()}
+def _accelerator(precision: str) -> Accelerator:
+    AcceleratorState._reset_state()  # one process trains several stages, each in a precision of its own
+    try:
+        accelerator = Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise UserError(f"train.precision: {precision!r} cannot be used here: {error}") from error
+    if precision == "fp16" and accelerator.scaler is None:  # Accelerate would compute in float32 without a word
+        raise UserError(f"train.precision: 'fp16' needs a GPU, this is {accelerator.device.type}; use 'no' or 'bf16'")
+    return accelerator
 
 
 def _write_metrics(folder: Path, state: State) -> None:
@@ -427,6 +372,9 @@ def _restore(
     folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, average: Average | None
 ) -> tuple[State, dict[str, Tensor]]:
     groups, content = checkpoint.load(folder)
+    shapes = {name: value.shape for name, value in trained_state(trainee).items()}
+    if shapes != {name: value.shape for name, value in groups["trainee"].items()}:
+        raise UserError(f"{folder}: the checkpoint is of another model; delete it to start over")
     load_state(trainee, groups["trainee"])
     checkpoint.unpack_optimizer(optimizer, groups["optimizer"], content["optimizer"])
     if average:

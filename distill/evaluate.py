@@ -6,8 +6,9 @@ only that modality present); ``targets.safetensors`` holds ``ids``, ``group`` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from distill.contracts import IGNORE, Batch, Outputs
-from distill.data.loader import Loader
+from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.metrics import accuracy
 from distill.multimodal import evaluating, only
 from distill.predict import Predictor
@@ -24,6 +24,13 @@ from distill.progress import Progress, silent
 from distill.runs import atomic
 
 Arrays = dict[str, NDArray[np.float32]]
+
+
+class Epochs(Protocol):
+    """What gives batches: a loader, or one whose batches carry the kept outputs of frozen towers."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
+        """Yield the batches of an epoch, by name of the model that reads them."""
 
 
 def final_logits(outputs: Outputs) -> dict[str, torch.Tensor]:
@@ -69,8 +76,9 @@ def predict_bundle(predictor: Predictor, batches: Callable[[], Iterator[Batch]])
 
 
 def feeds(batch: Batch) -> dict[str, NDArray[np.generic]]:
-    """A batch as the inputs of an exported graph."""
-    named = {**batch.inputs, **{f"{name}_present": mask for name, mask in batch.present.items()}}
+    """A batch as the inputs of an exported graph, which knows the modalities that its model reads and no other."""
+    flags = {f"{name}_present": mask for name, mask in batch.present.items() if name in batch.inputs}
+    named = {**batch.inputs, **flags}
     return {name: tensor.cpu().numpy() for name, tensor in named.items()}
 
 
@@ -79,6 +87,9 @@ def validation_accuracy(model: nn.Module, batches: Callable[[], Iterator[Batch]]
 
     Returns:
         ``valid/TASK_accuracy`` and ``valid/accuracy``, in [0, 1].
+
+    Raises:
+        UserError: no row has a label.
     """
     predicted = predict_torch(model, batches)
     labels: dict[str, list[NDArray[np.int64]]] = {}
@@ -90,20 +101,22 @@ def validation_accuracy(model: nn.Module, batches: Callable[[], Iterator[Batch]]
         for task, parts in labels.items()
         if f"logits.{task}" in predicted and (np.concatenate(parts) != IGNORE).any()
     }
+    if not scores:
+        raise UserError("no validation row has a label, so the best weights cannot be chosen; label some of the split")
     return {**scores, "valid/accuracy": float(np.mean(list(scores.values())))}
 
 
-def clean_batches(loader: Loader, reads: str) -> Callable[[], Iterator[Batch]]:
+def clean_batches(loader: Epochs, reads: str) -> Callable[[], Iterator[Batch]]:
     """Return a maker of iterators over one model's batches of an unshuffled loader."""
     return lambda: (batches[reads] for batches in loader.epoch(0))
 
 
-def write_arrays(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write named arrays as safetensors, atomically."""
     with atomic(path) as temporary:
         save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary)
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Read what :func:`write_arrays` wrote."""
-    return load_file(path)
+    return dict(load_file(path))

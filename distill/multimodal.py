@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,10 +119,10 @@ class MultimodalModel(nn.Module):
         fused = self.fusion(tokens, masks, pooled, present)
 
         logits: dict[str, Tensor] = {}
+        alone: dict[str, Any] = dict(self.unimodal_heads.items())
         for task, head in self.heads.items():
             total = head(fused)
-            by_modality = self.unimodal_heads[task] if task in self.unimodal_heads else {}
-            for name, unimodal in by_modality.items():
+            for name, unimodal in alone.get(task, {}).items():
                 own = unimodal(pooled[name])
                 logits[f"{task}.{name}"] = own
                 total = total + own * present[name][:, None].to(own.dtype)
@@ -163,7 +163,9 @@ class Tapped:
         for path in paths:
             name, _, reduction = path.partition(":")
             if name not in modules:
-                raise UserError(f"tap {path!r}: the model has no module {name!r}; {nearest(name, filter(None, modules))}")
+                raise UserError(
+                    f"tap {path!r}: the model has no module {name!r}; {nearest(name, filter(None, modules))}"
+                )
             if reduction not in ("", "mean"):
                 raise UserError(f"tap {path!r}: the only reduction is ':mean'")
             modules[name].register_forward_hook(self._reader(path, bool(reduction)))
@@ -197,7 +199,5 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 def only(batch: Batch, modality: str) -> Batch:
     """The same rows with just one modality present."""
-    present = {
-        name: mask if name == modality else torch.zeros_like(mask) for name, mask in batch.present.items()
-    }
+    present = {name: mask if name == modality else torch.zeros_like(mask) for name, mask in batch.present.items()}
     return batch._replace(present=present)

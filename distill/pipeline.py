@@ -15,14 +15,15 @@ from typing import Any
 import students
 import teachers
 from distill import results, stages
-from distill.build import check_model
-from distill.config import Recipe
+from distill.check import check_recipe
+from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
-from distill.losses.objective import check_terms, needs_teacher, tap_paths
+from distill.losses.objective import tap_paths
 from distill.progress import progress
-from distill.runs import MANIFEST, find, finish, fingerprint, locked, start, write_json
+from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
 from distill.stages import Workspace
+from teachers.weights import weights_identity
 
 ENCODERS = {**teachers.ENCODERS, **students.ENCODERS}
 
@@ -51,11 +52,26 @@ class Stage:
 
 
 def _student_architecture(recipe: Recipe) -> Any:
-    return recipe.student.model_dump(exclude={"inherit", "train", "baseline", "objective"})
+    unrelated = ("inherit", "train", "baseline", "objective")
+    return {name: value for name, value in _identity(recipe)["student"].items() if name not in unrelated}
 
 
 def _distillation(recipe: Recipe) -> Any:
     return [_student_architecture(recipe), recipe.student.model_dump(include={"inherit", "objective"}), recipe.seed]
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as fingerprints see it: files count by their content, wherever they lie."""
+    tree = recipe.model_dump(exclude={"output": True, "data": {"source": {"path", "root"}}})
+    for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
+        if "weights" in part:
+            part["weights"] = weights_identity(part["weights"])
+    return tree
+
+
+def _data(recipe: Recipe) -> Any:
+    fields = {name: value for name, value in _identity(recipe)["data"].items() if name != "augment"}
+    return [fields, source_fingerprint(recipe.data, Path.cwd())]
 
 
 def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -64,16 +80,16 @@ def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("data", "read, check and decode the rows", _prepare, (), lambda r: r.data.model_dump(exclude={"augment"})),
+    Stage("data", "read, check and decode the rows", _prepare, (), _data),
     Stage(
         "towers",
         "encode each distinct input of the frozen towers once",
         stages.keep_towers,
         ("data",),
         lambda r: [
-            {n: p.model_dump() for n, p in r.teacher.encoders.items()},
+            _identity(r)["teacher"]["encoders"],
             r.data.augment.model_dump(),
-            r.cache.views,
+            max(r.cache.views, r.teacher.train.epochs),
             r.seed,
         ],
         resumes=True,
@@ -83,7 +99,7 @@ STAGES = (
         "fit the teacher",
         stages.fit_teacher,
         ("data", "towers"),
-        lambda r: [r.teacher.model_dump(), r.seed],
+        lambda r: [_identity(r)["teacher"], r.seed],
         resumes=True,
     ),
     Stage(
@@ -164,7 +180,7 @@ STAGES = (
         "compare student and teacher",
         results.write_run_report,
         ("data", "cache", "evaluate", "bench"),
-        lambda r: r.model_dump(),
+        _identity,
     ),
 )
 NAMES = [stage.name for stage in STAGES]
@@ -196,20 +212,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: the first mistake found.
     """
-    tasks = list(recipe.data.targets)
-    for where, config in (("teacher", recipe.teacher), ("student", recipe.student)):
-        takers = [n for n, p in config.encoders.items() if p.type in ENCODERS and stages.takes_tokenizer(ENCODERS[p.type])]
-        check_model(config, ENCODERS, where, tasks, {name: {"tokenizer_file": ""} for name in takers})
-        for modality in config.encoders:
-            if modality not in recipe.data.modalities:
-                known = ", ".join(recipe.data.modalities)
-                raise UserError(f"{where}.encoders: the data has no modality {modality!r}; data.modalities has: {known}")
-    check_terms(recipe.teacher.objective, "teacher.objective")
-    check_terms(recipe.student.baseline, "student.baseline")
-    check_terms(recipe.student.objective, "student.objective")
-    for where, terms in (("teacher.objective", recipe.teacher.objective), ("student.baseline", recipe.student.baseline)):
-        if needs_teacher(terms):
-            raise UserError(f"{where}: a term reads a teacher, and this stage has none; use losses on labels here")
+    check_recipe(recipe, ENCODERS, students.INHERITANCES)
 
 
 def plan(recipe: Recipe, *, until: str | None = None, force: Sequence[str] = ()) -> list[Planned]:
@@ -223,26 +226,36 @@ def plan(recipe: Recipe, *, until: str | None = None, force: Sequence[str] = ())
     Raises:
         UserError: an unknown stage, or the data's source is missing.
     """
-    for name in [*force, *([until] if until else [])]:
-        if name not in NAMES:
-            raise UserError(f"unknown stage {name!r}; choices: {', '.join(NAMES)}")
-    folder, keys, planned = run_folder(recipe), {}, []
-    rerun: set[str] = set()
-    for stage in _needed(until):
+    stages_needed = _needed(until)
+    known = [stage.name for stage in stages_needed]
+    for name in force:
+        if name not in known:
+            what = f"stage {name!r} is not needed for {until!r}" if name in NAMES else f"unknown stage {name!r}"
+            raise UserError(f"--force: {what}; {nearest(name, known)}")
+    folder, rerun = run_folder(recipe), descendants(force)
+    keys: dict[str, str] = {}
+    planned = []
+    for stage in stages_needed:
         part = [stage.config(recipe), stage.version, [keys[parent] for parent in stage.parents]]
-        if stage.name == "data":
-            part.append(source_fingerprint(recipe.data, Path.cwd()))
         keys[stage.name] = fingerprint(stage.name, part)
-        if stage.name in force or rerun.intersection(stage.parents):
-            rerun.add(stage.name)
         fresh = stage.name in rerun
         artifact = None if fresh else find(folder / stage.name, stage.name, keys[stage.name])
         planned.append(Planned(stage, keys[stage.name], artifact))
     return planned
 
 
+def descendants(names: Sequence[str]) -> list[str]:
+    """These stages and all that read their artifacts, directly or not, in order."""
+    found = set(names)
+    for stage in STAGES:
+        if found.intersection(stage.parents):
+            found.add(stage.name)
+    return [name for name in NAMES if name in found]
+
+
 def _needed(until: str | None) -> list[Stage]:
     """All stages, or those that one of them needs, in order."""
+    assert until is None or until in NAMES
     wanted = set(NAMES if until is None else [until])
     for stage in reversed(STAGES):
         if stage.name in wanted:
@@ -276,16 +289,16 @@ def run(
     check(recipe)
     folder = run_folder(recipe)
     with locked(folder):
+        planned = plan(recipe, until=until, force=force)
+        for name in descendants(force):
+            discard(folder / name)
         write_json(folder / "recipe.resolved.json", recipe.model_dump())
         (folder / "recipe.resolved.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
         work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet)
-        for item in plan(recipe, until=until, force=force):
+        for item in planned:
             if item.artifact is not None:
                 work.done[item.stage.name] = item.artifact
                 continue
-            for name in force:
-                if name == item.stage.name:
-                    (folder / name / MANIFEST).unlink(missing_ok=True)
             say(f"{item.stage.name}: {item.stage.about}")
             artifact = _run_stage(item, work, folder / item.stage.name)
             cost = artifact.info["cost"]

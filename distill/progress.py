@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 PLAIN_SECONDS = 10.0  # between two plain lines
 
@@ -58,7 +58,8 @@ def _bar(label: str) -> Iterator[Progress]:
         task = bar.add_task(label, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, **({"note": note} if note else {}))
+            fields: dict[str, Any] = {"note": note} if note else {}
+            bar.update(task, completed=done, total=total, **fields)
 
         yield report
 
@@ -78,4 +79,5 @@ class _Lines:
         elapsed = now - self.started
         rate = done / elapsed if elapsed > 0 else 0.0
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        print(f"{self.label}: {done}/{total} ({rate:.1f}/s, {elapsed:.0f} s{left}) {note}".rstrip(), file=sys.stderr, flush=True)
+        line = f"{self.label}: {done}/{total} ({rate:.1f}/s, {elapsed:.0f} s{left}) {note}"
+        print(line.rstrip(), file=sys.stderr, flush=True)

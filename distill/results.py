@@ -100,7 +100,9 @@ def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
     data = work.data()
     rows = data.rows(TEST)
     targets = {f"target.{task}": values[rows] for task, values in data.targets.items()}
-    evaluate.write_arrays(folder / "targets.safetensors", {"ids": data.ids[rows], "group": data.groups[rows], **targets})
+    evaluate.write_arrays(
+        folder / "targets.safetensors", {"ids": data.ids[rows], "group": data.groups[rows], **targets}
+    )
     names = [*TRAINED, *BUNDLES]
     with progress("evaluate", quiet=work.quiet) as report:
         for number, name in enumerate(names):

@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 from distill.contracts import Artifact, UserError
 
 MANIFEST = "manifest.json"
+MARKER = ".fingerprint"
+"""File that says, from a stage's start on, what it is working on."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -62,15 +64,23 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def start(folder: Path, key: str, *, resume: bool = False) -> Path:
-    """Make a stage's folder ready: without a manifest, and empty unless it may resume the same fingerprint."""
-    marker = folder / ".fingerprint"
-    same = marker.is_file() and marker.read_text() == key
-    if folder.exists() and not (resume and same):
+    """Make a stage's folder ready: empty, unless it may go on with what a stopped run of this fingerprint left.
+
+    A folder with a manifest was finished, so whoever starts it again found it damaged or stale.
+    """
+    marker = folder / MARKER
+    stopped = marker.is_file() and marker.read_text() == key and not (folder / MANIFEST).exists()
+    if folder.exists() and not (resume and stopped):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
     marker.write_text(key)
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Make a stage's folder neither finished nor resumable."""
+    for name in (MANIFEST, MARKER):
+        (folder / name).unlink(missing_ok=True)
 
 
 def finish(folder: Path, stage: str, key: str, info: dict[str, Any]) -> Artifact:
@@ -78,7 +88,7 @@ def finish(folder: Path, stage: str, key: str, info: dict[str, Any]) -> Artifact
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, ".fingerprint")
+        if path.is_file() and path.name not in (MANIFEST, MARKER)
     }
     write_json(folder / MANIFEST, {"stage": stage, "fingerprint": key, "info": info, "files": files})
     return Artifact(stage, folder, key, info)
@@ -89,7 +99,10 @@ def find(folder: Path, stage: str, key: str) -> Artifact | None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return None
-    content = read_json(manifest)
+    try:
+        content = read_json(manifest)
+    except ValueError:
+        return None
     if content["fingerprint"] != key or content["stage"] != stage:
         return None
     for name, entry in content["files"].items():
@@ -104,16 +117,18 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f"run folder {folder} is in use by another process; wait for it to end or choose another name=..."
         ) from None
+    except OSError as error:
+        raise UserError(f"run folder {folder} cannot be written: {error.strerror}; choose another output") from error
     try:
         yield
     finally:
@@ -137,5 +152,5 @@ def seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)

@@ -7,10 +7,10 @@ A stage never knows which stage called it. What several stages need (the data, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from distill.towers import Rows, TowerOutputs, WithTowers, encode_towers, frozen
 
 Registry = Mapping[str, Callable[..., Any]]
 EVALUATION_BATCH = 128
-TEACHER, STUDENT = "teacher", "student"
+TEACHER: Final = "teacher"
+STUDENT: Final = "student"
 
 
 @dataclass
@@ -101,8 +102,8 @@ class Workspace:
         folder, key = self.path("towers"), {"towers": self.done["towers"].fingerprint}
         return WithTowers(loader, {name: TowerOutputs(folder / name, key) for name in names}, reads)
 
-    def train_loader(self, specs: dict[str, InputSpec], config: TrainConfig) -> Loader:
-        """Shuffled, augmented training rows; views repeat where a cache or a frozen tower holds them."""
+    def train_loader(self, specs: dict[str, InputSpec], config: TrainConfig, *, repeat: bool = True) -> Loader:
+        """Shuffled, augmented training rows; their views repeat as the cache's do, or are new in each epoch."""
         recipe = self.recipe
         return Loader(
             self.data(),
@@ -111,16 +112,14 @@ class Workspace:
             batch_size=config.batch_size,
             seed=recipe.seed,
             augment=recipe.data.augment,
-            views=recipe.cache.views,
+            views=recipe.cache.views if repeat else None,
             shuffle=True,
         )
 
     def clean_loader(self, split: str, spec: InputSpec, reads: str, batch_size: int = EVALUATION_BATCH) -> Loader:
         """Rows of a split in order of id, without augmentation."""
         seed = self.recipe.seed
-        return Loader(
-            self.data(), split, {reads: spec}, batch_size=batch_size, seed=seed, augment=None, shuffle=False
-        )
+        return Loader(self.data(), split, {reads: spec}, batch_size=batch_size, seed=seed, augment=None, shuffle=False)
 
     def validator(self, model: MultimodalModel, reads: str) -> Callable[[nn.Module], dict[str, float]]:
         """A function from a model to its metrics on the validation rows."""
@@ -145,20 +144,28 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the teacher's free parts on the labels; a teacher without any is kept as it is."""
     config = work.recipe.teacher
     model = work.blank(config, TEACHER)
-    loader = work.towers(work.train_loader({TEACHER: input_spec(model)}, config.train), model)
+    repeat = "image" in frozen_towers(model)
+    loader = work.towers(work.train_loader({TEACHER: input_spec(model)}, config.train, repeat=repeat), model)
     return _fit(work, folder, model, loader, TEACHER, config.train, config.objective, None, "fit teacher")
 
 
 def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Encode every distinct input of the teacher's frozen towers: clean rows of all splits, and K training views."""
+    """Encode every distinct input of the teacher's frozen towers: clean rows of all splits, and training views.
+
+    An image differs in every view, so a frozen image tower makes the K views of the cache serve the teacher's fit too.
+    Texts have few distinct views, so a frozen text tower leaves the images of each epoch new.
+    """
     recipe = work.recipe
     model = work.blank(recipe.teacher, TEACHER).eval()
-    if not frozen_towers(model):
+    frozen = frozen_towers(model)
+    if not frozen:
         return {}
-    spec = input_spec(model)
+    spec = replace(input_spec(model), image="image" in frozen)
     sources = [Rows(work.clean_loader(split, spec, TEACHER), CLEAN_VIEW) for split in (TRAIN, VALID, TEST)]
     augmented = work.train_loader({TEACHER: spec}, recipe.teacher.train)
-    sources += [Rows(augmented, view) for view in training_views(augmented, recipe)]
+    epochs = 0 if "image" in frozen else recipe.teacher.train.epochs
+    last = max(recipe.cache.views, epochs)
+    sources += [Rows(augmented, view) for view in (range(last) if augmented.augment else ())]
     key = {"towers": work.done["towers"].fingerprint}
     with progress("encode frozen towers", quiet=work.quiet) as report:
         return encode_towers(model, sources, folder, reads=TEACHER, key=key, report=report)
@@ -213,8 +220,6 @@ def cache_key(work: Workspace) -> dict[str, Any]:
 
 def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
     """Give the student the teacher's vocabulary, cut to size, and what else its encoders inherit."""
-    from students.inherit import reduce_vocabulary
-
     recipe, data = work.recipe, work.data()
     takers = [n for n, part in recipe.student.encoders.items() if takes_tokenizer(work.encoders[part.type])]
     if not takers:
@@ -223,7 +228,9 @@ def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
     encoder: Any = teacher.encoders["text"]
     part = recipe.student.encoders["text"]
     texts = [data.texts[row] for row in data.rows(TRAIN)]
-    ids = reduce_vocabulary(encoder.tokenizer_file, texts, int(part.params["vocab_size"]), folder / "tokenizer.json")
+    builder: Any = work.encoders[part.type]
+    size = int(part.params["vocab_size"])
+    ids = builder.reduce_vocabulary(encoder.tokenizer_file, texts, size, folder / "tokenizer.json")
     np.save(folder / "token_ids.npy", ids, allow_pickle=False)
     return {"vocab_size": len(ids)}
 
@@ -277,9 +284,7 @@ def _distil(work: Workspace, folder: Path, model: MultimodalModel, train: TrainC
     if recipe.cache.enabled:
         cache = TeacherCache.open(work.path("cache"), cache_key(work))
         loader: Any = work.train_loader(specs, train)
-        return _fit(
-            work, folder, model, loader, STUDENT, train, terms, lambda batches: cache(batches[STUDENT]), label
-        )
+        return _fit(work, folder, model, loader, STUDENT, train, terms, lambda batches: cache(batches[STUDENT]), label)
     teacher = work.teacher()
     tapped = Tapped(teacher, tap_paths(terms, TEACHER))
     loader = work.towers(work.train_loader({**specs, TEACHER: input_spec(teacher)}, train), teacher)

@@ -67,7 +67,9 @@ def encode_towers(
         inputs = _text_inputs(sources, reads) if name == "text" else _row_inputs(sources)
         encoder: Any = model.encoders[name]
 
-        def produce(positions: NDArray[np.int64], *, encoder: Any = encoder, inputs: _Inputs = inputs) -> dict[str, Tensor]:
+        def produce(
+            positions: NDArray[np.int64], *, encoder: Any = encoder, inputs: _Inputs = inputs
+        ) -> dict[str, Tensor]:
             with torch.inference_mode():
                 return {"tokens": inputs.encode(encoder, positions)}
 
@@ -176,7 +178,7 @@ def _text_inputs(sources: Sequence[Rows], reads: str) -> _Inputs:
     def encode(encoder: Any, positions: NDArray[np.int64]) -> Tensor:
         chosen = torch.from_numpy(keys[positions])
         lengths = chosen[:, 0]
-        longest = int(lengths.max())
+        longest = max(1, int(lengths.max()))  # of absent texts: towers need a column
         text = chosen[:, 1 : longest + 1]
         tokens = encoder.encode(text, torch.arange(longest) < lengths[:, None])
         return torch.nn.functional.pad(tokens, (0, 0, 0, width - 1 - longest))

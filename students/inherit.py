@@ -40,10 +40,13 @@ def reduce_vocabulary(tokenizer_file: Path, texts: Iterable[str], size: int, tar
     """
     tree = read_json(tokenizer_file)
     if tree["model"]["type"] != "WordPiece":
-        raise UserError(f"{tokenizer_file}: only WordPiece vocabularies can be reduced, this is {tree['model']['type']}")
+        raise UserError(
+            f"{tokenizer_file}: only WordPiece vocabularies can be reduced, this is {tree['model']['type']}"
+        )
     vocab: dict[str, int] = tree["model"]["vocab"]
     full = Tokenizer.from_file(str(tokenizer_file))
-    special = [entry["content"] for entry in tree["added_tokens"]]
+    added = [entry["content"] for entry in tree["added_tokens"]]
+    special = [*added, tree["model"]["unk_token"], *_frame_tokens(tree.get("post_processor"))]
     prefix = tree["model"]["continuing_subword_prefix"]
     characters = [token for token in vocab if len(token.removeprefix(prefix)) == 1]
     counts: dict[str, int] = {}
@@ -56,8 +59,8 @@ def reduce_vocabulary(tokenizer_file: Path, texts: Iterable[str], size: int, tar
     needed = len(dict.fromkeys([*special, *characters]))
     if not needed <= size <= len(order):
         raise UserError(
-            f"vocab_size {size} does not fit {tokenizer_file.parent.name}: special tokens and single characters alone are "
-            f"{needed}, the whole vocabulary is {len(order)}; choose a size between"
+            f"vocab_size {size} does not fit {tokenizer_file.parent.name}: special tokens and single characters alone "
+            f"are {needed}, the whole vocabulary is {len(order)}; choose a size between"
         )
     kept = sorted(order[:size], key=lambda token: vocab[token])
     tree["model"]["vocab"] = {token: index for index, token in enumerate(kept)}
@@ -67,6 +70,13 @@ def reduce_vocabulary(tokenizer_file: Path, texts: Iterable[str], size: int, tar
     tree["padding"] = tree["truncation"] = None
     write_json(target, tree)
     return np.array([vocab[token] for token in kept], dtype=np.int64)
+
+
+def _frame_tokens(node: object) -> list[str]:
+    """The tokens that a template post-processor (or BERT's) puts around a text."""
+    if not isinstance(node, dict):
+        return []
+    return [*(node.get("special_tokens") or {}), *(node[side][0] for side in ("sep", "cls") if side in node)]
 
 
 def _renumber(node: object, vocab: dict[str, int]) -> None:
@@ -89,6 +99,7 @@ def embed_tokens(
         encode: int64 [B, 3], bool [B, 3] -> [B, 3, D].
         token_ids: int64 [V], the teacher's ids.
         frame: ids of the opening and closing token.
+        batch_size: tokens a forward of the tower.
 
     Returns:
         float32 [V, D].

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from distill.multimodal import Encoded, Encoder
+from students.inherit import reduce_vocabulary
 
 
 class StaticEmbeddings(Encoder):
@@ -21,6 +22,8 @@ class StaticEmbeddings(Encoder):
         max_length: tokens a text is cut to, closing token included.
         dropout: probability of dropping a feature in training.
     """
+
+    reduce_vocabulary = staticmethod(reduce_vocabulary)  # makes the tokenizer file, from the teacher's
 
     def __init__(
         self, *, tokenizer_file: str | Path, vocab_size: int, dim: int, max_length: int = 32, dropout: float = 0.0
@@ -39,4 +42,3 @@ class StaticEmbeddings(Encoder):
         weights = mask.to(tokens.dtype)[..., None]
         pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
         return Encoded(tokens, mask, self.dropout(pooled))
-

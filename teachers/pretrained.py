@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distill.config import nearest
@@ -16,22 +18,24 @@ from distill.multimodal import Encoded, Encoder
 from distill.runs import read_json
 from teachers.weights import resolve_weights
 
-CLIP_LIKE = ("clip", "siglip", "siglip2")
-
 
 def load_tower(folder: Path, tower: Literal["text", "vision"]) -> nn.Module:
     """Load one tower of a local transformers checkpoint, from safetensors only.
 
     Raises:
-        UserError: an architecture that transformers does not know, or a checkpoint that lacks some of its weights
-            (which transformers would fill with random ones).
+        UserError: an architecture that transformers does not know or that is not of this modality, unreadable files, or
+            a checkpoint that lacks some of its weights (which transformers would fill with random ones).
     """
     from transformers import CONFIG_MAPPING, AutoModel, SiglipTextModel, SiglipVisionModel
     from transformers import CLIPTextModel, CLIPVisionModel  # isort: skip
 
-    kind = read_json(folder / "config.json").get("model_type", "")
+    try:
+        kind = read_json(folder / "config.json").get("model_type", "")
+    except ValueError as error:
+        raise UserError(f"{folder}: config.json is not readable as JSON: {error}") from error
     if kind not in CONFIG_MAPPING:
-        raise UserError(f"{folder}: transformers has no architecture {kind!r}; {nearest(kind, CONFIG_MAPPING.keys())[:200]}")
+        known = nearest(kind, CONFIG_MAPPING.keys())[:200]
+        raise UserError(f"{folder}: transformers has no architecture {kind!r}; {known}")
     classes: dict[tuple[str, str], Any] = {
         ("clip", "text"): CLIPTextModel,
         ("clip", "vision"): CLIPVisionModel,
@@ -41,15 +45,42 @@ def load_tower(folder: Path, tower: Literal["text", "vision"]) -> nn.Module:
     builder = classes.get((kind.removesuffix("_model"), tower), AutoModel)
     extra = {"add_pooling_layer": False} if kind in ("bert", "roberta", "xlm-roberta", "vit") else {}
     try:
-        model, info = builder.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **extra
-        )
-    except OSError as error:
+        with _quiet_loading():
+            model, info = builder.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **extra,
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: weights cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if not hasattr(model.config, {"text": "vocab_size", "vision": "image_size"}[tower]):
+        raise UserError(f"{folder}: a {kind!r} has no {tower} tower; name a checkpoint that has one")
+    other = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if other:
+        raise UserError(f"{folder}: {len(other)} weights have another shape than config.json says, first {other[0]!r}")
     missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
     if missing:
-        raise UserError(f"{folder}: the checkpoint lacks {len(missing)} weights of its {tower} tower, first {missing[0]!r}")
+        raise UserError(f"{folder}: lacks {len(missing)} weights of its {tower} tower, first {missing[0]!r}")
     return model
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silence transformers' bar and its list of unused weights; missing ones are an error here anyway."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 class PretrainedText(Encoder):
@@ -60,19 +91,27 @@ class PretrainedText(Encoder):
         sha256: pinned hash of ``model.safetensors``.
         freeze: fix the tower's parameters; its outputs are then computed once for each distinct input.
         max_length: tokens a text is cut to, closing token included.
+        dropout: probability of dropping a feature of the pooled vector in training.
     """
 
     def __init__(
-        self, *, weights: str | Sequence[str], sha256: str | None = None, freeze: bool = True, max_length: int = 32
+        self,
+        *,
+        weights: str | Sequence[str],
+        sha256: str | None = None,
+        freeze: bool = True,
+        max_length: int = 32,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         folder = resolve_weights(weights, sha256)
         self.tower = load_tower(folder, "text")
         self.frozen, self.max_length = freeze, max_length
+        self.dropout = nn.Dropout(dropout)
         self.tokenizer_file = folder / "tokenizer.json"
         if not self.tokenizer_file.is_file():
             raise UserError(f"{folder}: no tokenizer.json; save the tokenizer in its fast form first")
-        config = self.tower.config
+        config: Any = self.tower.config
         self.pad_id = int(config.pad_token_id or 0)
         self.causal = config.model_type.startswith("clip")
         self.out_dim = int(config.hidden_size)
@@ -84,7 +123,8 @@ class PretrainedText(Encoder):
         mask = inputs["text_mask"]
         tokens = inputs["text_encoded"] if "text_encoded" in inputs else self.encode(inputs["text"], mask)
         weights = mask.to(tokens.dtype)[..., None]
-        return Encoded(tokens, mask, (tokens * weights).sum(1) / weights.sum(1).clamp(min=1))
+        pooled = (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return Encoded(tokens, mask, self.dropout(pooled))
 
     def encode(self, text: Tensor, mask: Tensor) -> Tensor:
         """Run the tower alone: int64 [B, L], bool [B, L] -> [B, L, D]."""
@@ -111,13 +151,17 @@ class PretrainedVision(Encoder):
         freeze: fix the tower's parameters.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, *, weights: str | Sequence[str], sha256: str | None = None, freeze: bool = True) -> None:
         super().__init__()
         folder = resolve_weights(weights, sha256)
         self.tower = load_tower(folder, "vision")
         self.frozen = freeze
-        self.out_dim = int(self.tower.config.hidden_size)
-        self.size = int(self.tower.config.image_size)
+        config: Any = self.tower.config
+        self.out_dim, self.size = int(config.hidden_size), int(config.image_size)
+        self.class_token = not config.model_type.startswith("siglip")
         mean, std = _statistics(folder)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -128,7 +172,7 @@ class PretrainedVision(Encoder):
         """Encode ``image`` uint8 [B, 3, H, W], or take ``image_encoded`` [B, T, D] computed before."""
         tokens = inputs["image_encoded"] if "image_encoded" in inputs else self.encode(inputs["image"])
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, tokens[:, 0])
+        return Encoded(tokens, mask, tokens[:, 0] if self.class_token else tokens.mean(1))
 
     def encode(self, image: Tensor) -> Tensor:
         """Run the tower alone: resize, normalise, encode: uint8 [B, 3, H, W] -> [B, T, D]."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import UserError
@@ -23,6 +23,9 @@ class TimmEncoder(Encoder):
         freeze: fix the parameters.
         drop_path: stochastic depth rate.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,

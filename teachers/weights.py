@@ -7,11 +7,12 @@ the run; nothing falls back to random ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
 from distill.contracts import UserError
-from distill.runs import sha256_file
+from distill.runs import fingerprint, sha256_file
 
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
@@ -39,6 +40,23 @@ def resolve_weights(weights: str | Sequence[str], sha256: str | None = None, bas
             _check_hash(folder / "model.safetensors", sha256, source)
         return folder
     raise UserError("pretrained weights are not there: " + "; ".join(problems))
+
+
+def weights_identity(weights: str | Sequence[str]) -> list[str]:
+    """What tells weights apart in a fingerprint: sources by name, local folders by the content of their files."""
+    sources = [weights] if isinstance(weights, str) else weights
+    return [_content(Path(source.removeprefix("path:"))) or source for source in sources]
+
+
+def _content(folder: Path) -> str | None:
+    files = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    hashes = [_hash(file, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return f"content:{fingerprint(hashes)}" if hashes else None
+
+
+@lru_cache  # several stages ask for the same file
+def _hash(file: Path, changed_ns: int) -> str:
+    return sha256_file(file)
 
 
 class _NotThereError(Exception):

@@ -11,11 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from distill.config import DataConfig, packaged_configs
+from distill.config import DataConfig
 from distill.contracts import IGNORE, UserError
 from distill.data.prepare import PreparedData, prepare, source_fingerprint
 from distill.data.sources import open_source
 from distill.preprocess import decode_image
+from distill.recipe import packaged_configs
 
 SPLITS = ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import AugmentConfig
+from distill.config import AugmentConfig, TextAugment
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.data.prepare import PreparedData
 from distill.data.transforms import augment_images, drop_words
@@ -157,8 +157,8 @@ class Loader:
         present = {modality: values[index] for modality, values in self._tensors.present.items()}
         targets = {task: values[index] for task, values in self._tensors.targets.items()}
         images = self._images(rows, ids, views) if any(spec.image for spec in self._specs.values()) else None
-        dropout = self.augment.text.word_dropout if self.augment else 0.0
-        texts = {key: table.batch(rows, ids, views, self._seed, dropout) for key, table in self._texts.items()}
+        dropping = self.augment.text if self.augment else TextAugment()
+        texts = {key: table.batch(rows, ids, views, self._seed, dropping) for key, table in self._texts.items()}
         batches = {}
         for name, spec in self._specs.items():
             inputs = {"image": images} if spec.image and images is not None else {}
@@ -211,16 +211,18 @@ class _TokenTable:
         self._pad_id = spec.pad_id
 
     def batch(
-        self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, seed: int, dropout: float
+        self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, seed: int, dropping: TextAugment
     ) -> tuple[Tensor, Tensor]:
         """Return tokens int64 [B, L] and mask bool [B, L] after word dropout, moved left; L is the longest row."""
         text = self._text_of_row[torch.from_numpy(rows)]
         assert bool((text >= 0).all()), "rows of another split"
         tokens, mask = self._trim(self._tokens[text], self._lengths[text])
-        if not dropout or not bool((views != CLEAN_VIEW).any()):
+        if not dropping.word_dropout or not bool((views != CLEAN_VIEW).any()):
             return tokens, mask
+        if dropping.views:
+            views = torch.where(views == CLEAN_VIEW, views, views % dropping.views)
         words = self._words[text, : mask.shape[1]]
-        keep = mask & drop_words(words, ids, views, seed, dropout)
+        keep = mask & drop_words(words, ids, views, seed, dropping.word_dropout)
         kept_first = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         return self._trim(tokens.gather(1, kept_first), keep.sum(dim=1))
 

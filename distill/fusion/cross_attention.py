@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -60,6 +60,9 @@ class CrossAttentionFusion(nn.Module):
         heads: attention heads; divides ``dim``.
         depth: number of rounds.
         dropout: probability of dropping a feature or an attention weight in training.
+
+    Raises:
+        ValueError: fewer than two modalities, or ``heads`` does not divide ``dim``.
     """
 
     reads_tokens = True
@@ -68,6 +71,10 @@ class CrossAttentionFusion(nn.Module):
         self, modalities: Sequence[str], dim: int, *, heads: int = 4, depth: int = 1, dropout: float = 0.0
     ) -> None:
         super().__init__()
+        if len(modalities) < 2:
+            raise ValueError(f"cross-attention needs at least two modalities, got {list(modalities)}; use concat")
+        if dim % heads:
+            raise ValueError(f"heads {heads} does not divide dim {dim}")
         self.modalities = tuple(modalities)
         self.missing = nn.ParameterDict({m: nn.Parameter(torch.randn(dim) * 0.02) for m in self.modalities})
         self.blocks = nn.ModuleList(
@@ -103,9 +110,7 @@ class CrossAttentionFusion(nn.Module):
         means = [_masked_mean(states[name], valid[name]) for name in self.modalities]
         return self.dropout(self.out(torch.cat(means, dim=-1)))
 
-    def _attend(
-        self, block: nn.Module, name: str, states: dict[str, Tensor], valid: dict[str, Tensor]
-    ) -> Tensor:
+    def _attend(self, block: nn.Module, name: str, states: dict[str, Tensor], valid: dict[str, Tensor]) -> Tensor:
         others = [m for m in self.modalities if m != name]
         context = torch.cat([states[m] for m in others], dim=1)
         mask = torch.cat([valid[m] for m in others], dim=1)

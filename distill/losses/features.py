@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
+
+from distill.losses.numeric import upcast
 
 
 def fitnet(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
@@ -19,7 +21,7 @@ def fitnet(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
-    return F.mse_loss(student_feature.float(), teacher_feature.detach().float())
+    return F.mse_loss(upcast(student_feature), upcast(teacher_feature.detach()))
 
 
 def cosine(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
@@ -32,4 +34,4 @@ def cosine(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
     Returns:
         A scalar in [0, 2].
     """
-    return 1 - F.cosine_similarity(student_embedding.float(), teacher_embedding.detach().float(), dim=-1).mean()
+    return 1 - F.cosine_similarity(upcast(student_embedding), upcast(teacher_embedding.detach()), dim=-1).mean()

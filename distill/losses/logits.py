@@ -1,12 +1,13 @@
-"""Losses on logits: pure functions of tensors, computed in float32."""
+"""Losses on logits: pure functions of tensors, computed in float32 at least."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import IGNORE
+from distill.losses.numeric import upcast
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -21,7 +22,7 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, *, label_smoothing: fl
         A scalar; 0 (with a gradient of 0) when no row has a label.
     """
     total = F.cross_entropy(
-        student_logits.float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+        upcast(student_logits), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
     )
     return total / (labels != IGNORE).sum().clamp(min=1)
 
@@ -40,8 +41,8 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
     Returns:
         A scalar.
     """
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    student = F.log_softmax(upcast(student_logits) / temperature, dim=-1)
+    teacher = F.log_softmax(upcast(teacher_logits.detach()) / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -55,7 +56,7 @@ def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Returns:
         A scalar, averaged over rows and classes.
     """
-    return F.mse_loss(student_logits.float(), teacher_logits.detach().float())
+    return F.mse_loss(upcast(student_logits), upcast(teacher_logits.detach()))
 
 
 def dkd(
@@ -87,7 +88,7 @@ def dkd(
     target = F.one_hot(labels.clamp(min=0), student_logits.shape[-1]).bool()
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = logits.float() / temperature
+        scaled = upcast(logits) / temperature
         log_p = F.log_softmax(scaled, dim=-1)
         log_target = log_p.masked_select(target)
         log_rest = torch.logsumexp(log_p.masked_fill(target, -torch.inf), dim=-1)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.config import TermConfig, nearest
-from distill.contracts import Batch, Outputs, UserError
+from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.losses import contrastive, features, logits
 
 Kind = Literal["labels", "teacher", "teacher+labels", "features", "pair"]
@@ -66,6 +66,8 @@ def check_terms(terms: Sequence[TermConfig], where: str) -> None:
         expected = [NEEDS[loss.kind]] if loss.kind in NEEDS else ["embedding", "taps"]
         if len(given) != 1 or given[0] not in expected:
             raise UserError(f"{place}: {term.loss} needs exactly one of {' or '.join(expected)}, got {given or 'none'}")
+        if loss.kind == "pair" and len(str(term.embedding).split(",")) != 2:
+            raise UserError(f'{place}: {term.loss} needs two embeddings, write "image,text"; got {term.embedding!r}')
         if term.taps is not None and set(term.taps) != {"student", "teacher"}:
             raise UserError(f"{place}: taps needs both 'student' and 'teacher'")
 
@@ -109,12 +111,25 @@ class Objective(nn.Module):
             if projector is not None:
                 self.projectors[str(index)] = projector
 
-    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum (a scalar) and each term's unweighted value by its name."""
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch, whole: Batch | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum (a scalar) and each term's unweighted value by its name.
+
+        Args:
+            student: the student's outputs for ``batch``.
+            teacher: the teacher's, or None.
+            batch: the rows.
+            whole: the batch that ``batch`` is a part of. Each term then counts by its share of the rows that it is
+                about (those with a label, or with the modality), so that the values of all parts add up to the whole's;
+                for relational losses only roughly.
+        """
         values: dict[str, Tensor] = {}
         total = batch.ids.new_zeros((), dtype=torch.float32)
         for index, term in enumerate(self.terms):
             value = self._value(index, term, student, teacher, batch)
+            if whole is not None:
+                value = value * (_num_rows(term, batch) / max(1, _num_rows(term, whole)))
             total = total + term.weight * value
             name = term.name if term.name not in values else f"{term.name}#{index}"
             values[name] = value
@@ -157,11 +172,22 @@ def _rows(term: TermConfig, batch: Batch) -> Tensor | None:
         names = [term.task.split(".")[1]]
     elif term.embedding:
         names = term.embedding.split(",")
+    elif term.taps and term.taps["student"].startswith("encoders."):
+        names = [term.taps["student"].split(".")[1].partition(":")[0]]
     masks = [batch.present[name] for name in names if name in batch.present]
     if not masks:
         return None
     keep = torch.stack(masks).all(dim=0)
     return None if bool(keep.all()) else keep
+
+
+def _num_rows(term: TermConfig, batch: Batch) -> int:
+    """How many rows a term averages over."""
+    rows = _rows(term, batch)
+    counted = torch.ones_like(batch.ids, dtype=torch.bool) if rows is None else rows
+    if LOSSES[term.loss].kind in ("labels", "teacher+labels"):
+        counted = counted & (batch.targets[str(term.task).split(".")[0]] != IGNORE)
+    return int(counted.sum())
 
 
 def _feature(term: TermConfig, outputs: Outputs, side: Literal["student", "teacher"]) -> Tensor:

@@ -1,0 +1,86 @@
+"""The tables of :mod:`benchmarks.quickstart_seeds`, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from distill.report import formats
+from distill.report.compare import t_interval
+
+Summary = dict[str, Any]
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [" | ".join(row) for row in (titles, ["---"] * len(titles), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def mean_and_half(values: Sequence[float]) -> str:
+    """Return "88.1 ±0.6": mean of shares in percent, half of its 95 % t-interval."""
+    return f"{formats.percent_number(fmean(values))} {formats.half_width(t_interval(values))}".strip()
+
+
+def accuracy_rows(summary: Summary, names: dict[str, str], retained_from: str = "") -> list[list[str]]:
+    """One row a model and task: mean, half of its interval, each seed.
+
+    Args:
+        summary: of :func:`benchmarks.quickstart_seeds.summarize`.
+        names: key in ``accuracy`` -> what to call it.
+        retained_from: key of the model that a further column divides by, seed by seed.
+    """
+    rows = []
+    for key, shown in names.items():
+        for task, values in summary["accuracy"][key].items():
+            row = [shown, task, mean_and_half(values)]
+            if retained_from:
+                whole = summary["accuracy"][retained_from][task]
+                row.append(formats.percent_number(fmean(v / w for v, w in zip(values, whole, strict=True))))
+            rows.append([*row, *map(formats.percent_number, values)])
+    return rows
+
+
+def difference_rows(summary: Summary, wanted: Callable[[str, str], bool]) -> list[list[str]]:
+    """One row a paired difference that ``wanted(of, against)`` picks."""
+    return [
+        [
+            f"{entry['of']} {formats.MINUS} {entry['against']}",
+            entry["task"],
+            formats.points(entry["mean"]),
+            formats.points_range(entry["seeds_ci95"]),
+            formats.points_range(entry["families_ci95"]),
+            *map(formats.points, entry["values"]),
+        ]
+        for entry in summary["differences"]
+        if wanted(entry["of"], entry["against"])
+    ]
+
+
+def markdown(summary: Summary) -> str:
+    """The three tables, with the command that makes them."""
+    seeds = [f"seed {seed}" for seed in summary["seeds"]]
+    accuracy = ["model", "task", "accuracy, %"]
+    difference = ["difference", "task", "points", "95 % over seeds", "95 % over families", *seeds]
+    sizes = ", ".join(f"{name} {formats.count(number)}" for name, number in summary["num_params"].items())
+    passes = summary["teacher_passes"]
+    fused = passes[0]
+    models, arms = summary["models"], summary["arms"]
+    parts = [
+        f"# {summary['recipe']}: {len(seeds)} seed{'s' if len(seeds) > 1 else ''}",
+        f"    {summary['command']}",
+        f"{summary['test_rows']} test rows of {summary['families']} families. Parameters: {sizes}.\n"
+        "± and “over seeds”: 95 % t-interval over seeds, each with a teacher of its own. “Over families”: cluster\n"
+        "bootstrap of the mean over these seeds; that of each single seed is in its run's report.",
+        "## The teacher, and the same teacher with one modality",
+        table([*accuracy, *seeds], accuracy_rows(summary, {name: name for name in passes})),
+        table(difference, difference_rows(summary, lambda ours, theirs: ours in passes)),
+        "## Student against baseline at equal budgets",
+        table([*accuracy, "retention, %", *seeds], accuracy_rows(summary, {name: name for name in models}, fused)),
+        table(difference, difference_rows(summary, lambda ours, theirs: {ours, theirs} <= set(models))),
+        "## What inheritance and distillation add",
+        table([*accuracy, *seeds], accuracy_rows(summary, arms)),
+        table(difference, difference_rows(summary, lambda ours, theirs: not {ours, theirs} <= {*models, *passes})),
+    ]
+    return "\n\n".join(parts) + "\n"

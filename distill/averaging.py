@@ -1,0 +1,56 @@
+"""The trained part of a module as named tensors, and its exponential moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """State of a module without its frozen parameters, by name."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
+@torch.no_grad()
+def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy values into a module's state in place."""
+    state = module.state_dict()
+    for name, value in values.items():
+        state[name].copy_(value)
+
+
+class Average:
+    """Exponential moving average of the trained weights and buffers (Polyak & Juditsky 1992).
+
+    Args:
+        module: what to average.
+        decay: share kept in each step; early steps use less, ``(1 + step) / (10 + step)``.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in trained_state(module).items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average toward the module's present weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in trained_state(module).items():
+            if value.is_floating_point():
+                self.values[name].lerp_(value, 1 - decay)
+            else:
+                self.values[name].copy_(value)
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Put the average into the module for the time of the block."""
+        kept = {name: value.detach().clone() for name, value in trained_state(module).items()}
+        load_state(module, self.values)
+        try:
+            yield
+        finally:
+            load_state(module, kept)

@@ -1,0 +1,86 @@
+"""What the schema of a recipe cannot check: that its parts fit their builders and each other, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from distill.build import check_model
+from distill.config import ModelConfig, Recipe, TermConfig, check_part, nearest
+from distill.contracts import UserError
+from distill.data.sources import SOURCES
+from distill.losses.objective import check_terms, needs_teacher
+from distill.stages import takes_tokenizer
+
+Registry = Mapping[str, Callable[..., Any]]
+
+
+def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
+    """Check a recipe without touching data or weights.
+
+    Args:
+        recipe: validated by its schema.
+        encoders: encoder type -> class.
+        inheritances: inheritance type -> function.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    check_part(SOURCES, recipe.data.source, "data.source", ("base",))
+    models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
+    for where, model in models.items():
+        for modality in model.encoders:
+            if modality not in recipe.data.modalities:
+                hint = nearest(modality, recipe.data.modalities)
+                raise UserError(f"{where}.encoders: the data has no modality {modality!r}; {hint}")
+        given = {name: {"tokenizer_file": ""} for name in _takers(model, encoders)}
+        check_model(model, encoders, where, list(recipe.data.targets), given)
+    _check_inheritance(recipe, encoders, inheritances)
+    _check_terms(recipe.teacher.objective, [recipe.teacher], recipe, "teacher.objective")
+    _check_terms(recipe.student.baseline, [recipe.student], recipe, "student.baseline")
+    _check_terms(recipe.student.objective, [recipe.student, recipe.teacher], recipe, "student.objective")
+
+
+def _takers(model: ModelConfig, encoders: Registry) -> list[str]:
+    """Modalities whose encoder is given its tokenizer."""
+    parts = model.encoders.items()
+    return [name for name, part in parts if part.type in encoders and takes_tokenizer(encoders[part.type])]
+
+
+def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
+    """A vocabulary or an embedding comes from the teacher's text encoder, which then has to have its own."""
+    if _takers(recipe.teacher, encoders):
+        kind = recipe.teacher.encoders["text"].type
+        raise UserError(f"teacher.encoders.text: {kind} takes its vocabulary from a teacher; a teacher brings its own")
+    takers = _takers(recipe.student, encoders)
+    if takers and "text" not in recipe.teacher.encoders:
+        kind = recipe.student.encoders[takers[0]].type
+        raise UserError(
+            f"student.encoders.{takers[0]}: {kind} takes its vocabulary from the teacher, which has no text encoder; "
+            "add one to teacher.encoders"
+        )
+    for name, part in recipe.student.inherit.items():
+        check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "student", "token_ids"))
+        if name not in takers:
+            raise UserError(
+                f"student.inherit.{name}: {part.type} fills an encoder that takes its vocabulary from the teacher; "
+                f"{nearest(name, takers)}"
+            )
+
+
+def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:
+    """Each term's loss is known, and its task and embedding exist in the trained model, the first, and its teacher."""
+    check_terms(terms, where)
+    if len(models) == 1 and needs_teacher(terms):
+        raise UserError(f"{where}: a term reads a teacher, and this stage has none; use losses on labels here")
+    for number, term in enumerate(terms):
+        for model in models if needs_teacher([term]) else models[:1]:
+            tasks = list(model.heads or recipe.data.targets)
+            if model.unimodal_heads:
+                tasks += [f"{task}.{name}" for task in tasks for name in model.encoders]
+            embeddings = [*model.encoders, "fused"]
+            if term.task is not None and term.task not in tasks:
+                raise UserError(f"{where}[{number}]: no task {term.task!r}; {nearest(term.task, tasks)}")
+            for name in [] if term.embedding is None else term.embedding.split(","):
+                if name not in embeddings:
+                    raise UserError(f"{where}[{number}]: no embedding {name!r}; {nearest(name, embeddings)}")

@@ -1,0 +1,235 @@
+"""What a user can get wrong: each ends in one sentence that says what, where and what was near, and exit code 2."""
+
+import csv
+import re
+
+import pytest
+from tiny_project import distill, distill_process, make_project, refusal
+
+from distill.runs import locked, read_json
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    make_project(folder)
+    return folder
+
+
+@pytest.fixture
+def project(shared, monkeypatch):
+    """A project that tests leave as it is."""
+    monkeypatch.chdir(shared)
+    return shared
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A project to break."""
+    make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change_rows(folder, change):
+    """Rewrite the table, row by row; rows for which ``change`` returns None are dropped."""
+    with open(folder / "rows.csv", encoding="utf-8", newline="") as file:
+        rows = [change(row) for row in csv.DictReader(file)]
+    kept = [row for row in rows if row is not None]
+    with open(folder / "rows.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, kept[0].keys())
+        table.writeheader()
+        table.writerows(kept)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("student.trian.lr=1", r"recipe\.yaml: unknown key 'student\.trian'; did you mean 'train'\? choices: baseline"),
+        ("data.augment.image.flop=1", r"unknown key 'data\.augment\.image\.flop'; did you mean 'flip'\?"),
+        ("student.objective.0.weigth=1", r"unknown key 'student\.objective\.0\.weigth'; did you mean 'weight'\?"),
+        ("student.train.lr=fast", r"recipe\.yaml: 'student\.train\.lr' is 'fast': Input should be a valid number"),
+        ("student.train.lr=-1", r"'student\.train\.lr' is -1: Input should be greater than 0"),
+        ("student.train.optimizer=adam", r"'student\.train\.optimizer' is 'adam': Input should be 'adamw' or 'sgd'"),
+        ("teacher.encoders=3", r"'teacher\.encoders' is 3: Input should be a mapping of keys"),
+        ("teacher.objective=kd", r"'teacher\.objective' is 'kd': Input should be a list"),
+        ("version=2", r"'version' is 2: Input should be 1"),
+        ("name=a/b", r"'name' is 'a/b': String should match pattern"),
+        ("teacher=nope", r"no teacher file 'nope' in .+ or among the packaged ones; choices: .*minilm_fusion"),
+        ("data=emji", r"no data file 'emji' in .+; did you mean 'emoji'\?"),
+        ("student=emoji_smal", r"no student file 'emoji_smal' in .+; did you mean 'emoji_small'\?"),
+        ("epochs", r"override 'epochs' is not an assignment; write it as a\.b=value"),
+        ("=3", r"override '=3' is not an assignment"),
+        ("student..dropout=3", r"override 'student\.\.dropout=3' is not an assignment"),
+        ("prune.modules=[a", r"override 'prune\.modules=\[a' cannot be applied to .+recipe\.yaml: while parsing"),
+        ("student.objective.9.weight=1", r"override .+ cannot be applied to .+: list index out of range"),
+        ("name=${nope}", r"recipe\.yaml: a reference cannot be resolved: Interpolation key 'nope' not found"),
+        (
+            "teacher.encoders.image.type=convnte",
+            r"teacher\.encoders\.image: unknown type 'convnte'; did you mean 'conv",
+        ),
+        ("teacher.encoders.image.widht=3", r"teacher\.encoders\.image: convnet has no parameter 'widht'; did you mean"),
+        ("teacher.encoders.image.widths=3", r"teacher\.encoders\.image\.widths is 3: Input should be a list"),
+        ("teacher.encoders.image={type: convnet}", r"teacher\.encoders\.image: convnet needs the parameter 'widths'"),
+        ("teacher.encoders.audio={type: convnet}", r"teacher\.encoders: the data has no modality 'audio'; choices"),
+        ("teacher.fusion.type=atention", r"teacher\.fusion: unknown type 'atention'; did you mean 'cross_attention'"),
+        ("teacher.fusion.heads=2.5", r"teacher\.fusion\.heads is 2\.5: Input should be a valid integer"),
+        ("student.heads={size: {type: classification}}", r"student\.heads: the data has no task 'size'; choices"),
+        (
+            "student.objective.0.loss=cros_entropy",
+            r"student\.objective\[0\]: unknown loss 'cros_entropy'; did you mean",
+        ),
+        (
+            "student.objective.2.params.temp=2",
+            r"student\.objective\[2\]: kd has no parameter 'temp'; did you mean 'tempe",
+        ),
+        ("student.objective.0.task=color", r"student\.objective\[0\]: no task 'color'; did you mean 'colour'\?"),
+        (
+            "teacher.objective.2.task=shape.audio",
+            r"teacher\.objective\[2\]: no task 'shape\.audio'; did you mean 'shap",
+        ),
+        ("student.objective.3.embedding=fuse", r"student\.objective\[3\]: no embedding 'fuse'; did you mean 'fused'\?"),
+        ("student.baseline.0.loss=kd", r"student\.baseline: a term reads a teacher, and this stage has none"),
+        ("student.inherit.text.type=token", r"student\.inherit\.text: unknown type 'token'; did you mean 'token_embed"),
+        (
+            "student.inherit.image={type: token_embeddings}",
+            r"student\.inherit\.image: token_embeddings fills an encoder",
+        ),
+        ("data.source.type=tabel", r"data\.source: unknown type 'tabel'; did you mean 'table'\?"),
+        ("data.source.path=3", r"data\.source\.path is 3: Input should be a valid string"),
+    ],
+)
+def test_config(project, override, sentence):
+    assert re.search(sentence, refusal(distill("validate", "recipe.yaml", override)))
+
+
+def test_a_vocabulary_needs_a_teacher_that_has_one(project):
+    static = "{type: static_embeddings, vocab_size: 64, dim: 8}"
+    sentence = refusal(distill("validate", "recipe.yaml", f"teacher.encoders.text={static}"))
+    assert "teacher.encoders.text: static_embeddings takes its vocabulary from a teacher" in sentence
+    (project / "blind.yaml").write_text((project / "recipe.yaml").read_text().replace("    text: {type: pre", "    # "))
+    sentence = refusal(distill("validate", "blind.yaml"))
+    assert (
+        "student.encoders.text: static_embeddings takes its vocabulary from the teacher, which has no text" in sentence
+    )
+
+
+def test_recipe_files(project):
+    sentence = refusal(distill("run", "quickstrat"))
+    assert "no recipe file 'quickstrat' in" in sentence and "did you mean 'quickstart'?" in sentence
+    assert "no teacher file 'minilm_fusio'" in refusal(distill("run", "recipe.yaml", "--teacher", "minilm_fusio"))
+    (project / "broken.yaml").write_text("a: [1\nb: 2\n")
+    assert "broken.yaml: not readable as YAML" in refusal(distill("run", "broken.yaml"))
+    (project / "list.yaml").write_text("- 1\n")
+    assert "list.yaml: expected a mapping of keys, found a list" in refusal(distill("run", "list.yaml"))
+    (project / "twice.yaml").write_text("version: 1\nversion: 1\n")
+    assert "twice.yaml: not readable as YAML" in refusal(distill("run", "twice.yaml"))
+    (project / "short.yaml").write_text("version: 1\n")
+    assert "short.yaml: 'name' is missing; add it (and 3 more)" in refusal(distill("run", "short.yaml"))
+
+
+def test_the_error_of_a_part_names_the_part_file(project):
+    (project / "part.yaml").write_text("encoderz: {}\n")
+    assert "part.yaml: 'teacher.encoders' is missing" in refusal(distill("run", "recipe.yaml", "--teacher", "part"))
+
+
+def test_stages(project):
+    assert "--force: unknown stage 'prune'; did you mean 'pruned'?" in refusal(
+        distill("run", "recipe.yaml", "--force", "prune")
+    )
+    sentence = refusal(distill("train", "recipe.yaml", "--force", "report"))
+    assert "--force: stage 'report' is not needed for 'student'" in sentence
+
+
+@pytest.mark.parametrize("arguments", [("run", "--dry-run"), ("cache",)])
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("data.source.path=nowhere.csv", r"no table /.+/nowhere\.csv; give a \.parquet"),
+        ("data.source.path=bert/config.json", r"has the unknown suffix '\.json'; did you mean '\.jsonl'\?"),
+        ("data.source.path=sample:emojy", r"no packaged sample 'emojy'; did you mean 'emoji'\?"),
+        ("data.modalities.image=picture", r"rows\.csv has no column 'picture'; choices: caption, colour"),
+        ("data.targets.colour=color", r"rows\.csv has no column 'color'; did you mean 'colour'\?"),
+        ("data.split=fold", r"rows\.csv has no column 'fold'"),
+        ("data.group=famly", r"rows\.csv has no column 'famly'; did you mean 'family'\?"),
+        ("data.id=colour", r"column 'colour', row 0: 'red' is not an integer id"),
+        ("data.modalities.text=id", r"column 'id', row 0: 1000 is not a text"),
+    ],
+)
+def test_data(project, arguments, override, sentence):
+    assert re.search(sentence, refusal(distill(arguments[0], "recipe.yaml", override, *arguments[1:])))
+
+
+def test_an_empty_split(own):
+    change_rows(own, lambda row: None if row["split"] == "valid" else row)
+    assert "rows.csv has no usable row of split 'valid'" in refusal(distill("run", "recipe.yaml"))
+
+
+def test_a_class_in_test_that_training_never_saw(own):
+    change_rows(own, lambda row: {**row, "shape": "star"} if row["id"] == "1050" else row)
+    sentence = refusal(distill("run", "recipe.yaml"))
+    assert re.search(
+        r"rows\.csv: task 'shape': class 'star' of split 'test' never occurs in train; move some", sentence
+    )
+
+
+def test_images_that_do_not_decode_are_listed_and_skipped_up_to_the_limit(own):
+    (own / "images/000.png").write_bytes(b"no image")
+    (own / "images/001.png").unlink()
+    sentence = refusal(distill("cache", "recipe.yaml"))
+    assert "2 of 96 rows cannot be used, more than data.max_bad_fraction 0.01 allows" in sentence
+    assert "the first is id 1000" in sentence and "images/000.png" in sentence
+    assert distill("cache", "recipe.yaml", "data.max_bad_fraction=0.05").code == 0
+    listed = read_json(own / "runs/tiny/data/data_report.json")["bad_rows"]
+    assert listed["count"] == 2 and [row["id"] for row in listed["rows"]] == [1000, 1001]
+    assert all(row["reason"] and row["where"].endswith(".png") for row in listed["rows"])
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("weights=path:nowhere", r"pretrained weights are not there: path:/.+/nowhere: no config\.json in"),
+        (
+            "weights=package:not-there/model",
+            r"weights are not there: package:not-there/model: package 'not-there' is not",
+        ),
+        ("weights=bert", r"weights 'bert': expected hub:ID, path:FOLDER or package:NAME/FOLDER"),
+        ("sha256=00ff", r"sha256 of model\.safetensors is [0-9a-f]{64}, the recipe pins 00ff"),
+    ],
+)
+def test_weights(project, override, sentence):
+    answer = distill("cache", "recipe.yaml", f"teacher.encoders.text.{override}")
+    assert re.search(sentence, refusal(answer))
+
+
+def test_values_that_only_a_builder_or_a_stage_can_judge(project):
+    def refused(override):
+        return refusal(distill("cache", "recipe.yaml", override))
+
+    assert "convnet cannot be built: widths has 3 stages" in refused("teacher.encoders.image.widths=[8, 8, 8]")
+    assert "vocab_size 20 does not fit" in refusal(
+        distill("train", "recipe.yaml", "student.encoders.text.vocab_size=20")
+    )
+    sentence = refused("student.objective.4.taps.teacher=encoders.image.stagez:mean")
+    assert "the model has no module 'encoders.image.stagez'; did you mean 'encoders.image.stages'?" in sentence
+
+
+def test_run_folder(project):
+    with locked(project / "runs/used"):
+        sentence = refusal(distill_process("run", "recipe.yaml", "name=used", cwd=project))
+    assert "runs/used is in use by another process; wait for it to end or choose another name" in sentence
+    (project / "taken").write_text("a file")
+    assert "run folder taken/tiny cannot be written" in refusal(distill("run", "recipe.yaml", "output=taken"))
+
+
+def test_predict(project):
+    assert "bert is not a bundle: it has no bundle.json" in refusal(distill("predict", "bert", "--text", "a"))
+    assert "nothing to classify" in refusal(distill("predict", "bert"))
+
+
+def test_processes_refuse_the_same_way(project):
+    assert "unknown key 'student.trian'" in refusal(
+        distill_process("run", "recipe.yaml", "student.trian.lr=1", cwd=project)
+    )
+    sentence = refusal(distill_process("run", "recipe.yaml", "data.source.path=nowhere.csv", cwd=project))
+    assert "nowhere.csv" in sentence

@@ -1,0 +1,158 @@
+"""Losses: published reference values, two ways to the same number, half precision, and no gradient to the teacher."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill import losses
+from distill.contracts import IGNORE
+from distill.losses.objective import LOSSES
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+CASES = {case["name"]: case for case in json.loads((REFERENCE / "cases.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    with np.load(REFERENCE / "inputs.npz", allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def logits(rows=6, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_implementations_gave_the_same_value_and_gradient(name, arrays):
+    case = CASES[name]
+    inputs = [arrays[key].clone() for key in case["inputs"]]
+    for key, tensor in zip(case["inputs"], inputs, strict=True):
+        tensor.requires_grad_(key in case["grad_norm"])
+    value = getattr(losses, case["function"])(*inputs, **case["params"])
+    value.backward()
+    assert value.dtype == torch.float64 and value.shape == ()
+    assert value.item() == pytest.approx(case["value"], rel=1e-6)
+    for key, norm in case["grad_norm"].items():
+        assert inputs[case["inputs"].index(key)].grad.norm().item() == pytest.approx(norm, rel=1e-6)
+
+
+def test_every_loss_of_the_registry_is_exported():
+    assert {name: entry.function for name, entry in LOSSES.items()} == {n: getattr(losses, n) for n in LOSSES}
+    assert set(losses.__all__) == set(LOSSES)
+
+
+def test_kd_is_the_sum_over_classes_written_out():
+    student, teacher, temperature = logits(), logits(seed=1), 3.0
+    p_t, p_s = (F.softmax(x / temperature, dim=-1) for x in (teacher, student))
+    expected = temperature**2 * (p_t * (p_t / p_s).log()).sum() / len(student)
+    torch.testing.assert_close(losses.kd(student, teacher, temperature=temperature), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(temperature=st.floats(0.5, 10), shift=st.floats(-50, 50), seed=st.integers(0, 99))
+def test_kd_is_zero_for_equal_logits_and_blind_to_a_shift(temperature, shift, seed):
+    student, teacher = logits(seed=seed), logits(seed=seed + 1)
+    value = losses.kd(student, teacher, temperature=temperature)
+    assert value > 0
+    assert losses.kd(teacher, teacher, temperature=temperature).abs() < 1e-12
+    torch.testing.assert_close(losses.kd(student + shift, teacher, temperature=temperature), value)
+
+
+def test_kd_tends_to_centred_logit_matching_at_high_temperature():
+    student, teacher = logits(), logits(seed=1)
+    centred = [x - x.mean(dim=-1, keepdim=True) for x in (student, teacher)]
+    expected = F.mse_loss(*centred) / 2
+    torch.testing.assert_close(losses.kd(student, teacher, temperature=1e3), expected, rtol=1e-2, atol=0)
+
+
+def test_dkd_with_both_weights_on_the_scale_of_kd_adds_up_to_kd():
+    """KD = target part + (1 - teacher's target probability) * non-target part, row by row."""
+    student, teacher, labels = logits(1), logits(1, seed=1), torch.tensor([2])
+    rest = 1 - F.softmax(teacher / 2, dim=-1)[0, 2].item()
+    split = losses.dkd(student, teacher, labels, alpha=1.0, beta=rest, temperature=2.0)
+    torch.testing.assert_close(split, losses.kd(student, teacher, temperature=2.0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "dkd"])
+def test_rows_without_a_label_take_no_part(name):
+    student, teacher = logits(), logits(seed=1)
+    labels = torch.tensor([0, IGNORE, 2, 3, IGNORE, 4])
+    kept = labels != IGNORE
+    some = [student, labels] if name == "cross_entropy" else [student, teacher, labels]
+    loss = getattr(losses, name)
+    torch.testing.assert_close(loss(*some), loss(*(tensor[kept] for tensor in some)))
+    none = [*some[:-1], torch.full_like(labels, IGNORE)]
+    none[0] = none[0].clone().requires_grad_()
+    value = loss(*none)
+    value.backward()
+    assert value.item() == 0 and none[0].grad.abs().max() == 0
+
+
+def test_cross_entropy_smooths_toward_the_uniform_distribution():
+    student, labels = logits(), torch.tensor([0, 1, 2, 3, 4, 0])
+    log_p = F.log_softmax(student, dim=-1)
+    expected = -(0.9 * log_p.gather(1, labels[:, None]).mean() + 0.1 * log_p.mean(dim=1).mean())
+    torch.testing.assert_close(losses.cross_entropy(student, labels, label_smoothing=0.1), expected)
+
+
+def test_clip_infonce_knows_its_perfect_and_its_blind_value():
+    identity = torch.eye(4, dtype=torch.float64)
+    perfect = losses.clip_infonce(identity, identity, logit_scale=20.0)
+    assert perfect.item() == pytest.approx(math.log(1 + 3 * math.exp(-20)), rel=1e-6)
+    same = identity[:1].expand(4, 4)
+    assert losses.clip_infonce(same, same, logit_scale=20.0).item() == pytest.approx(math.log(4))
+    apart = identity[[1, 0, 3, 2]]
+    assert losses.clip_infonce(identity, apart) > losses.clip_infonce(same, same)
+
+
+def test_feature_losses_by_hand():
+    one, other = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
+    assert losses.cosine(one, other).item() == pytest.approx(1 - 24 / 25)
+    assert losses.cosine(one, -5 * one).item() == pytest.approx(2)
+    assert losses.fitnet(one, other).item() == pytest.approx(1)
+    assert losses.mse_logits(one, other).item() == pytest.approx(1)
+
+
+def arguments(name, dtype):
+    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    student, teacher = logits().to(dtype).requires_grad_(), logits(seed=1).to(dtype).requires_grad_()
+    kinds = {"labels": (student, labels), "teacher+labels": (student, teacher, labels)}
+    return kinds.get(LOSSES[name].kind, (student, teacher))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_gradient_reaches_the_teacher(name):
+    inputs = arguments(name, torch.float64)
+    LOSSES[name].function(*inputs).backward()
+    assert inputs[0].grad.abs().max() > 0
+    if LOSSES[name].kind in ("teacher", "teacher+labels", "features"):
+        assert inputs[1].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_is_computed_in_float32(name, dtype):
+    halves = arguments(name, dtype)
+    value = LOSSES[name].function(*halves)
+    assert value.dtype == torch.float32
+    doubles = [x.double() if x.is_floating_point() else x for x in halves]
+    torch.testing.assert_close(value, LOSSES[name].function(*doubles).float(), rtol=1e-4, atol=1e-5)
+    value.backward()
+    assert halves[0].grad.dtype == dtype and torch.isfinite(halves[0].grad).all()
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "cross_entropy"])
+def test_extreme_logits_stay_finite(name):
+    inputs = [x.detach() * 1e4 if x.is_floating_point() else x for x in arguments(name, torch.float32)]
+    inputs[0].requires_grad_()
+    value = LOSSES[name].function(*inputs)
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(inputs[0].grad).all()

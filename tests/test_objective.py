@@ -1,0 +1,211 @@
+"""The objective: what it refuses, which rows a term is about, projectors, and the names under which it logs."""
+
+import pytest
+import torch
+from tiny import terms
+
+from distill import losses
+from distill.contracts import CLEAN_VIEW, IGNORE, Batch, Outputs, UserError
+from distill.engine import take
+from distill.losses.objective import Objective, check_terms, needs_teacher, tap_paths
+
+ROWS = 6
+
+
+def outputs(seed=0, *, width=4, tap=(8, 3, 3)):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(ROWS, *shape, generator=generator)
+
+    logits = {"kind": random(3), "kind.image": random(3), "kind.text": random(3)}
+    return Outputs(
+        logits, {name: random(width) for name in ("image", "text", "fused")}, {"encoders.image.tap": random(*tap)}
+    )
+
+
+@pytest.fixture
+def batch():
+    present = {"image": torch.ones(ROWS, dtype=torch.bool), "text": torch.ones(ROWS, dtype=torch.bool)}
+    labels = {"kind": torch.arange(ROWS) % 3}
+    return Batch(torch.arange(ROWS), torch.full((ROWS,), CLEAN_VIEW), {}, present, labels)
+
+
+def without(batch, modality, *rows):
+    mask = batch.present[modality].clone()
+    mask[list(rows)] = False
+    return batch._replace(present={**batch.present, modality: mask})
+
+
+def value(item, batch, student, teacher=None):
+    return Objective(terms(item), student, teacher)(student, teacher, batch)[0]
+
+
+TAPS = {"student": "encoders.image.tap", "teacher": "encoders.image.tap"}
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"loss": "kdd", "task": "kind"}, r"objective\[0\]: unknown loss 'kdd'; did you mean 'kd'"),
+        (
+            {"loss": "kd", "task": "kind", "params": {"temprature": 2}},
+            "kd has no parameter 'temprature'; did you mean 'temp",
+        ),
+        ({"loss": "cross_entropy", "task": "kind", "params": {"labels": 1}}, "no parameter 'labels'"),
+        ({"loss": "kd"}, "kd needs exactly one of task, got none"),
+        ({"loss": "kd", "task": "kind", "embedding": "fused"}, "exactly one of task, got"),
+        ({"loss": "cross_entropy", "embedding": "fused"}, "exactly one of task"),
+        ({"loss": "cosine", "task": "kind"}, "exactly one of embedding or taps"),
+        ({"loss": "clip_infonce", "embedding": "image"}, 'needs two embeddings, write "image,text"'),
+        ({"loss": "clip_infonce", "embedding": "image,text,fused"}, "two embeddings"),
+        ({"loss": "fitnet", "taps": {"student": "a"}}, "taps needs both 'student' and 'teacher'"),
+    ],
+)
+def test_a_term_that_makes_no_sense_is_refused_before_anything_is_built(item, message):
+    with pytest.raises(UserError, match=message):
+        check_terms(terms(item), "objective")
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"loss": "kd", "task": "kinds"}, "'kd/kinds': the model gives no 'kinds'; did you mean 'kind'"),
+        ({"loss": "cosine", "embedding": "fuse"}, "the model gives no 'fuse'; did you mean 'fused'"),
+        ({"loss": "fitnet", "taps": {**TAPS, "teacher": "encoders.image.tip"}}, "did you mean 'encoders.image.tap'"),
+        ({"loss": "clip_infonce", "embedding": "image, text"}, "did you mean 'text'"),
+    ],
+)
+def test_a_name_that_the_models_do_not_give_is_refused(item, message, batch):
+    with pytest.raises(UserError, match=message):
+        value(item, batch, outputs(), outputs(1))
+
+
+@pytest.mark.parametrize("item", [{"loss": "kd", "task": "kind"}, {"loss": "cosine", "embedding": "fused"}])
+def test_a_teacher_term_without_a_teacher_is_refused(item, batch):
+    with pytest.raises(UserError, match="reads a teacher, and this stage has none"):
+        value(item, batch, outputs())
+
+
+def test_which_terms_need_a_teacher_and_which_taps():
+    alone = terms({"loss": "cross_entropy", "task": "kind"}, {"loss": "clip_infonce", "embedding": "image,text"})
+    assert not needs_teacher(alone) and tap_paths(alone, "teacher") == []
+    for item in (
+        {"loss": "dkd", "task": "kind"},
+        {"loss": "fitnet", "taps": TAPS},
+        {"loss": "cosine", "embedding": "text"},
+    ):
+        assert needs_teacher([*alone, *terms(item)])
+    twice = terms({"loss": "fitnet", "taps": {"student": "a", "teacher": "b"}}, {"loss": "cosine", "taps": TAPS}) * 2
+    assert tap_paths(twice, "student") == ["a", "encoders.image.tap"]
+    assert tap_paths(twice, "teacher") == ["b", "encoders.image.tap"]
+
+
+def test_terms_are_weighed_and_logged_unweighted_under_their_own_names(batch):
+    student, teacher = outputs(), outputs(1)
+    items = [
+        {"loss": "cross_entropy", "task": "kind", "weight": 0.5},
+        {"loss": "kd", "task": "kind", "weight": 2.0, "params": {"temperature": 2.0}},
+        {"loss": "kd", "task": "kind", "weight": 3.0, "params": {"temperature": 5.0}},
+        {"loss": "fitnet", "taps": TAPS, "weight": 0.0},
+    ]
+    total, values = Objective(terms(*items), student, teacher)(student, teacher, batch)
+    assert list(values) == ["cross_entropy/kind", "kd/kind", "kd/kind#2", "fitnet/encoders.image.tap"]
+    one, two = student.logits["kind"], teacher.logits["kind"]
+    torch.testing.assert_close(values["kd/kind#2"], losses.kd(one, two, temperature=5.0))
+    expected = 0.5 * losses.cross_entropy(one, batch.targets["kind"])
+    expected = expected + 2 * losses.kd(one, two, temperature=2.0) + 3 * losses.kd(one, two, temperature=5.0)
+    torch.testing.assert_close(total, expected)
+
+
+ABOUT_IMAGES = [
+    {"loss": "cross_entropy", "task": "kind.image"},
+    {"loss": "kd", "task": "kind.image"},
+    {"loss": "dkd", "task": "kind.image"},
+    {"loss": "cosine", "embedding": "image"},
+    {"loss": "fitnet", "taps": TAPS},
+    {"loss": "clip_infonce", "embedding": "image,text"},
+]
+
+
+@pytest.mark.parametrize("item", ABOUT_IMAGES, ids=lambda item: item["loss"])
+def test_rows_that_lack_the_modality_take_no_part(item, batch):
+    lacking = without(batch, "image", 1, 4)
+    kept = torch.tensor([0, 2, 3, 5])
+    student, teacher = outputs(), outputs(1)
+    expected = value(item, take(batch, kept), take(student, kept), take(teacher, kept))
+    torch.testing.assert_close(value(item, lacking, student, teacher), expected)
+
+
+@pytest.mark.parametrize("item", ABOUT_IMAGES, ids=lambda item: item["loss"])
+def test_a_batch_in_which_no_row_has_the_modality_gives_zero_with_a_gradient(item, batch):
+    student = outputs()
+    student.logits["kind"].requires_grad_()
+    result = value(item, without(batch, "image", *range(ROWS)), student, outputs(1))
+    result.backward()
+    assert result.item() == 0 and student.logits["kind"].grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("item", [{"loss": "kd", "task": "kind"}, {"loss": "cosine", "embedding": "fused"}])
+def test_fused_terms_read_all_rows(item, batch):
+    student, teacher = outputs(), outputs(1)
+    torch.testing.assert_close(
+        value(item, without(batch, "image", 1, 4), student, teacher), value(item, batch, student, teacher)
+    )
+
+
+def test_missing_labels_leave_soft_labels_in_force(batch):
+    bare = batch._replace(targets={"kind": torch.full((ROWS,), IGNORE)})
+    student, teacher = outputs(), outputs(1)
+    assert value({"loss": "cross_entropy", "task": "kind"}, bare, student) == 0
+    assert value({"loss": "dkd", "task": "kind"}, bare, student, teacher) == 0
+    assert value({"loss": "kd", "task": "kind"}, bare, student, teacher) > 0
+
+
+def test_the_parts_of_a_batch_add_up_to_the_whole_whatever_they_lack(batch):
+    items = [*ABOUT_IMAGES[:-1], {"loss": "cross_entropy", "task": "kind"}, {"loss": "kd", "task": "kind"}]
+    labels = torch.tensor([0, IGNORE, IGNORE, 1, 2, IGNORE])
+    whole = without(batch, "image", 1, 4)._replace(targets={"kind": labels})
+    student, teacher = outputs(), outputs(1)
+    objective = Objective(terms(*items), student, teacher)
+    total, values = objective(student, teacher, whole)
+    parts = [torch.tensor([0, 1]), torch.tensor([2, 3, 4, 5])]
+    summed = [objective(*(take(x, rows) for x in (student, teacher, whole)), whole) for rows in parts]
+    torch.testing.assert_close(sum(part[0] for part in summed), total)
+    for name, expected in values.items():
+        torch.testing.assert_close(sum(part[1][name] for part in summed), expected, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("student_shape", "teacher_shape", "expected"),
+    [
+        ((8,), (8,), None),
+        ((8, 3, 3), (8, 3, 3), None),
+        ((8,), (12,), torch.nn.Linear),
+        ((5, 8), (5, 12), torch.nn.Linear),
+        ((8, 3, 3), (12, 3, 3), torch.nn.Conv2d),
+    ],
+)
+def test_a_projector_is_made_where_widths_differ(student_shape, teacher_shape, expected, batch):
+    student, teacher = outputs(tap=student_shape), outputs(1, tap=teacher_shape)
+    objective = Objective(terms({"loss": "fitnet", "taps": TAPS}), student, teacher)
+    assert [type(layer) for layer in objective.projectors.values()] == ([] if expected is None else [expected])
+    total, _ = objective(student, teacher, batch)
+    total.backward() if expected else None
+    assert all(parameter.grad.abs().sum() > 0 for parameter in objective.parameters())
+    assert torch.isfinite(total)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [((8, 3, 3), (8, 4, 4)), ((5, 8), (6, 8)), ((8,), (8, 3, 3)), ((5, 8), (8,))]
+)
+def test_features_that_no_projector_can_bring_together_are_refused(one, other):
+    with pytest.raises(UserError, match=r"no projector fits features of shapes .* choose taps of equal layout"):
+        Objective(terms({"loss": "fitnet", "taps": TAPS}), outputs(tap=one), outputs(tap=other))
+
+
+def test_embeddings_of_unequal_width_get_a_projector_too(batch):
+    student, teacher = outputs(width=4), outputs(1, width=9)
+    objective = Objective(terms({"loss": "cosine", "embedding": "fused"}), student, teacher)
+    assert objective(student, teacher, batch)[0].requires_grad
+    assert objective.projectors["0"].weight.shape == (9, 4)

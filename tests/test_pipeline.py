@@ -1,0 +1,307 @@
+"""A whole run through the command line, and what the next run of the same folder does and leaves alone."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+from safetensors.numpy import load_file
+from tiny_project import distill, distill_process, make_project, refusal, run_python, start_distill
+
+from distill import engine, pipeline
+from distill.runs import locked, read_json
+
+MODELS = ["teacher", "baseline", "student", "pruned", "onnx-fp32", "onnx-int8"]
+AFTER_STUDENT = ["pruned", "export", "quantize", "evaluate", "bench", "report"]
+AFTER_CACHE = ["student", *AFTER_STUDENT]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run: its folder and what the command printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_project(folder)
+    return folder, distill_process("run", "recipe.yaml", cwd=folder)
+
+
+@pytest.fixture
+def project(finished, monkeypatch):
+    """The finished run's folder as working directory; tests leave it as it is."""
+    monkeypatch.chdir(finished[0])
+    return finished[0]
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch):
+    """A copy of the finished run, to break."""
+    shutil.copytree(finished[0], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def to_do(*arguments):
+    """The stages that a run would do."""
+    answer = distill("run", *arguments, "--dry-run", "--json")
+    assert answer.code == 0, answer
+    return [entry["stage"] for entry in json.loads(answer.out)["stages"] if entry["state"] == "to do"]
+
+
+def manifests(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("runs/tiny/*/manifest.json")}
+
+
+def test_run_ends_well_and_prints_only_its_own_lines(finished):
+    _, answer = finished
+    assert answer.code == 0, answer.err
+    for stage in pipeline.NAMES:
+        assert re.search(rf"^{stage}: done in [\d.]+ s \([\d.]+ CPU-seconds\)$", answer.out, re.MULTILINE)
+    assert "report: runs/tiny/report/report.html" in answer.out
+    before_the_table = answer.out[: answer.out.index("┏")].splitlines()
+    assert [line.partition(": ")[0] for line in before_the_table] == [name for name in pipeline.NAMES for _ in range(2)]
+    for line in answer.err.splitlines():
+        assert re.match(r"[a-z0-9 ]+: \d+/\d+ \([\d.]+/s, \d+ s", line), line
+
+
+def test_report_keeps_its_contract(project):
+    report = read_json(project / "runs/tiny/report/report.json")
+    assert {"schema_version", "data", "models", "comparisons"} <= report.keys()
+    assert [model["name"] for model in report["models"]] == MODELS
+    for model in report["models"]:
+        for task in ("colour", "shape"):
+            quality = model["quality"][task]
+            low, high = quality["ci95"]
+            assert 0 <= low <= quality["accuracy"] <= high <= 1
+            assert {"macro_f1", "ece", "agreement_with_teacher", "retention"} <= quality.keys()
+        for field in ("stage", "runtime", "seeds"):
+            assert model[field]
+        for field in ("num_params", "flops", "size_bytes", "peak_memory_bytes"):
+            assert model[field] > 0
+        assert 0 < model["latency_ms"]["p50"] <= model["latency_ms"]["p95"]
+    assert report["data"]["rows"] == {"train": 72, "valid": 15, "test": 9}
+
+
+@pytest.mark.parametrize("stage, bundle", [("export", "onnx-fp32"), ("quantize", "onnx-int8")])
+def test_bundles_predict(project, stage, bundle):
+    image = project / "images/005.png"
+    answer = distill("predict", project / "runs/tiny" / stage / bundle, "--image", image, "--text", "a sun", "--json")
+    (row,) = json.loads(answer.out)
+    assert row["predictions"]["colour"]["label"] in ("red", "green", "blue")
+    assert len(row["predictions"]["shape"]["top"]) == 3
+
+
+def test_predict_prints_a_line_a_task_and_names_rows(project):
+    bundle = project / "runs/tiny/quantize/onnx-int8"
+    one = distill("predict", bundle, "--text", "a red cat", "--top-k", "1")
+    assert re.fullmatch(r"colour: \w+ [\d.]+%\nshape: \w+ [\d.]+%\n", one.out)
+    two = distill("predict", bundle, "--text", "a red cat", "--text", "a moon")
+    assert two.out.splitlines()[0] == "a red cat" and two.out.splitlines()[3] == "a moon"
+
+
+def test_predict_imports_no_torch(project):
+    arguments = ["predict", str(project / "runs/tiny/quantize/onnx-int8"), "--text", "a red cat"]
+    code = f"import sys; from distill.cli import main\ntry: main({arguments!r})\nfinally: print('torch' in sys.modules)"
+    out = run_python(code)
+    assert out.splitlines()[-1] == "False"
+    assert out.startswith("colour: ")
+
+
+def test_second_run_does_nothing(project):
+    before, began = manifests(project), time.monotonic()
+    answer = distill("run", "recipe.yaml")
+    assert answer.code == 0 and "done in" not in answer.out and answer.err == ""
+    assert "report: " in answer.out
+    assert manifests(project) == before and len(before) == len(pipeline.NAMES)
+    assert time.monotonic() - began < 10
+
+
+def test_json_stands_alone_on_standard_output(project):
+    answer = distill("run", "recipe.yaml", "--json")
+    found = json.loads(answer.out)
+    assert found["run"] == "runs/tiny"
+    assert [model["name"] for model in found["models"]] == MODELS
+
+
+def test_json_of_a_run_that_works_sends_its_lines_to_standard_error(copied):
+    answer = distill("cache", "recipe.yaml", "--force", "towers", "--json")
+    assert json.loads(answer.out)["rows"] == 72
+    assert "cache: done in" in answer.err and "fill teacher cache: 144/144" in answer.err
+
+
+@pytest.mark.parametrize(
+    "verb, stage",
+    [
+        ("train", "student"),
+        ("cache", "cache"),
+        ("prune", "pruned"),
+        ("export", "export"),
+        ("quantize", "quantize"),
+        ("evaluate", "evaluate"),
+        ("bench", "bench"),
+    ],
+)
+def test_each_verb_ends_at_its_stage(project, verb, stage):
+    assert distill(verb, "recipe.yaml").out == f"{verb}: runs/tiny/{stage}\n"
+    found = json.loads(distill(verb, "recipe.yaml", "--json").out)
+    assert found["path"] == f"runs/tiny/{stage}" and found["cost"]["seconds"] > 0
+
+
+def test_compare(project, tmp_path):
+    other = tmp_path / "tiny"
+    shutil.copytree("runs/tiny/report", other / "report")
+    answer = distill("compare", "runs/tiny", other, "--json")
+    assert answer.code == 0 and json.loads(answer.out)
+    assert "onnx-int8" in distill("compare", "runs/tiny", other).out
+    assert "no report in nowhere/report" in refusal(distill("compare", "runs/tiny", "nowhere"))
+    (other / "report/report.json").write_text("{")
+    assert "a report is damaged" in refusal(distill("compare", "runs/tiny", other))
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("seed=0", []),
+        ("report.bootstrap=200", ["report"]),
+        ("bench.repeats=11", ["bench", "report"]),
+        ("export.quantize.method=entropy", ["quantize", "evaluate", "bench", "report"]),
+        ("prune.ratio=0.3", AFTER_STUDENT),
+        ("student.objective.2.weight=2", AFTER_CACHE),
+        ("student.train.epochs=3", ["baseline", *AFTER_CACHE]),
+        ("student.dropout=0.1", ["baseline", *AFTER_CACHE]),
+        ("student.encoders.text.vocab_size=70", ["inherit", "baseline", *AFTER_CACHE]),
+        ("cache.dtype=float32", ["cache", *AFTER_CACHE]),
+        ("teacher.train.epochs=4", ["teacher", "cache", "inherit", "baseline", *AFTER_CACHE]),
+        ("data.augment.image.flip=0.1", pipeline.NAMES[1:]),
+        ("data.working_size=16", pipeline.NAMES),
+    ],
+)
+def test_an_option_reruns_what_depends_on_it(project, override, expected):
+    assert to_do("recipe.yaml", override) == expected
+
+
+def test_force_reruns_a_stage_and_its_descendants(project):
+    assert to_do("recipe.yaml", "--force", "cache") == ["cache", *AFTER_CACHE]
+    assert to_do("recipe.yaml", "--force", "bench", "--force", "baseline") == [
+        "baseline", "export", "quantize", "evaluate", "bench", "report"
+    ]  # fmt: skip
+
+
+def test_the_resolved_recipe_is_the_same_run_from_anywhere(project, tmp_path, monkeypatch):
+    resolved, runs = project / "runs/tiny/recipe.resolved.yaml", project / "runs"
+    monkeypatch.chdir(tmp_path)
+    assert to_do(resolved, f"output={runs}") == []
+    assert to_do(project / "recipe.yaml", f"output={runs}") == []
+
+
+def test_a_moved_project_is_up_to_date(copied):
+    assert to_do("recipe.yaml") == []
+
+
+def test_changed_data_reruns_everything(copied):
+    shutil.copy(copied / "images/001.png", copied / "images/000.png")
+    assert to_do("recipe.yaml") == pipeline.NAMES
+
+
+def test_changed_weights_rerun_all_but_the_data(copied):
+    file = copied / "bert/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert to_do("recipe.yaml") == pipeline.NAMES[1:]
+
+
+@pytest.mark.parametrize("name", ["cache/shard-view1-00000.safetensors", "teacher/model.safetensors"])
+def test_a_damaged_file_reruns_its_stage_and_is_made_again(copied, name):
+    file = copied / "runs/tiny" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    stage = name.partition("/")[0]
+    assert to_do("recipe.yaml") == [stage]
+    before = manifests(copied)
+    assert distill("cache", "recipe.yaml").code == 0
+    assert file.read_bytes() == whole
+    assert [path.parent.name for path, changed in manifests(copied).items() if before[path] != changed] == [stage]
+
+
+def test_force_starts_afresh_and_marks_descendants_of_other_verbs(copied):
+    shard = copied / "runs/tiny/cache/shard-view0-00000.safetensors"
+    before = shard.stat().st_mtime_ns
+    answer = distill("cache", "recipe.yaml", "--force", "teacher")
+    assert "teacher: done" in answer.out and "cache: done" in answer.out
+    assert shard.stat().st_mtime_ns > before
+    assert to_do("recipe.yaml") == ["inherit", "baseline", *AFTER_CACHE]
+
+
+def same_weights(first, second):
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def test_a_killed_process_goes_on_to_the_same_weights(copied):
+    arguments = ("cache", "recipe.yaml", "teacher.train.epochs=8")
+    process = start_distill(*arguments, "name=stopped", cwd=copied)
+    metrics = copied / "runs/stopped/teacher/metrics.jsonl"
+    while not metrics.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("error: stopped by SIGINT; state saved in ")
+    assert (copied / "runs/stopped/teacher/checkpoint").is_dir()
+    again = distill(*arguments, "name=stopped")
+    assert again.code == 0 and "data: done" not in again.out and "teacher: done" in again.out
+    assert distill(*arguments, "name=whole").code == 0
+    assert same_weights("runs/stopped/teacher/model.safetensors", "runs/whole/teacher/model.safetensors")
+
+
+@pytest.mark.parametrize("step", [7, 10, 15])  # inside an epoch, at its end, at the end of training
+def test_a_run_stopped_at_any_step_goes_on_to_the_same_weights(copied, monkeypatch, step):
+    def note(state):
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_note", note)
+        answer = distill("train", "recipe.yaml", "name=stopped")
+    assert answer.code == 143 and "error: stopped by SIGTERM; state saved in" in answer.err
+    assert distill("train", "recipe.yaml", "name=stopped").code == 0
+    for stage in ("teacher", "student"):
+        assert same_weights(f"runs/stopped/{stage}/model.safetensors", f"runs/tiny/{stage}/model.safetensors")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_outside_of_training_unlocks_and_says_so(project, monkeypatch, number, code):
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(pipeline, "plan", lambda *_, **__: os.kill(os.getpid(), number))
+    answer = distill("run", "recipe.yaml")
+    assert answer.code == code
+    assert answer.err == f"error: stopped by {number.name}; run the same command again to go on\n"
+    assert signal.getsignal(number) is handler
+    with locked(project / "runs/tiny"):
+        pass
+
+
+def test_a_run_folder_in_use_is_refused(project):
+    with locked(project / "runs/tiny"):
+        assert "runs/tiny is in use by another process" in refusal(distill("run", "recipe.yaml"))
+
+
+def test_dry_run_tells_rows_parameters_disk_and_time(project):
+    found = json.loads(distill("run", "recipe.yaml", "--dry-run", "--json").out)
+    assert found["rows"] == {"train": 72, "valid": 15, "test": 9}
+    report = {model["name"]: model for model in read_json(project / "runs/tiny/report/report.json")["models"]}
+    assert found["num_params"] == {name: report[name]["num_params"] for name in ("student", "teacher")}
+    cache = read_json(project / "runs/tiny/cache/cache.json")
+    shards = sum(file.stat().st_size for file in (project / "runs/tiny/cache").glob("shard*.safetensors"))
+    assert found["disk_bytes"]["cache"] == pytest.approx(shards, rel=0.1), cache
+    assert found["disk_bytes"]["data"] == 96 * 3 * 32 * 32
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    lines = distill("run", "recipe.yaml", "--dry-run").out
+    assert "time, roughly" in lines and "rows: 72 train, 15 valid, 9 test" in lines and "up to date" in lines
+
+
+def test_dry_run_without_the_weights_says_what_is_missing(project):
+    answer = distill("run", "recipe.yaml", "teacher.encoders.text.weights=path:nowhere", "--dry-run")
+    assert answer.code == 0
+    assert "not estimated: pretrained weights are not there" in answer.out and "teacher" not in answer.err

@@ -1,0 +1,197 @@
+"""Run folders: fingerprints, manifests that mean "done", atomic files, the lock, and seeds."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill import runs
+from distill.contracts import UserError
+from distill.runs import MANIFEST, atomic, find, fingerprint, finish, locked, read_json, start, write_json
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_equal_values_have_equal_fingerprints(value):
+    shuffled = json.loads(json.dumps(value))
+    if isinstance(shuffled, dict):
+        shuffled = dict(reversed(shuffled.items()))
+    assert fingerprint(value) == fingerprint(shuffled)
+    assert len(fingerprint(value)) == 16 and int(fingerprint(value), 16) >= 0
+
+
+def test_a_fingerprint_is_the_same_on_every_machine_and_forever():
+    assert fingerprint("teacher", {"lr": 0.1, "b": [1, None, "ü"]}) == fingerprint(
+        "teacher", {"b": [1, None, "ü"], "lr": 0.1}
+    )
+    assert fingerprint("teacher", {"lr": 0.1, "b": [1, None, "ü"]}) == "38020a5a2af671c9"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(("a", "b"), ("ab",)), ((1,), ("1",)), ((["a"], "b"), (["a", "b"],)), ((), (None,))]
+)
+def test_different_parts_have_different_fingerprints(one, other):
+    assert fingerprint(*one) != fingerprint(*other)
+
+
+def made(folder, key="k1", info=None):
+    start(folder, key)
+    (folder / "a.txt").write_text("one")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.bin").write_bytes(b"\0" * 10)
+    return finish(folder, "teacher", key, {"score": 0.5} if info is None else info)
+
+
+def test_a_finished_stage_is_found_with_what_it_told(tmp_path):
+    artifact = made(tmp_path / "teacher")
+    assert find(tmp_path / "teacher", "teacher", "k1") == artifact
+    assert artifact.info == {"score": 0.5} and artifact.path == tmp_path / "teacher"
+    files = read_json(tmp_path / "teacher" / MANIFEST)["files"]
+    assert set(files) == {"a.txt", "sub/b.bin"} and files["sub/b.bin"]["bytes"] == 10
+
+
+def test_an_unfinished_stage_is_not_found(tmp_path):
+    start(tmp_path / "teacher", "k1")
+    assert find(tmp_path / "teacher", "teacher", "k1") is None
+    assert find(tmp_path / "nothing", "teacher", "k1") is None
+
+
+@pytest.mark.parametrize(("stage", "key"), [("student", "k1"), ("teacher", "k2")])
+def test_another_stage_or_fingerprint_is_not_found(tmp_path, stage, key):
+    made(tmp_path / "teacher")
+    assert find(tmp_path / "teacher", stage, key) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "a.txt").write_text("two"),  # same size
+        lambda folder: (folder / "a.txt").write_text("longer"),
+        lambda folder: (folder / "sub" / "b.bin").unlink(),
+        lambda folder: (folder / MANIFEST).unlink(),
+        lambda folder: (folder / MANIFEST).write_text('{"stage": "teacher"'),
+        lambda folder: (folder / MANIFEST).write_text(""),
+    ],
+)
+def test_a_damaged_stage_is_not_found(tmp_path, damage):
+    made(tmp_path / "teacher")
+    damage(tmp_path / "teacher")
+    assert find(tmp_path / "teacher", "teacher", "k1") is None
+
+
+def test_a_file_added_later_does_not_undo_a_stage(tmp_path):
+    made(tmp_path / "teacher")
+    (tmp_path / "teacher" / "notes.txt").write_text("mine")
+    assert find(tmp_path / "teacher", "teacher", "k1") is not None
+
+
+def test_starting_empties_the_folder_unless_a_stopped_run_may_go_on(tmp_path):
+    folder = tmp_path / "teacher"
+    for resume, key, stays in [(True, "k1", True), (False, "k1", False), (True, "k2", False)]:
+        start(folder, "k1")
+        (folder / "half").write_text("x")
+        start(folder, key, resume=resume)
+        assert (folder / "half").exists() is stays
+        start(folder, "k3")
+
+
+def test_starting_a_finished_stage_again_empties_it(tmp_path):
+    made(tmp_path / "teacher")
+    start(tmp_path / "teacher", "k1", resume=True)
+    assert not (tmp_path / "teacher" / "a.txt").exists() and find(tmp_path / "teacher", "teacher", "k1") is None
+
+
+def test_discarding_makes_a_stage_neither_done_nor_resumable(tmp_path):
+    made(tmp_path / "teacher")
+    runs.discard(tmp_path / "teacher")
+    assert find(tmp_path / "teacher", "teacher", "k1") is None
+    start(tmp_path / "teacher", "k1", resume=True)
+    assert not (tmp_path / "teacher" / "a.txt").exists()
+    runs.discard(tmp_path / "nothing")
+
+
+def test_an_atomic_file_is_the_old_one_or_the_whole_new_one(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"a": "ü"})
+    assert read_json(path) == {"a": "ü"} and "ü" in path.read_text(encoding="utf-8")
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == {"a": "ü"} and [p.name for p in path.parent.iterdir()] == ["file.json"]
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": "ü"}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from distill.runs import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_folder_is_held_by_one_process(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by another process"), locked(tmp_path / "run"):
+            pytest.fail("held twice")
+        other.communicate("")
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError), locked(tmp_path):
+        raise RuntimeError
+    with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path / "file" / "run"):
+        pytest.fail("made")
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**12, 0, 10**9)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda folder: usage)
+    runs.check_disk(tmp_path, 9 * 10**8)
+    with pytest.raises(UserError, match=r"needs 0.99 GB, 1.00 GB are free; make room"):
+        runs.check_disk(tmp_path, 99 * 10**7)
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+
+def test_seeds_reach_every_generator():
+    runs.seed_everything(3)
+    first = draws()
+    assert all(one != other for one, other in zip(first, draws(), strict=True))
+    runs.seed_everything(3)
+    assert draws() == first
+    runs.seed_everything(4)
+    assert all(one != other for one, other in zip(first, draws(), strict=True))
