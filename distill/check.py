@@ -60,7 +60,7 @@ def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registr
             "add one to teacher.encoders"
         )
     for name, part in recipe.student.inherit.items():
-        check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "student", "token_ids"))
+        check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "project", "student", "token_ids"))
         if name not in takers:
             raise UserError(
                 f"student.inherit.{name}: {part.type} fills an encoder that takes its vocabulary from the teacher; "
@@ -77,7 +77,7 @@ def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], rec
         for model in models if needs_teacher([term]) else models[:1]:
             tasks = list(model.heads or recipe.data.targets)
             if model.unimodal_heads:
-                tasks += [f"{task}.{name}" for task in tasks for name in model.encoders]
+                tasks += [f"{task}.{name}" for task in tasks for name in (*model.encoders, "fused")]
             embeddings = [*model.encoders, "fused"]
             if term.task is not None and term.task not in tasks:
                 raise UserError(f"{where}[{number}]: no task {term.task!r}; {nearest(term.task, tasks)}")

@@ -114,6 +114,7 @@ class TrainConfig(Strict):
     accumulate: int = Field(1, ge=1)  # micro-batches a step; the effective batch stays batch_size
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights that are evaluated and kept
     precision: Literal["no", "bf16", "fp16"] = "no"
+    keep: Literal["best", "last"] = "best"  # weights of the best validated epoch, or of the last one
     patience: int | None = Field(None, ge=1)  # epochs without a better validation metric before stopping
     validate_every: int = Field(1, ge=1)  # epochs
     checkpoint_minutes: float = Field(1.0, gt=0)
@@ -127,7 +128,7 @@ class ModelConfig(Strict):
     fusion: Part = Part(type="concat")
     heads: dict[str, Part] = {}  # task -> head; every task of the data gets a classification head if empty
     embedding_dim: int = Field(128, ge=1)  # width of the shared image / text / fused embedding space
-    unimodal_heads: bool = True  # logits = fused + one head a modality
+    unimodal_heads: bool = True  # logits = mean of the fused head and one head a modality
     modality_dropout: float = Field(0.0, ge=0, lt=1)  # probability that a training row loses one modality
     dropout: float = Field(0.0, ge=0, lt=1)  # of pooled and token features after their projection to the fusion's width
 

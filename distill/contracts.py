@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IGNORE = -100
@@ -33,6 +34,18 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]  # "image" uint8 [B, 3, H, W]; "text" int64 [B, L]; "text_mask" bool [B, L]
     present: dict[str, Tensor]  # modality -> bool [B]
     targets: dict[str, Tensor]  # task -> int64 [B] class labels; IGNORE where missing
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; itself when it is there already."""
+        if self.ids.device == device:
+            return self
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(item) for name, item in value.items()}
+            return value.to(device, non_blocking=True)
+
+        return Batch(*(move(value) for value in self))
 
 
 class Outputs(NamedTuple):

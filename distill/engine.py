@@ -76,7 +76,7 @@ class Job:
         folder: where weights, metrics and checkpoints go.
         seed: of dropout and the like; the order of rows is the loader's.
         teacher: all batches of a step -> teacher outputs, cached or live; None without a teacher.
-        validate: model -> metrics, among them ``valid/accuracy``, by which the best weights are chosen.
+        validate: model -> metrics, among them ``valid/accuracy``, by which the best epoch is chosen.
         report: progress in steps.
     """
 
@@ -153,12 +153,12 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def fit(job: Job) -> dict[str, Any]:
-    """Train, validate, keep the best weights; go on from a checkpoint in the job's folder if there is one.
+    """Train, validate, keep the best or the last weights; go on from a checkpoint in the job's folder if there is one.
 
-    Writes ``model.safetensors`` (the best weights, whole model) and ``metrics.jsonl`` (a line an epoch).
+    Writes ``model.safetensors`` (the weights that ``keep`` names, whole model) and ``metrics.jsonl`` (a line an epoch).
 
     Returns:
-        ``epochs``, ``steps``, ``best_epoch``, ``best`` (the selection metric), ``seconds``.
+        ``epochs``, ``steps``, ``best_epoch``, ``kept_epoch``, ``best`` (the selection metric), ``seconds``.
 
     Raises:
         TrainingError: the loss or its gradient is not finite; the rows are written to ``not_finite.json``, and
@@ -173,10 +173,10 @@ def fit(job: Job) -> dict[str, Any]:
     optimizer = build_optimizer(trainee, config)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     average = Average(trainee, config.ema) if config.ema else None
-    best: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     state = State()
     if checkpoint.exists(folder / "checkpoint"):
-        state, best = _restore(folder / "checkpoint", trainee, optimizer, average)
+        state, kept = _restore(folder / "checkpoint", trainee, optimizer, average)
     prepared, optimizer = accelerator.prepare(trainee, optimizer)
     per_epoch = len(job.loader)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
@@ -187,7 +187,7 @@ def fit(job: Job) -> dict[str, Any]:
         if not received and time.monotonic() - saved <= 60 * config.checkpoint_minutes:
             return
         if accelerator.is_main_process:
-            _save(folder / "checkpoint", trainee, optimizer, average, state, best)
+            _save(folder / "checkpoint", trainee, optimizer, average, state, kept)
         saved = time.monotonic()
         if received:
             raise InterruptedRunError(received[0], folder)
@@ -214,9 +214,9 @@ def fit(job: Job) -> dict[str, Any]:
                     break
                 if state.batch < per_epoch:  # behind the last one, what validation finds belongs into the checkpoint
                     save_if_asked()
-            best = _end_epoch(job, trainee, average, state, best, last=state.step >= total, lr=factor * config.lr)
+            kept = _end_epoch(job, trainee, average, state, kept, last=state.step >= total, lr=factor * config.lr)
             save_if_asked()
-    load_state(trainee, best)
+    load_state(trainee, kept)
     if accelerator.is_main_process:
         checkpoint.save_weights(trainee.model, folder / "model.safetensors")
         _write_metrics(folder, state)
@@ -225,6 +225,7 @@ def fit(job: Job) -> dict[str, Any]:
         "epochs": state.epoch,
         "steps": state.step,
         "best_epoch": state.best_epoch,
+        "kept_epoch": state.epoch if config.keep == "last" else state.best_epoch,
         "best": state.best,
         "seconds": round(state.seconds, 3),
     }
@@ -238,7 +239,7 @@ def _step(
     batches: dict[str, Batch],
 ) -> dict[str, float]:
     """One optimizer step on one global batch, in micro-batches if asked; returns each term's value."""
-    batches = {name: to_device(batch, accelerator.device) for name, batch in batches.items()}
+    batches = {name: batch.to(accelerator.device) for name, batch in batches.items()}
     teacher = job.teacher(batches) if job.teacher else None
     batch = batches[job.reads]
     count = min(job.config.accumulate, len(batch.ids))
@@ -275,24 +276,26 @@ def _end_epoch(
     trainee: Trainee,
     average: Average | None,
     state: State,
-    best: dict[str, Tensor],
+    kept: dict[str, Tensor],
     *,
     last: bool,
     lr: float,
 ) -> dict[str, Tensor]:
-    """Log the epoch, validate when due, and return the best weights so far."""
+    """Log the epoch, validate when due, and return the weights to keep."""
     entry = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
     entry |= {f"train/{name}": total / max(1, state.rows) for name, total in state.sums.items()}
     state.epoch, state.batch, state.sums, state.rows = state.epoch + 1, 0, {}, 0
     if last or state.epoch == job.config.epochs or state.epoch % job.config.validate_every == 0:
         with average.applied(trainee) if average else _unchanged():
             entry |= job.validate(trainee.model)
-            if entry[SELECT] >= state.best:
+            better = entry[SELECT] >= state.best
+            if better:
                 state.best, state.best_epoch = entry[SELECT], state.epoch
-                best = {name: value.detach().clone() for name, value in trained_state(trainee).items()}
+            if better or job.config.keep == "last":
+                kept = {name: value.detach().clone() for name, value in trained_state(trainee).items()}
     state.history.append(entry)
     _write_metrics(job.folder, state)
-    return best
+    return kept
 
 
 def take(item: Any, rows: Tensor) -> Any:
@@ -302,19 +305,6 @@ def take(item: Any, rows: Tensor) -> Any:
         return {name: tensor[rows] for name, tensor in value.items()} if isinstance(value, dict) else value[rows]
 
     return type(item)(*(pick(value) for value in item))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device; itself when it is there already."""
-    if batch.ids.device == device:
-        return batch
-
-    def move(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: move(item) for name, item in value.items()}
-        return value.to(device, non_blocking=True)
-
-    return Batch(*(move(value) for value in batch))
 
 
 @contextmanager
@@ -355,13 +345,13 @@ def _save(
     optimizer: Any,
     average: Average | None,
     state: State,
-    best: dict[str, Tensor],
+    kept: dict[str, Tensor],
 ) -> None:
     tensors, packed = checkpoint.pack_optimizer(getattr(optimizer, "optimizer", optimizer))
     groups = {
         "trainee": trained_state(trainee),
         "optimizer": tensors,
-        "best": best,
+        "kept": kept,
         "average": average.values if average else {},
         "rng": checkpoint.rng_state(),
     }
@@ -381,4 +371,4 @@ def _restore(
         average.values = groups["average"]
     checkpoint.restore_rng(groups["rng"])
     values = content["state"]
-    return State(**values), groups["best"]
+    return State(**values), groups["kept"]

@@ -47,15 +47,16 @@ def predict_torch(
         model: ``Batch -> Outputs``.
         batches: makes the iterator over the split.
         subsets: modalities to keep alone, in further passes over the same rows.
-        report: called with rows done and 0-based total unknown.
+        report: called with (rows done, rows done): the total is not known here.
 
     Returns:
         ``logits.TASK`` float32 [N, C] and, for each subset, ``subset.MODALITY.TASK``.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     done = 0
+    device = next(model.parameters()).device
     with evaluating(model):
-        for batch in batches():
+        for batch in (batch.to(device) for batch in batches()):
             passes = {"logits": batch, **{f"subset.{name}": only(batch, name) for name in subsets}}
             for prefix, rows in passes.items():
                 for task, logits in final_logits(model(rows)).items():

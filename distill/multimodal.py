@@ -1,7 +1,8 @@
 """Encoders + fusion + heads = one model, and taps that read its inner features.
 
-Logits are the sum of the fused head and one head a modality: attention fusion alone overfits small data, while
-single-modality heads keep each encoder useful on its own and let any subset of modalities answer.
+Logits are the mean of the fused head's and of one head a modality: attention fusion alone overfits small data, while
+single-modality heads keep each encoder useful on its own and let any subset of modalities answer. Train each head with
+a loss of its own: under a loss on the mean alone, the fused head learns only to correct the others.
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ class Neck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_dim] to [..., dim]."""
-        return self.dropout(self.activation(self.linear(self.norm(x))))
+        return self.dropout(self.activation(self.project(x)))
+
+    def project(self, x: Tensor) -> Tensor:
+        """The linear part alone: [..., in_dim] to [..., dim]."""
+        return self.linear(self.norm(x))
 
 
 class MultimodalModel(nn.Module):
@@ -76,7 +81,7 @@ class MultimodalModel(nn.Module):
         dim: width of the fusion.
         embedding_dim: width of the shared embedding space.
         modality_dropout: probability, in training, that a row loses one of its present modalities.
-        dropout: probability of dropping a neck's feature in training.
+        dropout: probability of dropping a feature of a pooled vector or token on its way to the fusion, in training.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class MultimodalModel(nn.Module):
         self.encoders = nn.ModuleDict(encoders)
         self.necks = nn.ModuleDict({name: Neck(e.out_dim, dim, dropout) for name, e in encoders.items()})
         readers = encoders if fusion.reads_tokens else {}
-        self.token_necks = nn.ModuleDict({name: nn.Linear(e.out_dim, dim) for name, e in readers.items()})
+        self.token_necks = nn.ModuleDict(
+            {name: nn.Sequential(nn.Dropout(dropout), nn.Linear(e.out_dim, dim)) for name, e in readers.items()}
+        )
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads)
         self.unimodal_heads = nn.ModuleDict({task: nn.ModuleDict(by) for task, by in unimodal_heads.items()})
@@ -103,13 +110,13 @@ class MultimodalModel(nn.Module):
         self.modality_dropout = modality_dropout
 
     def forward(self, batch: Batch) -> Outputs:
-        """Return logits of every task (and of its single-modality heads) and embeddings.
+        """Return logits of every task (and of its single heads) and embeddings.
 
         Args:
             batch: inputs and presence of the model's modalities.
 
         Returns:
-            logits ``task`` [B, C] and ``task.modality`` [B, C]; embeddings of each modality and "fused" [B, E].
+            logits ``task``, ``task.fused`` and ``task.modality``, each [B, C]; embeddings of each modality and "fused" [B, E].
         """
         encoded = {name: encoder(batch.inputs) for name, encoder in self.encoders.items()}
         present = self._dropped({name: batch.present[name] for name in self.encoders})
@@ -119,17 +126,24 @@ class MultimodalModel(nn.Module):
         fused = self.fusion(tokens, masks, pooled, present)
 
         logits: dict[str, Tensor] = {}
-        alone: dict[str, Any] = dict(self.unimodal_heads.items())
         for task, head in self.heads.items():
-            total = head(fused)
-            for name, unimodal in alone.get(task, {}).items():
-                own = unimodal(pooled[name])
-                logits[f"{task}.{name}"] = own
-                total = total + own * present[name][:, None].to(own.dtype)
-            logits[task] = total
+            logits |= self._logits(task, head(fused), pooled, present)
         vectors = {**pooled, "fused": fused}
         embeddings = {name: embed(vectors[name]) for name, embed in self.embedders.items()}
         return Outputs(logits, embeddings, {})
+
+    def _logits(
+        self, task: str, fused: Tensor, pooled: dict[str, Tensor], present: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A task's logits: the mean of the fused head's and those of the heads of the modalities that are there."""
+        if task not in self.unimodal_heads:
+            return {task: fused}
+        heads: Any = self.unimodal_heads[task]
+        alone = {name: head(pooled[name]) for name, head in heads.items()}
+        there = {name: present[name][:, None].to(fused.dtype) for name in alone}
+        total = fused + torch.stack([logits * there[name] for name, logits in alone.items()]).sum(0)
+        count = 1 + torch.stack(list(there.values())).sum(0)
+        return {f"{task}.fused": fused, **{f"{task}.{m}": logits for m, logits in alone.items()}, task: total / count}
 
     def _dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
         """In training, let some rows that have every modality lose one at random."""

@@ -89,7 +89,7 @@ STAGES = (
         lambda r: [
             _identity(r)["teacher"]["encoders"],
             r.data.augment.model_dump(),
-            max(r.cache.views, r.teacher.train.epochs),
+            stages.tower_views(r),
             r.seed,
         ],
         resumes=True,

@@ -100,7 +100,8 @@ class Workspace:
         if reads != TEACHER or not names:
             return loader
         folder, key = self.path("towers"), {"towers": self.done["towers"].fingerprint}
-        return WithTowers(loader, {name: TowerOutputs(folder / name, key) for name in names}, reads)
+        repeats = {"text": self.recipe.data.augment.text.views}
+        return WithTowers(loader, {n: TowerOutputs(folder / n, key, repeats.get(n)) for n in names}, reads)
 
     def train_loader(self, specs: dict[str, InputSpec], config: TrainConfig, *, repeat: bool = True) -> Loader:
         """Shuffled, augmented training rows; their views repeat as the cache's do, or are new in each epoch."""
@@ -152,8 +153,8 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
 def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
     """Encode every distinct input of the teacher's frozen towers: clean rows of all splits, and training views.
 
-    An image differs in every view, so a frozen image tower makes the K views of the cache serve the teacher's fit too.
-    Texts have few distinct views, so a frozen text tower leaves the images of each epoch new.
+    Beside a frozen image tower the teacher's fit reads the K views of the cache, each of which is encoded. Beside a
+    frozen text tower alone it reads new images in each epoch, and texts that repeat after ``augment.text.views``.
     """
     recipe = work.recipe
     model = work.blank(recipe.teacher, TEACHER).eval()
@@ -161,14 +162,19 @@ def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
     if not frozen:
         return {}
     spec = replace(input_spec(model), image="image" in frozen)
-    sources = [Rows(work.clean_loader(split, spec, TEACHER), CLEAN_VIEW) for split in (TRAIN, VALID, TEST)]
+    clean = [Rows(work.clean_loader(split, spec, TEACHER), CLEAN_VIEW) for split in (TRAIN, VALID, TEST)]
     augmented = work.train_loader({TEACHER: spec}, recipe.teacher.train)
-    epochs = 0 if "image" in frozen else recipe.teacher.train.epochs
-    last = max(recipe.cache.views, epochs)
-    sources += [Rows(augmented, view) for view in (range(last) if augmented.augment else ())]
+    views = tower_views(recipe) if augmented.augment else {}
+    sources = {name: [*clean, *(Rows(augmented, view) for view in range(views.get(name, 0)))] for name in frozen}
     key = {"towers": work.done["towers"].fingerprint}
     with progress("encode frozen towers", quiet=work.quiet) as report:
         return encode_towers(model, sources, folder, reads=TEACHER, key=key, report=report)
+
+
+def tower_views(recipe: Recipe) -> dict[str, int]:
+    """Modality -> number of training views, from 0 on, that a frozen tower is asked for."""
+    fresh = max(recipe.cache.views, recipe.teacher.train.epochs)
+    return {"image": recipe.cache.views, "text": recipe.data.augment.text.views or fresh}
 
 
 def training_views(loader: Loader, recipe: Recipe) -> list[int]:
@@ -251,7 +257,9 @@ def distil_student(work: Workspace, folder: Path) -> dict[str, Any]:
         teacher = work.teacher()
         token_ids = np.load(work.path("inherit") / "token_ids.npy", allow_pickle=False)
         for name, part in config.inherit.items():
-            given = {"encoder": teacher.encoders[name], "student": model.encoders[name], "token_ids": token_ids}
+            neck: Any = teacher.necks[name]
+            given = {"encoder": teacher.encoders[name], "project": neck.project, "student": model.encoders[name]}
+            given["token_ids"] = token_ids
             build_part(work.inheritances, part, f"student.inherit.{name}", **given)
     return _distil(work, folder, model, config.train, "distil student")
 
@@ -290,6 +298,7 @@ def _distil(work: Workspace, folder: Path, model: MultimodalModel, train: TrainC
     loader = work.towers(work.train_loader({**specs, TEACHER: input_spec(teacher)}, train), teacher)
 
     def live(batches: dict[str, Batch]) -> Outputs:
+        teacher.to(batches[TEACHER].ids.device)  # where the engine put the batch; nothing moves after the first step
         with torch.no_grad():
             return tapped(batches[TEACHER])
 

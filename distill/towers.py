@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from distill.cache import EncodedStore, encode_once
-from distill.contracts import Batch
+from distill.contracts import CLEAN_VIEW, Batch
 from distill.data.loader import Loader
 from distill.multimodal import MultimodalModel
 from distill.progress import Progress
@@ -42,7 +42,7 @@ def frozen_towers(model: MultimodalModel) -> list[str]:
 
 def encode_towers(
     model: MultimodalModel,
-    sources: Sequence[Rows],
+    sources: Mapping[str, Sequence[Rows]],
     folder: Path,
     *,
     reads: str,
@@ -53,7 +53,7 @@ def encode_towers(
 
     Args:
         model: the model, in eval mode.
-        sources: the rows and views that later stages will read.
+        sources: modality of a frozen tower -> the rows and views that later stages will read.
         folder: where to.
         reads: name of the model's batch in the loaders.
         key: what the outputs depend on besides the inputs.
@@ -64,7 +64,7 @@ def encode_towers(
     """
     info = {}
     for name in frozen_towers(model):
-        inputs = _text_inputs(sources, reads) if name == "text" else _row_inputs(sources)
+        inputs = _text_inputs(sources[name], reads) if name == "text" else _row_inputs(sources[name])
         encoder: Any = model.encoders[name]
 
         def produce(
@@ -93,9 +93,11 @@ class TowerOutputs:
     Args:
         folder: the modality's subfolder of :func:`encode_towers`.
         key: as given there.
+        repeat: number of views after which inputs repeat; None where each view was encoded.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, Any], repeat: int | None = None) -> None:
+        self._repeat = repeat
         self._store = EncodedStore.open(folder, dict(key))
         kept = load_file(folder / POSITIONS)
         self._by_view = {}
@@ -107,6 +109,8 @@ class TowerOutputs:
     def lookup(self, batch: Batch) -> Tensor:
         """Return the tower's tokens for a batch's rows and views: float32 [B, T, D]."""
         ids, views = batch.ids.numpy(), batch.views.numpy()
+        if self._repeat:
+            views = np.where(views == CLEAN_VIEW, views, views % self._repeat)
         positions = np.empty(len(ids), dtype=np.int64)
         for view in np.unique(views).tolist():
             known, places = self._by_view[view]

@@ -126,7 +126,7 @@ def reduce_width(table: Tensor, dim: int, *, rarity_weight: bool = True) -> Tens
         [V, dim] float32.
     """
     if dim > table.shape[1]:
-        raise UserError(f"cannot inherit {dim}-wide embeddings from a {table.shape[1]}-wide tower; use at most that")
+        raise UserError(f"cannot inherit {dim}-wide embeddings from {table.shape[1]}-wide ones; use at most that width")
     centred = table.double() - table.double().mean(0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     basis = vectors.flip(-1)[:, :dim]
@@ -144,18 +144,29 @@ def frame_ids(tokenizer_file: Path) -> tuple[int, int]:
 
 
 def token_embeddings(
-    *, encoder: Any, student: Any, token_ids: np.ndarray, freeze: bool = True, rarity_weight: bool = False
+    *,
+    encoder: Any,
+    project: Callable[[Tensor], Tensor],
+    student: Any,
+    token_ids: np.ndarray,
+    projected: bool = True,
+    freeze: bool = True,
+    rarity_weight: bool = False,
 ) -> None:
     """Fill a student's table with the teacher's static token embeddings.
 
     Args:
         encoder: the teacher's text encoder: ``encode`` and ``tokenizer_file``.
+        project: the teacher's fitted projection of a pooled vector, [V, D] -> [V, P].
         student: the student's text encoder, whose ``table`` is written.
         token_ids: int64 [V], the teacher's id of each of the student's tokens.
+        projected: reduce the projected embeddings, so that the directions which the tasks use are kept, and not those
+            in which the tower varies most.
         freeze: keep the table fixed in training: it then serves words that training never saw as well as those it did.
         rarity_weight: see :func:`reduce_width`.
     """
     table = embed_tokens(encoder.encode, token_ids, frame_ids(encoder.tokenizer_file))
     with torch.no_grad():
+        table = project(table) if projected else table
         student.table.weight.copy_(reduce_width(table, student.table.embedding_dim, rarity_weight=rarity_weight))
     student.table.weight.requires_grad_(not freeze)

@@ -27,7 +27,7 @@ def absent(batch, modality, rows=slice(None)):
 
 def test_outputs_have_a_head_a_task_and_a_modality(model):
     outputs = model(make_batch())
-    expected = {f"{task}{suffix}" for task in NUM_CLASSES for suffix in ("", ".image", ".text")}
+    expected = {f"{task}{suffix}" for task in NUM_CLASSES for suffix in ("", ".fused", ".image", ".text")}
     assert set(outputs.logits) == expected
     assert all(logits.shape == (6, NUM_CLASSES[name.split(".")[0]]) for name, logits in outputs.logits.items())
     assert {name: value.shape for name, value in outputs.embeddings.items()} == dict.fromkeys(
@@ -208,3 +208,12 @@ def test_a_value_that_a_builder_refuses_names_the_place(wordpiece_file):
     wrong = config(wordpiece_file, encoders={"image": {"type": "convnet", "widths": [4, 8], "blocks": [1]}})
     with pytest.raises(UserError, match=r"student.encoders.image: convnet cannot be built: widths has 2 stages"):
         build_model(wrong, ENCODERS, NUM_CLASSES, "student")
+
+
+def test_logits_are_the_mean_of_the_heads_that_have_their_modality(model):
+    batch = make_batch()
+    for rows, names in ((batch, ("fused", "image", "text")), (only(batch, "text"), ("fused", "text"))):
+        with torch.no_grad():
+            logits = model(rows).logits
+        expected = torch.stack([logits[f"kind.{name}"] for name in names]).mean(0)
+        torch.testing.assert_close(logits["kind"], expected)

@@ -172,7 +172,7 @@ def test_compare(project, tmp_path):
         ("student.dropout=0.1", ["baseline", *AFTER_CACHE]),
         ("student.encoders.text.vocab_size=70", ["inherit", "baseline", *AFTER_CACHE]),
         ("cache.dtype=float32", ["cache", *AFTER_CACHE]),
-        ("teacher.train.epochs=4", ["teacher", "cache", "inherit", "baseline", *AFTER_CACHE]),
+        ("teacher.train.epochs=4", ["towers", "teacher", "cache", "inherit", "baseline", *AFTER_CACHE]),
         ("data.augment.image.flip=0.1", pipeline.NAMES[1:]),
         ("data.working_size=16", pipeline.NAMES),
     ],

@@ -182,7 +182,7 @@ def test_the_table_is_the_reduced_output_of_the_teacher(bert_folder, wordpiece_f
     teacher = PretrainedText(weights=f"path:{bert_folder}").eval()
     student = StaticEmbeddings(tokenizer_file=wordpiece_file, vocab_size=len(ids), dim=6)
     before = student.table.weight.detach().clone()
-    token_embeddings(encoder=teacher, student=student, token_ids=ids)
+    token_embeddings(encoder=teacher, project=torch.nn.Identity(), student=student, token_ids=ids)
     table = student.table.weight
     assert not torch.equal(table, before) and not table.requires_grad
     opening, closing = frame_ids(teacher.tokenizer_file)
@@ -197,7 +197,8 @@ def test_the_table_is_the_reduced_output_of_the_teacher(bert_folder, wordpiece_f
 def test_an_inherited_table_may_stay_trainable(bert_folder, wordpiece_file):
     teacher = PretrainedText(weights=f"path:{bert_folder}").eval()
     student = StaticEmbeddings(tokenizer_file=wordpiece_file, vocab_size=10, dim=4)
-    INHERITANCES["token_embeddings"](encoder=teacher, student=student, token_ids=np.arange(10), freeze=False)
+    given = {"encoder": teacher, "project": torch.nn.Identity(), "student": student, "token_ids": np.arange(10)}
+    INHERITANCES["token_embeddings"](**given, freeze=False)
     assert student.table.weight.requires_grad
 
 
@@ -225,5 +226,5 @@ def test_rarity_scales_rows_by_their_rank():
 
 
 def test_a_table_cannot_become_wider_than_the_tower():
-    with pytest.raises(UserError, match="cannot inherit 20-wide embeddings from a 16-wide tower"):
+    with pytest.raises(UserError, match="cannot inherit 20-wide embeddings from 16-wide ones"):
         reduce_width(torch.randn(30, 16), 20)

@@ -6,6 +6,7 @@ import torch
 from tiny import AUGMENT, NO_TEXT, around
 
 from distill.build import input_spec
+from distill.config import TextAugment
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, UserError
 from distill.data.loader import Loader
 from distill.progress import silent
@@ -43,7 +44,8 @@ def loader_of(prepared, model, split=TRAIN, *, clean=False, **options):
 def encode(prepared, model, folder, report=silent):
     sources = [Rows(loader_of(prepared, model, split, clean=True), CLEAN_VIEW) for split in (TRAIN, VALID, TEST)]
     sources += [Rows(loader_of(prepared, model), view) for view in VIEWS]
-    return encode_towers(model, sources, folder, reads="teacher", key=KEY, report=report)
+    by_tower = dict.fromkeys(frozen_towers(model), sources)
+    return encode_towers(model, by_tower, folder, reads="teacher", key=KEY, report=report)
 
 
 def with_towers(loader, model, folder):
@@ -69,6 +71,22 @@ def test_a_model_says_the_same_with_kept_towers_as_with_live_ones(prepared, mode
             for part in ("logits", "embeddings"):
                 for name, value in getattr(expected, part).items():
                     torch.testing.assert_close(getattr(found, part)[name], value, rtol=5e-3, atol=5e-3, msg=name)
+
+
+def test_texts_that_repeat_are_encoded_for_the_views_before_they_do(prepared, models, tmp_path):
+    model = models["text"]
+    twice = AUGMENT.model_copy(update={"text": TextAugment(word_dropout=0.5, views=2)})
+    sources = [Rows(loader_of(prepared, model, augment=twice), view) for view in range(2)]
+    encode_towers(model, {"text": sources}, tmp_path, reads="teacher", key=KEY, report=silent)
+    kept = WithTowers(
+        loader_of(prepared, model, augment=twice, views=None),
+        {"text": TowerOutputs(tmp_path / "text", KEY, 2)},
+        "teacher",
+    )
+    for live, filled in zip(kept.loader.epoch(5), kept.epoch(5), strict=True):
+        with torch.no_grad():
+            expected, found = model(live["teacher"]), model(filled["teacher"])
+        torch.testing.assert_close(found.logits["kind"], expected.logits["kind"], rtol=5e-3, atol=5e-3)
 
 
 def test_augmented_views_are_kept_apart(prepared, models, tmp_path):
