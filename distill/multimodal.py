@@ -116,7 +116,8 @@ class MultimodalModel(nn.Module):
             batch: inputs and presence of the model's modalities.
 
         Returns:
-            logits ``task``, ``task.fused`` and ``task.modality``, each [B, C]; embeddings of each modality and "fused" [B, E].
+            logits ``task``, ``task.fused`` and ``task.modality``, each [B, C]; embeddings of each modality and
+            "fused", each [B, E].
         """
         encoded = {name: encoder(batch.inputs) for name, encoder in self.encoders.items()}
         present = self._dropped({name: batch.present[name] for name in self.encoders})
