@@ -54,7 +54,7 @@ def predict_torch(
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     done = 0
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     with evaluating(model):
         for batch in (batch.to(device) for batch in batches()):
             passes = {"logits": batch, **{f"subset.{name}": only(batch, name) for name in subsets}}

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -181,7 +182,9 @@ def test_a_second_signal_takes_its_usual_effect(make_job):
 
     def twice(done, total, note):
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)  # two signals at once would be one
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
 
     job.report = twice
     with pytest.raises(KeyboardInterrupt):
