@@ -187,8 +187,12 @@ def test_a_second_signal_takes_its_usual_effect(make_job):
         time.sleep(0.05)
 
     job.report = twice
-    with pytest.raises(KeyboardInterrupt):
-        fit(job)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(job)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_during_the_last_validation_is_not_lost(make_job):
