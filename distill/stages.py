@@ -1,7 +1,7 @@
 """The stages of a run: each reads the artifacts of its parents and writes its own folder.
 
 A stage never knows which stage called it. What several stages need (the data, a rebuilt model, a loader) comes from
-:class:`Bench`, which opens the parents' artifacts.
+:class:`Workspace`, which opens the parents' artifacts.
 """
 
 from __future__ import annotations
