@@ -34,7 +34,7 @@ from distill.recipe import load_recipe
 from distill.report import compare_runs, render_comparison
 from distill.report.compare import t_interval
 from distill.runs import find, fingerprint, finish, locked, read_json, start, write_json
-from distill.stages import STUDENT, TEACHER, Workspace
+from distill.workspace import STUDENT, TEACHER, Workspace
 
 INHERITANCE, KD = "inheritance alone", "KD alone"
 MODELS = ("baseline", STUDENT, "pruned")

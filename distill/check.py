@@ -10,7 +10,7 @@ from distill.config import ModelConfig, Recipe, TermConfig, check_part, nearest
 from distill.contracts import UserError
 from distill.data.sources import SOURCES
 from distill.losses.objective import check_terms, needs_teacher
-from distill.stages import takes_tokenizer
+from distill.workspace import takes_tokenizer
 
 Registry = Mapping[str, Callable[..., Any]]
 
@@ -36,6 +36,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
         given = {name: {"tokenizer_file": ""} for name in _takers(model, encoders)}
         check_model(model, encoders, where, list(recipe.data.targets), given)
     _check_inheritance(recipe, encoders, inheritances)
+    _check_transfer(recipe)
     _check_terms(recipe.teacher.objective, [recipe.teacher], recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, [recipe.student], recipe, "student.baseline")
     _check_terms(recipe.student.objective, [recipe.student, recipe.teacher], recipe, "student.objective")
@@ -66,6 +67,20 @@ def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registr
                 f"student.inherit.{name}: {part.type} fills an encoder that takes its vocabulary from the teacher; "
                 f"{nearest(name, takers)}"
             )
+
+
+def _check_transfer(recipe: Recipe) -> None:
+    """Texts without labels need readers on both sides, and a teacher to answer them."""
+    if not recipe.transfer.texts:
+        return
+    for where, model in (("teacher", recipe.teacher), ("student", recipe.student)):
+        if "text" not in model.encoders:
+            raise UserError(f"transfer.texts is {recipe.transfer.texts}, and the {where} has no text encoder; set it to 0")
+    if not needs_teacher(recipe.student.objective):
+        raise UserError(
+            f"transfer.texts is {recipe.transfer.texts}, and no term of student.objective reads the teacher, who alone "
+            "could say what these texts are; add such a term or set it to 0"
+        )
 
 
 def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:

@@ -149,6 +149,14 @@ class StudentConfig(ModelConfig):
     objective: list[TermConfig] = Field(min_length=1)  # the objective with one
 
 
+class TransferConfig(Strict):
+    """Texts without labels, made from the training texts, on which the student learns what the teacher says."""
+
+    texts: int = Field(0, ge=0)  # how many to make
+    replace: float = Field(0.5, gt=0, le=1)  # probability that a word gives way to one of the teacher's vocabulary
+    ratio: float = Field(1.0, gt=0)  # of them to labelled rows, in each batch
+
+
 class CacheConfig(Strict):
     """Teacher outputs kept on disk."""
 
@@ -209,6 +217,7 @@ class Recipe(Strict):
     data: DataConfig
     teacher: TeacherConfig
     student: StudentConfig
+    transfer: TransferConfig = TransferConfig()
     cache: CacheConfig = CacheConfig()
     prune: PruneConfig = PruneConfig()
     export: ExportConfig = ExportConfig()

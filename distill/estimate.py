@@ -17,8 +17,8 @@ from distill.data.sources import open_source
 from distill.losses.objective import tap_paths
 from distill.multimodal import MultimodalModel, Tapped
 from distill.shards import DTYPES
-from distill.stages import takes_tokenizer
 from distill.towers import frozen_towers
+from distill.workspace import takes_tokenizer
 
 ROWS, LENGTH, REPEATS = 64, 8, 3  # of the batch that is timed
 Registry = Mapping[str, Callable[..., Any]]
@@ -57,13 +57,14 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     encode, batch, tower_bytes = _encoded(teacher, recipe)
     outputs = Tapped(teacher, tap_paths(recipe.student.objective, "teacher"))(batch)
     stored = sum(tensor.numel() for tensor in flatten(outputs).values()) * DTYPES[recipe.cache.dtype].itemsize / ROWS
-    inputs = len(rows.ids) + train * views
-    found["disk_bytes"] |= {"towers": int(inputs * tower_bytes), "cache": int(train * views * stored)}
+    inputs, answered = len(rows.ids) + train * views, train * views + recipe.transfer.texts
+    found["disk_bytes"] |= {"towers": int(inputs * tower_bytes), "cache": int(answered * stored)}
     step = {"teacher": _seconds_a_row(teacher, batch)}
     step["student"] = _seconds_a_row(student, _encoded(student, recipe)[1])
     budgets = {"baseline": recipe.student.train, "student": recipe.student.train, "pruned": recipe.prune.train}
     found["seconds"] = {
         "towers": inputs * encode,
+        "cache": recipe.transfer.texts * encode,
         "teacher": train * recipe.teacher.train.epochs * step["teacher"],
         **{stage: train * budget.epochs * step["student"] for stage, budget in budgets.items()},
     }

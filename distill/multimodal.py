@@ -101,7 +101,7 @@ class MultimodalModel(nn.Module):
         self.necks = nn.ModuleDict({name: Neck(e.out_dim, dim, dropout) for name, e in encoders.items()})
         readers = encoders if fusion.reads_tokens else {}
         self.token_necks = nn.ModuleDict(
-            {name: nn.Sequential(nn.Dropout(dropout), nn.Linear(e.out_dim, dim)) for name, e in readers.items()}
+            {name: nn.Sequential(nn.Linear(e.out_dim, dim), nn.Dropout(dropout)) for name, e in readers.items()}
         )
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads)
@@ -119,7 +119,7 @@ class MultimodalModel(nn.Module):
             logits ``task``, ``task.fused`` and ``task.modality``, each [B, C]; embeddings of each modality and
             "fused", each [B, E].
         """
-        encoded = {name: encoder(batch.inputs) for name, encoder in self.encoders.items()}
+        encoded = {name: self._encode(name, batch) for name in self.encoders}
         present = self._dropped({name: batch.present[name] for name in self.encoders})
         pooled = {name: self.necks[name](item.pooled) for name, item in encoded.items()}
         tokens = {name: neck(encoded[name].tokens) for name, neck in self.token_necks.items()}
@@ -132,6 +132,18 @@ class MultimodalModel(nn.Module):
         vectors = {**pooled, "fused": fused}
         embeddings = {name: embed(vectors[name]) for name, embed in self.embedders.items()}
         return Outputs(logits, embeddings, {})
+
+    def _encode(self, name: str, batch: Batch) -> Encoded:
+        """Encode the rows that have a modality: the others then neither take time nor enter batch statistics."""
+        encoder: Any = self.encoders[name]
+        present = batch.present[name]
+        inputs = {key: value for key, value in batch.inputs.items() if key == name or key.startswith(f"{name}_")}
+        if not inputs:  # no row has it
+            nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
+            return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])
+        if torch.compiler.is_exporting() or bool(present.all()) or not bool(present.any()):
+            return encoder(inputs)
+        return Encoded(*(spread(part, present) for part in encoder({k: v[present] for k, v in inputs.items()})))
 
     def _logits(
         self, task: str, fused: Tensor, pooled: dict[str, Tensor], present: dict[str, Tensor]
@@ -155,6 +167,11 @@ class MultimodalModel(nn.Module):
         which = torch.randint(stacked.shape[1], (len(stacked),), device=stacked.device)
         drop = torch.nn.functional.one_hot(which, stacked.shape[1]).bool() & (lost & stacked.all(1))[:, None]
         return dict(zip(present, (stacked & ~drop).unbind(1), strict=True))
+
+
+def spread(values: Tensor, rows: Tensor) -> Tensor:
+    """Put values [M, ...] at the M rows that are True in bool [B], zeros elsewhere: [B, ...]."""
+    return values.new_zeros((len(rows), *values.shape[1:])).index_put((rows,), values)
 
 
 class Tapped:
@@ -197,6 +214,9 @@ class Tapped:
         """Run the model; the features are the taps' values of this call."""
         outputs = self.model(batch)
         features, self._features = self._features, {}
+        for path, value in features.items():
+            if len(value) != len(batch.ids):  # an encoder's, which read only the rows that have its modality
+                features[path] = spread(value, batch.present[path.split(".")[1]])
         return outputs._replace(features=features)
 
 

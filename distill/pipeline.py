@@ -22,7 +22,7 @@ from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.objective import tap_paths
 from distill.progress import progress
 from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
-from distill.stages import Workspace
+from distill.workspace import Workspace
 from teachers.weights import weights_identity
 
 ENCODERS = {**teachers.ENCODERS, **students.ENCODERS}
@@ -57,7 +57,8 @@ def _student_architecture(recipe: Recipe) -> Any:
 
 
 def _distillation(recipe: Recipe) -> Any:
-    return [_student_architecture(recipe), recipe.student.model_dump(include={"inherit", "objective"}), recipe.seed]
+    learnt = recipe.student.model_dump(include={"inherit", "objective"})
+    return [_student_architecture(recipe), learnt, recipe.transfer.ratio, recipe.seed]
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
@@ -95,6 +96,17 @@ STAGES = (
         resumes=True,
     ),
     Stage(
+        "transfer",
+        "make texts without labels for the teacher to answer",
+        stages.make_transfer,
+        ("data",),
+        lambda r: [
+            r.transfer.model_dump(include={"texts", "replace"}),
+            _identity(r)["teacher"]["encoders"] if r.transfer.texts else None,
+            r.seed,
+        ],
+    ),
+    Stage(
         "teacher",
         "fit the teacher",
         stages.fit_teacher,
@@ -106,7 +118,7 @@ STAGES = (
         "cache",
         "store the teacher's outputs",
         stages.fill_cache,
-        ("data", "towers", "teacher"),
+        ("data", "towers", "transfer", "teacher"),
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
         resumes=True,
     ),
@@ -135,7 +147,7 @@ STAGES = (
         "student",
         "distil the student",
         stages.distil_student,
-        ("data", "teacher", "cache", "inherit"),
+        ("data", "transfer", "teacher", "cache", "inherit"),
         lambda r: [_distillation(r), r.student.train.model_dump()],
         resumes=True,
     ),
@@ -143,7 +155,7 @@ STAGES = (
         "pruned",
         "prune the student and recover",
         stages.prune_student,
-        ("data", "teacher", "cache", "student"),
+        ("data", "transfer", "teacher", "cache", "student"),
         lambda r: [_distillation(r), r.prune.model_dump()],
         resumes=True,
     ),

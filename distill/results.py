@@ -25,7 +25,7 @@ from distill.predict import MODEL_FILE, load
 from distill.progress import progress
 from distill.quantize import quantize_static
 from distill.report import ModelEntry, ReportContext, write_report
-from distill.stages import STUDENT, TEACHER, Workspace
+from distill.workspace import STUDENT, TEACHER, Workspace
 
 FP32, INT8 = "onnx-fp32", "onnx-int8"
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")

@@ -1,144 +1,45 @@
 """The stages of a run: each reads the artifacts of its parents and writes its own folder.
 
 A stage never knows which stage called it. What several stages need (the data, a rebuilt model, a loader) comes from
-:class:`Workspace`, which opens the parents' artifacts.
+:class:`~distill.workspace.Workspace`, which opens the parents' artifacts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from distill import engine, evaluate, prune
-from distill.build import build_model, example_batch, input_spec
+from distill import engine, prune
+from distill.build import example_batch, input_spec
 from distill.cache import TeacherCache
-from distill.checkpoint import load_weights
-from distill.config import ModelConfig, Recipe, TermConfig, TrainConfig, build_part
-from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Artifact, Batch, Outputs
+from distill.config import Recipe, TermConfig, TrainConfig, build_part
+from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs
 from distill.data.loader import InputSpec, Loader
-from distill.data.prepare import PreparedData
+from distill.data.transfer import (
+    LABELLED,
+    TRANSFER,
+    MixedLoader,
+    join_outputs,
+    replace_words,
+    whole_words,
+)
 from distill.losses.objective import Objective, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, Tapped, evaluating
-from distill.preprocess import Preprocessor, Tokenizer
 from distill.progress import progress
-from distill.runs import read_json, seed_everything
-from distill.towers import Rows, TowerOutputs, WithTowers, encode_towers, frozen_towers
-
-Registry = Mapping[str, Callable[..., Any]]
-EVALUATION_BATCH = 128
-TEACHER: Final = "teacher"
-STUDENT: Final = "student"
-
-
-@dataclass
-class Workspace:
-    """What a stage works with.
-
-    Attributes:
-        recipe: the validated recipe.
-        encoders: encoder type -> class.
-        inheritances: inheritance type -> function.
-        done: finished stages by name.
-        quiet: no progress is shown.
-    """
-
-    recipe: Recipe
-    encoders: Registry
-    inheritances: Registry
-    done: dict[str, Artifact] = field(default_factory=dict)
-    quiet: bool = False
-
-    def path(self, stage: str) -> Path:
-        """The folder of a finished stage."""
-        return self.done[stage].path
-
-    def data(self) -> PreparedData:
-        """The prepared data."""
-        return PreparedData.open(self.path("data"))
-
-    def num_classes(self) -> dict[str, int]:
-        """Task -> number of classes."""
-        return {task: len(names) for task, names in read_json(self.path("data") / "labels.json").items()}
-
-    def blank(self, config: ModelConfig, where: str) -> MultimodalModel:
-        """A model with its initial weights, the same for the same seed."""
-        seed_everything(self.recipe.seed)
-        return build_model(config, self.encoders, self.num_classes(), where, self.given(config))
-
-    def given(self, config: ModelConfig) -> dict[str, dict[str, Any]]:
-        """Encoder parameters that the pipeline adds: the tokenizer that a student takes over from its teacher."""
-        parts = {name: self.encoders[part.type] for name, part in config.encoders.items()}
-        takers = [name for name, builder in parts.items() if takes_tokenizer(builder)]
-        return {name: {"tokenizer_file": self.path("inherit") / "tokenizer.json"} for name in takers}
-
-    def teacher(self) -> MultimodalModel:
-        """The fitted teacher, in eval mode and without gradients."""
-        model = self.blank(self.recipe.teacher, TEACHER)
-        load_weights(model, self.path("teacher") / "model.safetensors")
-        return model.eval().requires_grad_(False)
-
-    def model(self, name: str) -> MultimodalModel:
-        """A finished model by name: teacher, baseline, student or pruned."""
-        if name == TEACHER:
-            return self.teacher()
-        model: Any = self.blank(self.recipe.student, STUDENT)
-        if name == "pruned":
-            model = prune.apply(model, prune.PrunePlan.load(self.path("pruned") / "plan.json"))
-        load_weights(model, self.path(name) / "model.safetensors")
-        return model.eval()
-
-    def towers(self, loader: Loader, model: MultimodalModel, reads: str = TEACHER) -> Loader | WithTowers:
-        """The loader, with the kept outputs of the model's frozen towers in its batches."""
-        names = frozen_towers(model)
-        if reads != TEACHER or not names:
-            return loader
-        folder, key = self.path("towers"), {"towers": self.done["towers"].fingerprint}
-        repeats = {"text": self.recipe.data.augment.text.views}
-        return WithTowers(loader, {n: TowerOutputs(folder / n, key, repeats.get(n)) for n in names}, reads)
-
-    def train_loader(self, specs: dict[str, InputSpec], config: TrainConfig, *, repeat: bool = True) -> Loader:
-        """Shuffled, augmented training rows; their views repeat as the cache's do, or are new in each epoch."""
-        recipe = self.recipe
-        return Loader(
-            self.data(),
-            TRAIN,
-            specs,
-            batch_size=config.batch_size,
-            seed=recipe.seed,
-            augment=recipe.data.augment,
-            views=recipe.cache.views if repeat else None,
-            shuffle=True,
-        )
-
-    def clean_loader(self, split: str, spec: InputSpec, reads: str, batch_size: int = EVALUATION_BATCH) -> Loader:
-        """Rows of a split in order of id, without augmentation."""
-        seed = self.recipe.seed
-        return Loader(self.data(), split, {reads: spec}, batch_size=batch_size, seed=seed, augment=None, shuffle=False)
-
-    def validator(self, model: MultimodalModel, reads: str) -> Callable[[nn.Module], dict[str, float]]:
-        """A function from a model to its metrics on the validation rows."""
-        loader = self.towers(self.clean_loader(VALID, input_spec(model), reads), model, reads)
-        return partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(loader, reads))
-
-    def preprocessor(self, spec: InputSpec) -> Preprocessor:
-        """The preprocessing that an exported model of this spec needs."""
-        size = self.recipe.data.working_size if spec.image else None
-        text = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
-        return Preprocessor(size, text)
-
-
-def takes_tokenizer(builder: Callable[..., Any]) -> bool:
-    """Whether an encoder is given its tokenizer by the pipeline instead of bringing its own."""
-    import inspect
-
-    return "tokenizer_file" in inspect.signature(builder).parameters
+from distill.runs import write_json
+from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
+from distill.workspace import (
+    EVALUATION_BATCH,
+    STUDENT,
+    TEACHER,
+    TEXTS_FILE,
+    Workspace,
+    takes_tokenizer,
+)
 
 
 def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -177,33 +78,59 @@ def tower_views(recipe: Recipe) -> dict[str, int]:
     return {"image": recipe.cache.views, "text": recipe.data.augment.text.views or fresh}
 
 
+def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Make the texts without labels that the student learns from, with words of the teacher's vocabulary."""
+    recipe, data = work.recipe, work.data()
+    if not recipe.transfer.texts:
+        return {}
+    teacher: Any = work.blank(recipe.teacher, TEACHER).encoders["text"]
+    words = whole_words(teacher.tokenizer_file)
+    known = list(dict.fromkeys(text for row in data.rows(TRAIN) if (text := data.texts[row])))
+    count, probability = recipe.transfer.texts, recipe.transfer.replace
+    texts = replace_words(known, words, count, probability=probability, seed=recipe.seed)
+    write_json(folder / TEXTS_FILE, texts)
+    return {"texts": len(texts), "from": len(known), "words": len(words)}
+
+
 def training_views(loader: Loader, recipe: Recipe) -> list[int]:
     """The views that training reads: K augmented ones, or the clean one where nothing augments."""
     return sorted({loader.view(epoch) for epoch in range(recipe.cache.views)})
 
 
 def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Store the teacher's outputs for every training row and view."""
+    """Store the teacher's outputs for every training row and view, and for the transfer set."""
     recipe = work.recipe
     model = work.teacher()
-    loader = work.train_loader({TEACHER: input_spec(model)}, recipe.student.train)
-    with_towers = work.towers(loader, model)
+    specs = {TEACHER: input_spec(model)}
     tapped = Tapped(model, tap_paths(recipe.student.objective, TEACHER))
+    loader = work.train_loader(specs, recipe.student.train)
+    views = training_views(loader, recipe)
+    info = _fill(work, folder, tapped, work.towers(loader, model), views, "fill teacher cache")
+    transfer = work.transfer_loader(specs, EVALUATION_BATCH)
+    if transfer is not None:
+        label = "ask teacher about the transfer set"
+        info["transfer"] = _fill(work, folder / "transfer", tapped, transfer, [CLEAN_VIEW], label)
+    return info
+
+
+def _fill(
+    work: Workspace, folder: Path, tapped: Tapped, loader: Loader | WithTowers, views: list[int], label: str
+) -> dict[str, Any]:
     ids = loader.data.ids[loader.row_positions]
 
     def produce(wanted: np.ndarray, view: int) -> Outputs:
         rows = loader.row_positions[np.searchsorted(ids, wanted)]
         with torch.inference_mode():
-            return tapped(with_towers.batch(rows, torch.full((len(rows),), view))[TEACHER])
+            return tapped(loader.batch(rows, torch.full((len(rows),), view))[TEACHER])
 
-    with progress("fill teacher cache", quiet=work.quiet) as report:
+    with progress(label, quiet=work.quiet) as report:
         info = TeacherCache.fill(
             folder,
             rows=ids,
-            views=training_views(loader, recipe),
+            views=views,
             produce=produce,
             key=cache_key(work),
-            dtype=recipe.cache.dtype,
+            dtype=work.recipe.cache.dtype,
             batch_size=EVALUATION_BATCH,
             progress=report,
         )
@@ -218,6 +145,7 @@ def cache_key(work: Workspace) -> dict[str, Any]:
     return {
         "teacher": done["teacher"].fingerprint,
         "data": done["data"].fingerprint,
+        "transfer": done["transfer"].fingerprint,
         "augmentation": recipe.data.augment.model_dump(),
         "seed": recipe.seed,
         "outputs": tap_paths(recipe.student.objective, TEACHER),
@@ -290,19 +218,46 @@ def _distil(work: Workspace, folder: Path, model: MultimodalModel, train: TrainC
     if not needs_teacher(terms):
         return _fit(work, folder, model, work.train_loader(specs, train), STUDENT, train, terms, None, label)
     if recipe.cache.enabled:
-        cache = TeacherCache.open(work.path("cache"), cache_key(work))
-        loader: Any = work.train_loader(specs, train)
-        return _fit(work, folder, model, loader, STUDENT, train, terms, lambda batches: cache(batches[STUDENT]), label)
+        return _fit(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, _cached(work), label)
     teacher = work.teacher()
-    tapped = Tapped(teacher, tap_paths(terms, TEACHER))
-    loader = work.towers(work.train_loader({**specs, TEACHER: input_spec(teacher)}, train), teacher)
+    specs[TEACHER] = input_spec(teacher)
+    return _fit(
+        work, folder, model, _mixed(work, specs, train, teacher), STUDENT, train, terms, _live(work, teacher), label
+    )
 
-    def live(batches: dict[str, Batch]) -> Outputs:
-        teacher.to(batches[TEACHER].ids.device)  # where the engine put the batch; nothing moves after the first step
+
+def _mixed(
+    work: Workspace, specs: dict[str, InputSpec], train: TrainConfig, teacher: MultimodalModel | None = None
+) -> Any:
+    """Labelled training rows, with those of the transfer set behind them if there is one."""
+    loader: Any = work.train_loader(specs, train)
+    if teacher is not None:
+        loader = work.towers(loader, teacher)
+    transfer = work.transfer_loader(specs, train.batch_size)
+    return loader if transfer is None else MixedLoader(loader, transfer, STUDENT, specs[STUDENT].pad_id)
+
+
+def _cached(work: Workspace) -> engine.Teacher:
+    """The teacher's stored answers."""
+    cache = TeacherCache.open(work.path("cache"), cache_key(work))
+    if not work.recipe.transfer.texts:
+        return lambda batches: cache(batches[STUDENT])
+    transfer = TeacherCache.open(work.path("cache") / "transfer", cache_key(work))
+    return lambda batches: join_outputs(cache(batches[STUDENT + LABELLED]), transfer(batches[STUDENT + TRANSFER]))
+
+
+def _live(work: Workspace, teacher: MultimodalModel) -> engine.Teacher:
+    """The teacher itself."""
+    tapped = Tapped(teacher, tap_paths(work.recipe.student.objective, TEACHER))
+
+    def answer(batch: Batch) -> Outputs:
+        teacher.to(batch.ids.device)  # where the engine put the batch; nothing moves after the first step
         with torch.no_grad():
-            return tapped(batches[TEACHER])
+            return tapped(batch)
 
-    return _fit(work, folder, model, loader, STUDENT, train, terms, live, label)
+    if not work.recipe.transfer.texts:
+        return lambda batches: answer(batches[TEACHER])
+    return lambda batches: join_outputs(answer(batches[TEACHER + LABELLED]), answer(batches[TEACHER + TRANSFER]))
 
 
 def _fit(

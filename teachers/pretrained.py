@@ -84,13 +84,17 @@ def _quiet_loading() -> Iterator[None]:
 
 
 class PretrainedText(Encoder):
-    """A transformers text model; tokens are its last hidden states, pooled is their masked mean.
+    """A transformers text model; tokens are its hidden states, pooled is their masked mean.
+
+    States of several layers, side by side, say more to a frozen tower's reader than the last ones alone (Devlin et al.
+    2019, arXiv 1810.04805, section 5.3): early layers keep the words, late ones the meaning that the tower was trained for.
 
     Args:
         weights: see :func:`teachers.weights.resolve_weights`.
         sha256: pinned hash of ``model.safetensors``.
         freeze: fix the tower's parameters; its outputs are then computed once for each distinct input.
         max_length: tokens a text is cut to, closing token included.
+        layers: whose outputs the tokens are, joined along D; 0 is the embedding layer. The last one alone if left out.
         dropout: probability of dropping a feature of the pooled vector in training.
     """
 
@@ -101,6 +105,7 @@ class PretrainedText(Encoder):
         sha256: str | None = None,
         freeze: bool = True,
         max_length: int = 32,
+        layers: Sequence[int] = (),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -114,7 +119,10 @@ class PretrainedText(Encoder):
         config: Any = self.tower.config
         self.pad_id = int(config.pad_token_id or 0)
         self.causal = config.model_type.startswith("clip")
-        self.out_dim = int(config.hidden_size)
+        self.layers, depth = tuple(layers), int(config.num_hidden_layers)
+        if not all(0 <= layer <= depth for layer in self.layers):
+            raise UserError(f"{folder}: layers is {list(layers)}, this tower has the layers 0 to {depth}")
+        self.out_dim = int(config.hidden_size) * (len(self.layers) or 1)
         if freeze:
             self.tower.requires_grad_(False)
 
@@ -129,10 +137,13 @@ class PretrainedText(Encoder):
     def encode(self, text: Tensor, mask: Tensor) -> Tensor:
         """Run the tower alone: int64 [B, L], bool [B, L] -> [B, L, D]."""
         if self.causal:  # the tower adds its own causal mask; padding sits behind every token that is read
-            return self.tower(input_ids=text, attention_mask=mask.long()).last_hidden_state
-        # A ready additive 4-D mask gives the same output and exports to every runtime.
-        bias = (1.0 - mask.to(torch.float32))[:, None, None, :] * -1e4
-        return self.tower(input_ids=text, attention_mask=bias).last_hidden_state
+            bias = mask.long()
+        else:  # a ready additive 4-D mask gives the same output and exports to every runtime
+            bias = (1.0 - mask.to(torch.float32))[:, None, None, :] * -1e4
+        if not self.layers:
+            return self.tower(input_ids=text, attention_mask=bias).last_hidden_state
+        states = self.tower(input_ids=text, attention_mask=bias, output_hidden_states=True).hidden_states
+        return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
     def train(self, mode: bool = True) -> PretrainedText:
         """Switch mode; a frozen tower stays in eval mode, so that its dropout is off."""

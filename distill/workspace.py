@@ -1,0 +1,143 @@
+"""What the stages share: the finished artifacts of a run, and how to open what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from distill import evaluate, prune
+from distill.build import build_model, input_spec
+from distill.checkpoint import load_weights
+from distill.config import ModelConfig, Recipe, TrainConfig
+from distill.contracts import TRAIN, VALID, Artifact
+from distill.data.loader import InputSpec, Loader
+from distill.data.prepare import PreparedData
+from distill.data.transfer import as_data
+from distill.multimodal import MultimodalModel
+from distill.preprocess import Preprocessor, Tokenizer
+from distill.runs import read_json, seed_everything
+from distill.towers import TowerOutputs, WithTowers, frozen_towers
+
+Registry = Mapping[str, Callable[..., Any]]
+EVALUATION_BATCH = 128
+TEACHER: Final = "teacher"
+STUDENT: Final = "student"
+TEXTS_FILE = "texts.json"
+
+
+@dataclass
+class Workspace:
+    """What a stage works with.
+
+    Attributes:
+        recipe: the validated recipe.
+        encoders: encoder type -> class.
+        inheritances: inheritance type -> function.
+        done: finished stages by name.
+        quiet: no progress is shown.
+    """
+
+    recipe: Recipe
+    encoders: Registry
+    inheritances: Registry
+    done: dict[str, Artifact] = field(default_factory=dict)
+    quiet: bool = False
+
+    def path(self, stage: str) -> Path:
+        """The folder of a finished stage."""
+        return self.done[stage].path
+
+    def data(self) -> PreparedData:
+        """The prepared data."""
+        return PreparedData.open(self.path("data"))
+
+    def num_classes(self) -> dict[str, int]:
+        """Task -> number of classes."""
+        return {task: len(names) for task, names in read_json(self.path("data") / "labels.json").items()}
+
+    def blank(self, config: ModelConfig, where: str) -> MultimodalModel:
+        """A model with its initial weights, the same for the same seed."""
+        seed_everything(self.recipe.seed)
+        return build_model(config, self.encoders, self.num_classes(), where, self.given(config))
+
+    def given(self, config: ModelConfig) -> dict[str, dict[str, Any]]:
+        """Encoder parameters that the pipeline adds: the tokenizer that a student takes over from its teacher."""
+        parts = {name: self.encoders[part.type] for name, part in config.encoders.items()}
+        takers = [name for name, builder in parts.items() if takes_tokenizer(builder)]
+        return {name: {"tokenizer_file": self.path("inherit") / "tokenizer.json"} for name in takers}
+
+    def teacher(self) -> MultimodalModel:
+        """The fitted teacher, in eval mode and without gradients."""
+        model = self.blank(self.recipe.teacher, TEACHER)
+        load_weights(model, self.path("teacher") / "model.safetensors")
+        return model.eval().requires_grad_(False)
+
+    def model(self, name: str) -> MultimodalModel:
+        """A finished model by name: teacher, baseline, student or pruned."""
+        if name == TEACHER:
+            return self.teacher()
+        model: Any = self.blank(self.recipe.student, STUDENT)
+        if name == "pruned":
+            model = prune.apply(model, prune.PrunePlan.load(self.path("pruned") / "plan.json"))
+        load_weights(model, self.path(name) / "model.safetensors")
+        return model.eval()
+
+    def towers(self, loader: Loader, model: MultimodalModel, reads: str = TEACHER) -> Loader | WithTowers:
+        """The loader, with the kept outputs of the model's frozen towers in its batches."""
+        names = frozen_towers(model)
+        if reads != TEACHER or not names:
+            return loader
+        folder, key = self.path("towers"), {"towers": self.done["towers"].fingerprint}
+        repeats = {"text": self.recipe.data.augment.text.views}
+        return WithTowers(loader, {n: TowerOutputs(folder / n, key, repeats.get(n)) for n in names}, reads)
+
+    def train_loader(self, specs: dict[str, InputSpec], config: TrainConfig, *, repeat: bool = True) -> Loader:
+        """Shuffled, augmented training rows; their views repeat as the cache's do, or are new in each epoch."""
+        recipe = self.recipe
+        return Loader(
+            self.data(),
+            TRAIN,
+            specs,
+            batch_size=config.batch_size,
+            seed=recipe.seed,
+            augment=recipe.data.augment,
+            views=recipe.cache.views if repeat else None,
+            shuffle=True,
+        )
+
+    def transfer_loader(self, specs: dict[str, InputSpec], batch_size: int) -> Loader | None:
+        """The transfer set's texts in a new order each epoch, never augmented; None where the recipe has none."""
+        if not self.recipe.transfer.texts:
+            return None
+        data = as_data(read_json(self.path("transfer") / TEXTS_FILE), self.data())
+        rows = max(1, round(batch_size * self.recipe.transfer.ratio))
+        texts = {name: replace(spec, image=False) for name, spec in specs.items()}
+        return Loader(data, TRAIN, texts, batch_size=rows, seed=self.recipe.seed, augment=None, shuffle=True)
+
+    def clean_loader(self, split: str, spec: InputSpec, reads: str, batch_size: int = EVALUATION_BATCH) -> Loader:
+        """Rows of a split in order of id, without augmentation."""
+        seed = self.recipe.seed
+        return Loader(self.data(), split, {reads: spec}, batch_size=batch_size, seed=seed, augment=None, shuffle=False)
+
+    def validator(self, model: MultimodalModel, reads: str) -> Callable[[nn.Module], dict[str, float]]:
+        """A function from a model to its metrics on the validation rows."""
+        loader = self.towers(self.clean_loader(VALID, input_spec(model), reads), model, reads)
+        return partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(loader, reads))
+
+    def preprocessor(self, spec: InputSpec) -> Preprocessor:
+        """The preprocessing that an exported model of this spec needs."""
+        size = self.recipe.data.working_size if spec.image else None
+        text = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
+        return Preprocessor(size, text)
+
+
+def takes_tokenizer(builder: Callable[..., Any]) -> bool:
+    """Whether an encoder is given its tokenizer by the pipeline instead of bringing its own."""
+    import inspect
+
+    return "tokenizer_file" in inspect.signature(builder).parameters

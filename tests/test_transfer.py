@@ -1,0 +1,190 @@
+"""The transfer set: how its texts are made, and how its rows come into batches."""
+
+import re
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import WORDS, make_batch, make_loader, make_model, write_clip
+from tiny_project import distill, make_project
+
+from distill.contracts import CLEAN_VIEW, IGNORE, Outputs, UserError
+from distill.data.loader import InputSpec, Loader
+from distill.data.transfer import (
+    LABELLED,
+    TRANSFER,
+    MixedLoader,
+    as_data,
+    join_batches,
+    join_outputs,
+    replace_words,
+    whole_words,
+)
+from distill.multimodal import Tapped
+
+TEXTS = [f"{first} {second}, the moon" for first in ("cat", "dog", "sun") for second in ("dark", "light", "red")]
+
+
+def test_words_are_those_a_tokenizer_keeps_whole(wordpiece_file):
+    assert whole_words(wordpiece_file) == sorted(word for word in WORDS if len(word) >= 3)
+
+
+def test_a_vocabulary_without_words_is_refused(tmp_path):
+    write_clip(tmp_path)
+    with pytest.raises(UserError, match=r"no word is a token of its own.*set it to 0"):
+        whole_words(tmp_path / "tokenizer.json")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text("abc ,:", min_size=1), min_size=1, max_size=5), st.floats(0, 1), st.integers(0, 99))
+def test_texts_keep_their_shape_and_repeat_with_their_seed(texts, probability, seed):
+    made = replace_words(texts, ["new", "other"], 8, probability=probability, seed=seed)
+    assert made == replace_words(texts, ["new", "other"], 8, probability=probability, seed=seed)
+    shapes = {re.sub(r"\w+", "w", text) for text in texts}
+    assert len(made) == 8 and {re.sub(r"\w+", "w", text) for text in made} <= shapes
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_words_are_replaced_with_the_given_probability(probability, expected):
+    made = replace_words(["one two three four"], ["new"], 1000, probability=probability, seed=0)
+    assert np.mean([word == "new" for text in made for word in text.split()]) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.fixture
+def make_mixed(prepared, wordpiece_file):
+    """Training batches of 16 labelled rows and 5 of the transfer set, for two models."""
+
+    def make(reads="student") -> MixedLoader:
+        names = ("student", "teacher")
+        specs = dict.fromkeys(names, InputSpec(False, wordpiece_file, 16))
+        transfer = as_data(TEXTS, prepared)
+        extra = Loader(transfer, "train", specs, batch_size=5, seed=0, augment=None, shuffle=True)
+        return MixedLoader(make_loader(prepared, wordpiece_file, names), extra, reads, pad_id=0)
+
+    return make
+
+
+def test_transfer_rows_are_text_without_label_behind_the_labelled_rows(make_mixed, prepared, wordpiece_file):
+    alone = next(make_loader(prepared, wordpiece_file).epoch(0))["student"]
+    batches = next(make_mixed().epoch(0))
+    assert sorted(batches) == [
+        "student",
+        *(f"{name}{kind}" for name in ("student", "teacher") for kind in (LABELLED, TRANSFER)),
+    ]
+    batch, labelled, count = batches["student"], batches["student" + LABELLED], len(alone.ids)
+    assert len(batch.ids) == count + 5
+    torch.testing.assert_close(labelled.inputs, alone.inputs)
+    torch.testing.assert_close(batch.inputs["image"][:count], alone.inputs["image"])
+    assert not batch.inputs["image"][count:].any()
+    assert batch.present["text"][count:].all() and not batch.present["image"][count:].any()
+    assert (batch.ids[count:] > int(prepared.ids.max())).all() and (batch.views[count:] == CLEAN_VIEW).all()
+    for task, labels in batch.targets.items():
+        assert (labels[count:] == IGNORE).all() and labels[:count].equal(alone.targets[task])
+    for rows, part in ((slice(0, count), labelled), (slice(count, None), batches["student" + TRANSFER])):
+        width = part.inputs["text"].shape[1]
+        assert batch.inputs["text"][rows, :width].equal(part.inputs["text"])
+        assert not batch.inputs["text_mask"][rows, width:].any()
+
+
+def test_a_mixed_epoch_goes_on_at_any_batch(make_mixed):
+    loader = make_mixed()
+    whole = [batches["student"].ids.tolist() for epoch in range(3) for batches in loader.epoch(epoch)]
+    for number in range(len(whole)):
+        epoch, start = divmod(number, len(loader))
+        rest = [batches["student"].ids.tolist() for batches in make_mixed().epoch(epoch, start)]
+        assert rest == whole[number : (epoch + 1) * len(loader)]
+
+
+def test_every_text_is_read_equally_often(make_mixed, prepared):
+    loader = make_mixed()
+    passes = len(loader.transfer)  # batches of the transfer set in one pass; as many epochs are whole passes
+    first = int(prepared.ids.max()) + 1
+    seen = [i for epoch in range(passes) for batches in loader.epoch(epoch) for i in batches["student"].ids.tolist()]
+    counts = np.bincount([i - first for i in seen if i >= first], minlength=len(TEXTS))
+    assert counts.tolist() == [len(loader)] * len(TEXTS)
+
+
+def test_closing_an_epoch_ends_both_loaders(make_mixed):
+    epoch = make_mixed().epoch(0)
+    assert len(list(islice(epoch, 2))) == 2
+    epoch.close()
+
+
+def test_texts_are_padded_with_the_readers_padding():
+    long, short = make_batch(4, 7), make_batch(3, 4)
+    joined = join_batches(short, long, pad_id=9)
+    assert (joined.inputs["text"][:3, 4:] == 9).all() and not joined.inputs["text_mask"][:3, 4:].any()
+    assert joined.inputs["text"][3:].equal(long.inputs["text"])
+
+
+def test_outputs_that_only_one_part_has_are_zero_in_the_other():
+    both = Outputs({"kind": torch.ones(2, 3)}, {"text": torch.ones(2, 4)}, {"tap": torch.ones(2, 5)})
+    less = Outputs({"kind": torch.ones(3, 3)}, {"text": torch.ones(3, 4)}, {})
+    joined = join_outputs(both, less)
+    assert joined.logits["kind"].equal(torch.ones(5, 3))
+    assert joined.features["tap"].equal(torch.cat([torch.ones(2, 5), torch.zeros(3, 5)]))
+
+
+def test_rows_without_a_modality_do_not_touch_its_encoder(wordpiece_file):
+    """Neither values, taps nor the statistics of batch norm change when rows without an image are added."""
+    path = "encoders.image.stages:mean"
+    images = make_batch(6)
+    texts = make_batch(5, seed=1)
+    texts = texts._replace(present={**texts.present, "image": torch.zeros(5, dtype=torch.bool)})
+    alone, mixed = make_model(wordpiece_file).train(), make_model(wordpiece_file).train()
+    expected = Tapped(alone, [path])(images)
+    found = Tapped(mixed, [path])(join_batches(images, texts, pad_id=0))
+    torch.testing.assert_close({name: value[:6] for name, value in found.logits.items()}, expected.logits)
+    torch.testing.assert_close(found.features[path][:6], expected.features[path])
+    assert not found.features[path][6:].any()
+    torch.testing.assert_close(mixed.state_dict(), alone.state_dict())
+
+
+def test_a_batch_needs_no_input_that_no_row_has(wordpiece_file):
+    model = make_model(wordpiece_file, fusion="cross_attention").eval()
+    batch = make_batch(4)
+    absent = {**batch.present, "image": torch.zeros(4, dtype=torch.bool)}
+    inputs = {name: value for name, value in batch.inputs.items() if name != "image"}
+    with torch.no_grad():
+        expected = model(batch._replace(present=absent)).logits
+        found = model(batch._replace(present=absent, inputs=inputs)).logits
+    for task in ("kind", "kind.text", "kind.fused"):
+        torch.testing.assert_close(found[task], expected[task])
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("transfer"))
+
+
+def train(recipe, name, *overrides):
+    output = recipe.parent / "runs"
+    extra = ["transfer.texts=30", "cache.dtype=float32", f"output={output}", f"name={name}", *overrides]
+    answer = distill("train", recipe, *extra)
+    assert answer.code == 0, answer.err
+    return output / name
+
+
+def test_cached_and_live_teacher_give_the_same_student_with_a_transfer_set(recipe):
+    cached, live = train(recipe, "cached"), train(recipe, "live", "cache.enabled=false")
+    weights = [load_file(run / "student" / "model.safetensors") for run in (cached, live)]
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    plain = load_file(train(recipe, "plain", "transfer.texts=0") / "student" / "model.safetensors")
+    assert any(not torch.allclose(plain[name], value, atol=1e-3) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["student.encoders={image: {type: convnet, widths: [8], blocks: [0]}}", "student.inherit={}"], "the student has no text"),
+        (["student.objective=[{loss: cross_entropy, task: colour}]"], "no term of student.objective reads the teacher"),
+        (["transfer.replace=0"], "transfer.replace"),
+    ],
+)  # fmt: skip
+def test_a_transfer_set_that_nobody_can_use_is_refused(recipe, overrides, sentence):
+    answer = distill("validate", recipe, "transfer.texts=10", *overrides)
+    assert answer.code == 2 and sentence in answer.err and "Traceback" not in answer.err
