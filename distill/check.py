@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill.build import check_model
-from distill.config import ModelConfig, Recipe, TermConfig, check_part, nearest
+from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, check_part, nearest
 from distill.contracts import UserError
 from distill.data.sources import SOURCES
 from distill.losses.objective import check_terms, needs_teacher
@@ -37,6 +37,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
         check_model(model, encoders, where, list(recipe.data.targets), given)
     _check_inheritance(recipe, encoders, inheritances)
     _check_transfer(recipe)
+    _check_pretraining(recipe.teacher)
     _check_terms(recipe.teacher.objective, [recipe.teacher], recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, [recipe.student], recipe, "student.baseline")
     _check_terms(recipe.student.objective, [recipe.student, recipe.teacher], recipe, "student.objective")
@@ -73,14 +74,25 @@ def _check_transfer(recipe: Recipe) -> None:
     """Texts without labels need readers on both sides, and a teacher to answer them."""
     if not recipe.transfer.texts:
         return
+    wanted = f"transfer.texts is {recipe.transfer.texts}"
     for where, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         if "text" not in model.encoders:
-            raise UserError(f"transfer.texts is {recipe.transfer.texts}, and the {where} has no text encoder; set it to 0")
+            raise UserError(f"{wanted}, and the {where} has no text encoder; set it to 0")
     if not needs_teacher(recipe.student.objective):
         raise UserError(
-            f"transfer.texts is {recipe.transfer.texts}, and no term of student.objective reads the teacher, who alone "
-            "could say what these texts are; add such a term or set it to 0"
+            f"{wanted}, and no term of student.objective reads the teacher, who alone could say what these texts are; "
+            "add such a term or set it to 0"
         )
+
+
+def _check_pretraining(teacher: TeacherConfig) -> None:
+    """An encoder that learns alone needs a head of its own, and a term on it."""
+    for modality in teacher.pretrain:
+        where = f"teacher.pretrain.{modality}"
+        if modality not in teacher.encoders:
+            raise UserError(f"{where}: the teacher has no such encoder; {nearest(modality, teacher.encoders)}")
+        if not any((term.task or "").endswith(f".{modality}") for term in teacher.objective):
+            raise UserError(f"{where}: no term of teacher.objective is on the head of {modality}; add TASK.{modality}")
 
 
 def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:

@@ -136,6 +136,7 @@ class ModelConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The teacher, and how it is fitted to the data before distillation."""
 
+    pretrain: dict[str, TrainConfig] = {}  # modality -> budget in which its encoder first learns alone, with its head
     train: TrainConfig = TrainConfig()
     objective: list[TermConfig] = Field(min_length=1)
 

@@ -61,11 +61,12 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     found["disk_bytes"] |= {"towers": int(inputs * tower_bytes), "cache": int(answered * stored)}
     step = {"teacher": _seconds_a_row(teacher, batch)}
     step["student"] = _seconds_a_row(student, _encoded(student, recipe)[1])
+    fits = [*recipe.teacher.pretrain.values(), recipe.teacher.train]
     budgets = {"baseline": recipe.student.train, "student": recipe.student.train, "pruned": recipe.prune.train}
     found["seconds"] = {
         "towers": inputs * encode,
-        "cache": recipe.transfer.texts * encode,
-        "teacher": train * recipe.teacher.train.epochs * step["teacher"],
+        **({"cache": recipe.transfer.texts * encode} if recipe.transfer.texts else {}),
+        "teacher": train * sum(part.epochs for part in fits) * step["teacher"],
         **{stage: train * budget.epochs * step["student"] for stage, budget in budgets.items()},
     }
     return found

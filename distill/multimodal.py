@@ -169,6 +169,28 @@ class MultimodalModel(nn.Module):
         return dict(zip(present, (stacked & ~drop).unbind(1), strict=True))
 
 
+class OneModality(nn.Module):
+    """One encoder of a model with its neck and heads: shares their parameters, and answers from them alone.
+
+    Args:
+        model: the model; it has single-modality heads.
+        modality: which encoder.
+    """
+
+    def __init__(self, model: MultimodalModel, modality: str) -> None:
+        super().__init__()
+        self.modality = modality
+        self.encoders = nn.ModuleDict({modality: model.encoders[modality]})
+        self.neck = model.necks[modality]
+        self.heads = nn.ModuleDict({task: heads[modality] for task, heads in model.unimodal_heads.items()})  # type: ignore[index]
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Return logits ``task.modality``, [B, C], and the same as ``task``."""
+        pooled = self.neck(self.encoders[self.modality](batch.inputs).pooled)
+        logits = {task: head(pooled) for task, head in self.heads.items()}
+        return Outputs({**logits, **{f"{task}.{self.modality}": value for task, value in logits.items()}}, {}, {})
+
+
 def spread(values: Tensor, rows: Tensor) -> Tensor:
     """Put values [M, ...] at the M rows that are True in bool [B], zeros elsewhere: [B, ...]."""
     return values.new_zeros((len(rows), *values.shape[1:])).index_put((rows,), values)

@@ -16,6 +16,7 @@ import torch
 from distill import engine, prune
 from distill.build import example_batch, input_spec
 from distill.cache import TeacherCache
+from distill.checkpoint import load_weights
 from distill.config import Recipe, TermConfig, TrainConfig, build_part
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs
 from distill.data.loader import InputSpec, Loader
@@ -28,7 +29,7 @@ from distill.data.transfer import (
     whole_words,
 )
 from distill.losses.objective import Objective, needs_teacher, tap_paths
-from distill.multimodal import MultimodalModel, Tapped, evaluating
+from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
 from distill.progress import progress
 from distill.runs import write_json
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
@@ -46,9 +47,24 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the teacher's free parts on the labels; a teacher without any is kept as it is."""
     config = work.recipe.teacher
     model = work.blank(config, TEACHER)
+    for modality, train in config.pretrain.items():
+        _pretrain(work, folder / f"pretrain-{modality}", OneModality(model, modality), train)
     repeat = "image" in frozen_towers(model)
     loader = work.towers(work.train_loader({TEACHER: input_spec(model)}, config.train, repeat=repeat), model)
     return _fit(work, folder, model, loader, TEACHER, config.train, config.objective, None, "fit teacher")
+
+
+def _pretrain(work: Workspace, folder: Path, model: OneModality, train: TrainConfig) -> None:
+    """Let one encoder learn alone, by the terms of the teacher's objective on its heads."""
+    terms = [term for term in work.recipe.teacher.objective if (term.task or "").endswith(f".{model.modality}")]
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        folder.mkdir(exist_ok=True)
+        alone: Any = model
+        rows = work.train_loader({TEACHER: input_spec(alone)}, train, repeat=model.modality in frozen_towers(alone))
+        loader = work.towers(rows, alone)
+        _fit(work, folder, alone, loader, TEACHER, train, terms, None, f"pretrain {model.modality}")
+    load_weights(model, weights)
 
 
 def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:

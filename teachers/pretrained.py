@@ -87,7 +87,7 @@ class PretrainedText(Encoder):
     """A transformers text model; tokens are its hidden states, pooled is their masked mean.
 
     States of several layers, side by side, say more to a frozen tower's reader than the last ones alone (Devlin et al.
-    2019, arXiv 1810.04805, section 5.3): early layers keep the words, late ones the meaning that the tower was trained for.
+    2019, arXiv 1810.04805, section 5.3): early layers keep the words, late ones what the tower was trained for.
 
     Args:
         weights: see :func:`teachers.weights.resolve_weights`.
@@ -136,14 +136,13 @@ class PretrainedText(Encoder):
 
     def encode(self, text: Tensor, mask: Tensor) -> Tensor:
         """Run the tower alone: int64 [B, L], bool [B, L] -> [B, L, D]."""
-        if self.causal:  # the tower adds its own causal mask; padding sits behind every token that is read
-            bias = mask.long()
-        else:  # a ready additive 4-D mask gives the same output and exports to every runtime
-            bias = (1.0 - mask.to(torch.float32))[:, None, None, :] * -1e4
+        # A causal tower adds its own mask; padding sits behind every token that is read. Elsewhere a ready additive
+        # 4-D mask gives the same output and exports to every runtime.
+        allowed = mask.long() if self.causal else (1.0 - mask.to(torch.float32))[:, None, None, :] * -1e4
+        found = self.tower(input_ids=text, attention_mask=allowed, output_hidden_states=bool(self.layers))
         if not self.layers:
-            return self.tower(input_ids=text, attention_mask=bias).last_hidden_state
-        states = self.tower(input_ids=text, attention_mask=bias, output_hidden_states=True).hidden_states
-        return torch.cat([states[layer] for layer in self.layers], dim=-1)
+            return found.last_hidden_state
+        return torch.cat([found.hidden_states[layer] for layer in self.layers], dim=-1)
 
     def train(self, mode: bool = True) -> PretrainedText:
         """Switch mode; a frozen tower stays in eval mode, so that its dropout is off."""

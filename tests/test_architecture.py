@@ -44,7 +44,14 @@ LEVELS = {
         "distill.report",
         "distill.doctor",
     },
-    5: {"distill.workspace", "distill.stages", "distill.results", "distill.check", "distill.estimate", "distill.pipeline"},
+    5: {
+        "distill.workspace",
+        "distill.stages",
+        "distill.results",
+        "distill.check",
+        "distill.estimate",
+        "distill.pipeline",
+    },
     6: {"distill.cli", "distill.__main__"},
 }
 """A module, or a package for all of its modules -> a number: it imports its own number or lower."""

@@ -7,7 +7,7 @@ from tiny import NUM_CLASSES, around, make_batch, make_model
 from distill.build import build_model, check_model, example_batch, input_spec
 from distill.config import ModelConfig
 from distill.contracts import UserError
-from distill.multimodal import Tapped, evaluating, only
+from distill.multimodal import OneModality, Tapped, evaluating, only
 from students import ENCODERS
 from teachers import PretrainedText, TimmEncoder
 
@@ -217,3 +217,15 @@ def test_logits_are_the_mean_of_the_heads_that_have_their_modality(model):
             logits = model(rows).logits
         expected = torch.stack([logits[f"kind.{name}"] for name in names]).mean(0)
         torch.testing.assert_close(logits["kind"], expected)
+
+
+def test_one_modality_answers_as_the_model_does_and_shares_its_parameters(wordpiece_file):
+    model = make_model(wordpiece_file).eval()
+    alone = OneModality(model, "image")
+    batch = make_batch(4)
+    with torch.no_grad():
+        expected, found = model(batch).logits, alone(batch).logits
+    assert sorted(found) == ["kind", "kind.image", "tone", "tone.image"]
+    for task in ("kind", "tone"):
+        torch.testing.assert_close(found[task], expected[f"{task}.image"])
+    assert {id(p) for p in alone.parameters()} < {id(p) for p in model.parameters()}

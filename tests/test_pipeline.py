@@ -17,6 +17,7 @@ from distill.runs import locked, read_json
 MODELS = ["teacher", "baseline", "student", "pruned", "onnx-fp32", "onnx-int8"]
 AFTER_STUDENT = ["pruned", "export", "quantize", "evaluate", "bench", "report"]
 AFTER_CACHE = ["student", *AFTER_STUDENT]
+AFTER_DATA = [name for name in pipeline.NAMES if name not in ("data", "transfer")]  # the recipe has no transfer set
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,9 @@ def test_compare(project, tmp_path):
         ("student.encoders.text.vocab_size=70", ["inherit", "baseline", *AFTER_CACHE]),
         ("cache.dtype=float32", ["cache", *AFTER_CACHE]),
         ("teacher.train.epochs=4", ["towers", "teacher", "cache", "inherit", "baseline", *AFTER_CACHE]),
-        ("data.augment.image.flip=0.1", pipeline.NAMES[1:]),
+        ("transfer.texts=20", ["transfer", "cache", *AFTER_CACHE]),
+        ("transfer.ratio=2", AFTER_CACHE),
+        ("data.augment.image.flip=0.1", AFTER_DATA),
         ("data.working_size=16", pipeline.NAMES),
     ],
 )
@@ -207,7 +210,7 @@ def test_changed_data_reruns_everything(copied):
 def test_changed_weights_rerun_all_but_the_data(copied):
     file = copied / "bert/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    assert to_do("recipe.yaml") == pipeline.NAMES[1:]
+    assert to_do("recipe.yaml") == AFTER_DATA
 
 
 @pytest.mark.parametrize("name", ["cache/shard-view1-00000.safetensors", "teacher/model.safetensors"])
@@ -268,6 +271,27 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_weights(copied, monkeypat
     assert distill("train", "recipe.yaml", "name=stopped").code == 0
     for stage in ("teacher", "student"):
         assert same_weights(f"runs/stopped/{stage}/model.safetensors", f"runs/tiny/{stage}/model.safetensors")
+
+
+def test_an_encoder_that_learns_alone_first_goes_on_where_it_was_stopped(copied, monkeypatch):
+    arguments = ("cache", "recipe.yaml", "teacher.pretrain.image={epochs: 2, batch_size: 16}")
+    assert distill(*arguments, "name=whole").code == 0
+    for step in (3, 12):  # in the pretraining, and behind it: 8 steps alone come first
+        seen = []
+
+        def note(state, seen=seen, step=step):
+            seen.append(state.step)
+            if len(seen) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return ""
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "_note", note)
+            assert distill(*arguments, f"name=stopped{step}").code == 143
+        assert distill(*arguments, f"name=stopped{step}").code == 0
+        for file in ("model.safetensors", "pretrain-image/model.safetensors"):
+            assert same_weights(f"runs/stopped{step}/teacher/{file}", f"runs/whole/teacher/{file}")
+    assert not same_weights("runs/whole/teacher/model.safetensors", "runs/tiny/teacher/model.safetensors")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

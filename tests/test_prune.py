@@ -177,11 +177,11 @@ def test_the_encoder_learns_its_new_width_and_the_model_trains_on() -> None:
     pruned, made = prune(settled(model), batch(), PruneConfig(**CONFIG))
     width = pruned.encoders["image"].out_dim
     assert width < 64 and pruned.necks["image"].norm.normalized_shape == (width,)
-    assert pruned.token_necks["image"][1].in_features == width == made.attributes["encoders.image"]["out_dim"]
+    assert pruned.token_necks["image"][0].in_features == width == made.attributes["encoders.image"]["out_dim"]
     assert pruned.necks["image"].linear.out_features == 32  # outside prune.modules only inputs shrink
     assert model.encoders["image"].out_dim == 64
     stream = made.tensors["encoders.image.stages.2.0.0.weight"]["0"]
-    readers = ("necks.image.linear.weight", "token_necks.image.1.weight")
+    readers = ("necks.image.linear.weight", "token_necks.image.0.weight")
     assert all(made.tensors[name]["1"] == stream for name in readers)
     assert made.tensors["necks.image.norm.weight"]["0"] == stream
     assert not any(parameter.requires_grad for parameter in pruned.encoders["text"].parameters())

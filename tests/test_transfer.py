@@ -177,14 +177,18 @@ def test_cached_and_live_teacher_give_the_same_student_with_a_transfer_set(recip
     assert any(not torch.allclose(plain[name], value, atol=1e-3) for name, value in weights[0].items())
 
 
+NO_TEXT = ["student.encoders={image: {type: convnet, widths: [8], blocks: [0]}}", "student.inherit={}"]
+NO_TEACHER = ["student.objective=[{loss: cross_entropy, task: colour}]"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["student.encoders={image: {type: convnet, widths: [8], blocks: [0]}}", "student.inherit={}"], "the student has no text"),
-        (["student.objective=[{loss: cross_entropy, task: colour}]"], "no term of student.objective reads the teacher"),
+        (NO_TEXT, "the student has no text"),
+        (NO_TEACHER, "no term of student.objective reads the teacher"),
         (["transfer.replace=0"], "transfer.replace"),
     ],
-)  # fmt: skip
+)
 def test_a_transfer_set_that_nobody_can_use_is_refused(recipe, overrides, sentence):
     answer = distill("validate", recipe, "transfer.texts=10", *overrides)
     assert answer.code == 2 and sentence in answer.err and "Traceback" not in answer.err

@@ -95,8 +95,8 @@ def as_data(texts: list[str], data: PreparedData) -> PreparedData:
 class MixedLoader:
     """Batches of labelled rows with rows of a transfer set behind them.
 
-    Steps and epochs are those of the labelled rows. The n-th batch of a run has the n-th batch of the transfer set, which starts over as often as needed: so a run can
-    go on at any batch.
+    Steps and epochs are those of the labelled rows. The n-th batch of a run has the n-th batch of the transfer set,
+    which starts over as often as needed: so a run can go on at any batch.
 
     Args:
         labelled: batches of labelled rows.
