@@ -31,7 +31,7 @@ from distill.data.transfer import (
 from distill.losses.objective import Objective, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
 from distill.progress import progress
-from distill.runs import write_json
+from distill.runs import seed_everything, write_json
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
     EVALUATION_BATCH,
@@ -125,7 +125,8 @@ def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
     transfer = work.transfer_loader(specs, EVALUATION_BATCH)
     if transfer is not None:
         label = "ask teacher about the transfer set"
-        info["transfer"] = _fill(work, folder / "transfer", tapped, transfer, [CLEAN_VIEW], label)
+        extra = _fill(work, folder / "transfer", tapped, transfer, [CLEAN_VIEW], label)
+        info |= {f"transfer_{name}": value for name, value in extra.items()}
     return info
 
 
@@ -292,6 +293,7 @@ def _fit(
     first = next(loader.epoch(0))
     with evaluating(model):
         student_example = tapped(first[reads])
+    seed_everything(work.recipe.seed)  # the projectors start alike, whatever ran before in this process
     objective = Objective(terms, student_example, teacher(first) if teacher else None)
     with progress(label, quiet=work.quiet) as report:
         job = engine.Job(
