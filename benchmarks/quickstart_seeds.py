@@ -88,7 +88,7 @@ def arm_recipes(recipe: Recipe) -> dict[str, Recipe]:
 def train_arm(work: Workspace, name: str, recipe: Recipe) -> Workspace:
     """Train one arm, or find it trained; the workspace returned holds it as its ``student``."""
     parents = [work.done[stage].fingerprint for stage in ("data", "transfer", "teacher", "cache", "inherit")]
-    key = fingerprint(name, VERSION, recipe.student.model_dump(), parents)
+    key = fingerprint(name, VERSION, recipe.student.model_dump(), recipe.transfer.ratio, parents)
     folder = pipeline.run_folder(recipe) / "ablation" / name.replace(" ", "_")
     variant = replace(work, recipe=recipe, done=dict(work.done))
     artifact = find(folder, name, key)

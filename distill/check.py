@@ -78,6 +78,9 @@ def _check_transfer(recipe: Recipe) -> None:
     for where, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         if "text" not in model.encoders:
             raise UserError(f"{wanted}, and the {where} has no text encoder; set it to 0")
+    largest = max(recipe.student.train.batch_size, recipe.prune.train.batch_size) * recipe.transfer.ratio
+    if recipe.transfer.texts < round(largest):
+        raise UserError(f"{wanted}, and a batch takes {round(largest)} of them; raise it or lower transfer.ratio")
     if not needs_teacher(recipe.student.objective):
         raise UserError(
             f"{wanted}, and no term of student.objective reads the teacher, who alone could say what these texts are; "
@@ -91,6 +94,10 @@ def _check_pretraining(teacher: TeacherConfig) -> None:
         where = f"teacher.pretrain.{modality}"
         if modality not in teacher.encoders:
             raise UserError(f"{where}: the teacher has no such encoder; {nearest(modality, teacher.encoders)}")
+        if not teacher.unimodal_heads:
+            raise UserError(
+                f"{where}: the teacher has no heads of single modalities; set teacher.unimodal_heads to true"
+            )
         if not any((term.task or "").endswith(f".{modality}") for term in teacher.objective):
             raise UserError(f"{where}: no term of teacher.objective is on the head of {modality}; add TASK.{modality}")
 

@@ -155,7 +155,7 @@ class TransferConfig(Strict):
 
     texts: int = Field(0, ge=0)  # how many to make
     replace: float = Field(0.5, gt=0, le=1)  # probability that a word gives way to one of the teacher's vocabulary
-    ratio: float = Field(1.0, gt=0)  # of them to labelled rows, in each batch
+    ratio: float = Field(1.0, gt=0)  # of them to labelled rows, in each batch; the last of a pass may have fewer
 
 
 class CacheConfig(Strict):

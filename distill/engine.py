@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.averaging import Average, load_state, trained_state
-from distill.config import TrainConfig
+from distill.config import TrainConfig, nearest
 from distill.contracts import Batch, Outputs, UserError
+from distill.data.loader import Batches
 from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
@@ -32,16 +33,6 @@ from distill.runs import write_json
 
 SELECT = "valid/accuracy"
 Teacher = Callable[[dict[str, Batch]], Outputs]
-
-
-class Batches(Protocol):
-    """A loader: the batches of an epoch, from any of them on."""
-
-    def __len__(self) -> int:
-        """Return the number of batches an epoch."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        """Yield the batches of an epoch, by name of the model that reads them."""
 
 
 class TrainingError(RuntimeError):
@@ -135,8 +126,12 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optim
     prefix that names it, with or without the leading ``model.``.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        path = name.removeprefix("model.")
+    paths = [name.removeprefix("model.") for name, _ in module.named_parameters()]
+    for prefix in config.lr_scale:
+        if not any(f"{path}.".startswith(f"{prefix}.") for path in paths):
+            known = {".".join(path.split(".")[:length]) for path in paths for length in (1, 2)}
+            raise UserError(f"train.lr_scale: the model has no parameters under {prefix!r}; {nearest(prefix, known)}")
+    for path, parameter in zip(paths, module.parameters(), strict=True):
         fitting = [prefix for prefix in config.lr_scale if path == prefix or path.startswith(f"{prefix}.")]
         scale = config.lr_scale[max(fitting, key=len)] if fitting else 1.0
         if scale == 0:
@@ -245,7 +240,8 @@ def _step(
     count = min(job.config.accumulate, len(batch.ids))
     logged: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
-    for rows in torch.arange(len(batch.ids), device=batch.ids.device).tensor_split(count):
+    everything = torch.arange(len(batch.ids), device=batch.ids.device)
+    for rows in (everything[first::count] for first in range(count)):  # both kinds of rows of a mixed batch in each
         part = batch if count == 1 else take(batch, rows)
         part_teacher = teacher if count == 1 or teacher is None else take(teacher, rows)
         with accelerator.autocast():

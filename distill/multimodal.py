@@ -119,7 +119,7 @@ class MultimodalModel(nn.Module):
             logits ``task``, ``task.fused`` and ``task.modality``, each [B, C]; embeddings of each modality and
             "fused", each [B, E].
         """
-        encoded = {name: self._encode(name, batch) for name in self.encoders}
+        encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
         present = self._dropped({name: batch.present[name] for name in self.encoders})
         pooled = {name: self.necks[name](item.pooled) for name, item in encoded.items()}
         tokens = {name: neck(encoded[name].tokens) for name, neck in self.token_necks.items()}
@@ -132,18 +132,6 @@ class MultimodalModel(nn.Module):
         vectors = {**pooled, "fused": fused}
         embeddings = {name: embed(vectors[name]) for name, embed in self.embedders.items()}
         return Outputs(logits, embeddings, {})
-
-    def _encode(self, name: str, batch: Batch) -> Encoded:
-        """Encode the rows that have a modality: the others then neither take time nor enter batch statistics."""
-        encoder: Any = self.encoders[name]
-        present = batch.present[name]
-        inputs = {key: value for key, value in batch.inputs.items() if key == name or key.startswith(f"{name}_")}
-        if not inputs:  # no row has it
-            nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
-            return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])
-        if torch.compiler.is_exporting() or bool(present.all()) or not bool(present.any()):
-            return encoder(inputs)
-        return Encoded(*(spread(part, present) for part in encoder({k: v[present] for k, v in inputs.items()})))
 
     def _logits(
         self, task: str, fused: Tensor, pooled: dict[str, Tensor], present: dict[str, Tensor]
@@ -186,9 +174,34 @@ class OneModality(nn.Module):
 
     def forward(self, batch: Batch) -> Outputs:
         """Return logits ``task.modality``, [B, C], and the same as ``task``."""
-        pooled = self.neck(self.encoders[self.modality](batch.inputs).pooled)
+        pooled = self.neck(encode_present(self.encoders[self.modality], self.modality, batch).pooled)
         logits = {task: head(pooled) for task, head in self.heads.items()}
         return Outputs({**logits, **{f"{task}.{self.modality}": value for task, value in logits.items()}}, {}, {})
+
+
+def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
+    """Encode the rows that have a modality; the others get zeros, take no time and enter no batch statistics.
+
+    An exported graph has no such choice: it encodes blank inputs, and the masks of ``present`` keep them out of logits.
+
+    Args:
+        encoder: the modality's encoder.
+        name: the modality.
+        batch: may lack the modality's inputs where no row has it.
+    """
+    present = batch.present[name]
+    inputs = {key: value for key, value in batch.inputs.items() if key == name or key.startswith(f"{name}_")}
+    if not inputs:
+        nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
+        return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])
+    if torch.compiler.is_exporting() or bool(present.all()):
+        return encoder(inputs)
+    if bool(present.any()):
+        return Encoded(*(spread(part, present) for part in encoder({k: v[present] for k, v in inputs.items()})))
+    training = encoder.training  # nobody has it: shapes for taps, and no batch statistics
+    encoded = encoder.eval()(inputs)
+    encoder.train(training)
+    return Encoded(*(spread(part[present], present) for part in encoded))
 
 
 def spread(values: Tensor, rows: Tensor) -> Tensor:
@@ -237,8 +250,10 @@ class Tapped:
         outputs = self.model(batch)
         features, self._features = self._features, {}
         for path, value in features.items():
-            if len(value) != len(batch.ids):  # an encoder's, which read only the rows that have its modality
-                features[path] = spread(value, batch.present[path.split(".")[1]])
+            owner, _, inner = path.partition(":")[0].partition(".")
+            rows = batch.present[inner.split(".")[0]] if owner == "encoders" else None
+            if rows is not None and not bool(rows.all()):  # the encoder read only the rows that have its modality
+                features[path] = spread(value[rows] if len(value) == len(rows) else value, rows)
         return outputs._replace(features=features)
 
 

@@ -58,7 +58,8 @@ def _student_architecture(recipe: Recipe) -> Any:
 
 def _distillation(recipe: Recipe) -> Any:
     learnt = recipe.student.model_dump(include={"inherit", "objective"})
-    return [_student_architecture(recipe), learnt, recipe.transfer.ratio, recipe.seed]
+    ratio = recipe.transfer.ratio if recipe.transfer.texts else None
+    return [_student_architecture(recipe), learnt, ratio, recipe.seed]
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
@@ -100,11 +101,15 @@ STAGES = (
         "make texts without labels for the teacher to answer",
         stages.make_transfer,
         ("data",),
-        lambda r: [
-            r.transfer.model_dump(include={"texts", "replace"}),
-            _identity(r)["teacher"]["encoders"] if r.transfer.texts else None,
-            r.seed,
-        ],
+        lambda r: (
+            [
+                r.transfer.model_dump(include={"texts", "replace"}),
+                _identity(r)["teacher"]["encoders"],
+                r.seed,
+            ]
+            if r.transfer.texts
+            else []
+        ),
     ),
     Stage(
         "teacher",

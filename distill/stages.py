@@ -18,7 +18,7 @@ from distill.build import example_batch, input_spec
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights
 from distill.config import Recipe, TermConfig, TrainConfig, build_part
-from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs
+from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
 from distill.data.transfer import (
     LABELLED,
@@ -48,23 +48,23 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     config = work.recipe.teacher
     model = work.blank(config, TEACHER)
     for modality, train in config.pretrain.items():
-        _pretrain(work, folder / f"pretrain-{modality}", OneModality(model, modality), train)
+        load_weights(OneModality(model, modality), _pretrain(work, folder / f"pretrain-{modality}", modality, train))
     repeat = "image" in frozen_towers(model)
     loader = work.towers(work.train_loader({TEACHER: input_spec(model)}, config.train, repeat=repeat), model)
     return _fit(work, folder, model, loader, TEACHER, config.train, config.objective, None, "fit teacher")
 
 
-def _pretrain(work: Workspace, folder: Path, model: OneModality, train: TrainConfig) -> None:
-    """Let one encoder learn alone, by the terms of the teacher's objective on its heads."""
-    terms = [term for term in work.recipe.teacher.objective if (term.task or "").endswith(f".{model.modality}")]
+def _pretrain(work: Workspace, folder: Path, modality: str, train: TrainConfig) -> Path:
+    """Let one encoder learn alone, by the terms of the teacher's objective on its heads; return the weights' file."""
     weights = folder / "model.safetensors"
-    if not weights.is_file():
-        folder.mkdir(exist_ok=True)
-        alone: Any = model
-        rows = work.train_loader({TEACHER: input_spec(alone)}, train, repeat=model.modality in frozen_towers(alone))
-        loader = work.towers(rows, alone)
-        _fit(work, folder, alone, loader, TEACHER, train, terms, None, f"pretrain {model.modality}")
-    load_weights(model, weights)
+    if weights.is_file():
+        return weights
+    folder.mkdir(exist_ok=True)
+    terms = [term for term in work.recipe.teacher.objective if (term.task or "").endswith(f".{modality}")]
+    model: Any = OneModality(work.blank(work.recipe.teacher, TEACHER), modality)
+    loader = work.train_loader({TEACHER: input_spec(model)}, train, repeat=modality in frozen_towers(model))
+    _fit(work, folder, model, work.towers(loader, model), TEACHER, train, terms, None, f"pretrain {modality}")
+    return weights
 
 
 def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -99,9 +99,12 @@ def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
     recipe, data = work.recipe, work.data()
     if not recipe.transfer.texts:
         return {}
-    teacher: Any = work.blank(recipe.teacher, TEACHER).encoders["text"]
-    words = whole_words(teacher.tokenizer_file)
     known = list(dict.fromkeys(text for row in data.rows(TRAIN) if (text := data.texts[row])))
+    if not known:
+        raise UserError(f"transfer.texts is {recipe.transfer.texts}, and no training row has a text; set it to 0")
+    words = whole_words(
+        build_part(work.encoders, recipe.teacher.encoders["text"], "teacher.encoders.text").tokenizer_file
+    )
     count, probability = recipe.transfer.texts, recipe.transfer.replace
     texts = replace_words(known, words, count, probability=probability, seed=recipe.seed)
     write_json(folder / TEXTS_FILE, texts)

@@ -142,7 +142,8 @@ class PretrainedText(Encoder):
         found = self.tower(input_ids=text, attention_mask=allowed, output_hidden_states=bool(self.layers))
         if not self.layers:
             return found.last_hidden_state
-        return torch.cat([found.hidden_states[layer] for layer in self.layers], dim=-1)
+        states = (*found.hidden_states[:-1], found.last_hidden_state)  # CLIP normalises its last one
+        return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
     def train(self, mode: bool = True) -> PretrainedText:
         """Switch mode; a frozen tower stays in eval mode, so that its dropout is off."""

@@ -289,7 +289,7 @@ def test_a_value_that_is_not_finite_stops_with_the_weights_unchanged_and_the_row
     assert_same({n: p.detach() for n, p in job.tapped.model.named_parameters()}, seen)
     listed = json.loads((job.folder / "not_finite.json").read_text())
     rows = list(job.loader.epoch(1))[2]["student"].ids.tolist()
-    assert listed["ids"] == (rows if poison == "gradient" else rows[: 16 // per_step])
+    assert listed["ids"] == (rows if poison == "gradient" else rows[::per_step])
     assert not (job.folder / "model.safetensors").exists()
 
 

@@ -175,7 +175,7 @@ def test_compare(project, tmp_path):
         ("cache.dtype=float32", ["cache", *AFTER_CACHE]),
         ("teacher.train.epochs=4", ["towers", "teacher", "cache", "inherit", "baseline", *AFTER_CACHE]),
         ("transfer.texts=20", ["transfer", "cache", *AFTER_CACHE]),
-        ("transfer.ratio=2", AFTER_CACHE),
+        ("transfer.ratio=2", []),
         ("data.augment.image.flip=0.1", AFTER_DATA),
         ("data.working_size=16", pipeline.NAMES),
     ],
@@ -274,9 +274,12 @@ def test_a_run_stopped_at_any_step_goes_on_to_the_same_weights(copied, monkeypat
 
 
 def test_an_encoder_that_learns_alone_first_goes_on_where_it_was_stopped(copied, monkeypatch):
-    arguments = ("cache", "recipe.yaml", "teacher.pretrain.image={epochs: 2, batch_size: 16}")
+    alone = (
+        "{epochs: 2, batch_size: 16, lr_scale: {encoders.image: 0}}"  # its heads alone: what is frozen must not stay so
+    )
+    arguments = ("cache", "recipe.yaml", f"teacher.pretrain.image={alone}")
     assert distill(*arguments, "name=whole").code == 0
-    for step in (3, 12):  # in the pretraining, and behind it: 8 steps alone come first
+    for step in (3, 12):  # in the pretraining, and behind it: 10 steps alone come first
         seen = []
 
         def note(state, seen=seen, step=step):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,6 +42,16 @@ class InputSpec:
     tokenizer: Path | None
     max_length: int
     pad_id: int = 0
+
+
+class Batches(Protocol):
+    """What the engine reads: a loader, or one whose batches were added to."""
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
+        """Yield the batches of an epoch, by name of the model that reads them."""
 
 
 class Loader:

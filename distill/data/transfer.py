@@ -12,7 +12,6 @@ import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,30 +20,23 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from distill.contracts import IGNORE, TRAIN, Batch, Outputs, UserError
-from distill.data.loader import Loader
+from distill.data.loader import Batches, Loader
 from distill.data.prepare import PreparedData
 
 SHORTEST = 3  # letters of a word; shorter entries of a vocabulary are mostly no words
 LABELLED, TRANSFER = ".labelled", ".transfer"  # behind a model's name: its batch of those rows alone
 
 
-class Batches(Protocol):
-    """A loader of labelled rows."""
-
-    def __len__(self) -> int:
-        """Return the number of batches an epoch."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        """Yield the batches of an epoch, by name of the model that reads them."""
-
-
 def whole_words(tokenizer_file: Path) -> list[str]:
     """Return the words, of three letters or more, that a tokenizer keeps in one piece, sorted.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or the file is no tokenizer.
     """
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{tokenizer_file} is not a tokenizer.json: {' '.join(str(error).split())}") from error
     tokenizer.no_padding()
     found = {tokenizer.decode([token]).strip() for token in range(tokenizer.get_vocab_size())}
     words = sorted(word for word in found if word.isalpha() and len(word) >= SHORTEST)
@@ -60,6 +52,8 @@ def replace_words(
     texts: Sequence[str], words: Sequence[str], count: int, *, probability: float, seed: int
 ) -> list[str]:
     """Make texts: each is a random one of ``texts`` with some words replaced by random ``words``.
+
+    A word is a run of letters and digits, so a text without spaces between its words counts as one.
 
     Args:
         texts: to start from.
@@ -102,7 +96,7 @@ class MixedLoader:
         labelled: batches of labelled rows.
         transfer: batches of the transfer set, for the same models.
         reads: the trained model, whose batch holds both. Other models' come apart, as ``NAME.labelled`` and
-            ``NAME.transfer``, and so does this one's besides.
+            ``NAME.transfer``; so do ids, views and the like of this one's, for a cached teacher.
         pad_id: token id of that model where its text mask is False.
     """
 
@@ -118,9 +112,12 @@ class MixedLoader:
         with closing(self._from(epoch * len(self) + start)) as unlabelled:
             for own, other in zip(self.labelled.epoch(epoch, start), unlabelled, strict=False):
                 whole = join_batches(own[self.reads], other[self.reads], self.pad_id)
-                apart = {f"{name}{LABELLED}": batch for name, batch in own.items()}
-                apart |= {f"{name}{TRANSFER}": batch for name, batch in other.items()}
+                apart = {f"{name}{LABELLED}": self._apart(name, batch) for name, batch in own.items()}
+                apart |= {f"{name}{TRANSFER}": self._apart(name, batch) for name, batch in other.items()}
                 yield {self.reads: whole, **apart}
+
+    def _apart(self, name: str, batch: Batch) -> Batch:
+        return batch._replace(inputs={}) if name == self.reads else batch
 
     def _from(self, number: int) -> Generator[dict[str, Batch]]:
         while True:

@@ -172,8 +172,8 @@ def _rows(term: TermConfig, batch: Batch) -> Tensor | None:
         names = [term.task.split(".")[1]]
     elif term.embedding:
         names = term.embedding.split(",")
-    elif term.taps and term.taps["student"].startswith("encoders."):
-        names = [term.taps["student"].split(".")[1].partition(":")[0]]
+    elif term.taps and term.taps["student"].partition(".")[0] in ("encoders", "necks", "token_necks"):
+        names = [term.taps["student"].partition(":")[0].split(".")[1]]
     masks = [batch.present[name] for name in names if name in batch.present]
     if not masks:
         return None
