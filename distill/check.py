@@ -10,7 +10,7 @@ from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, check
 from distill.contracts import UserError
 from distill.data.sources import SOURCES
 from distill.losses.objective import check_terms, needs_teacher
-from distill.workspace import takes_tokenizer
+from distill.workspace import takes_tokenizer, takes_tokens
 
 Registry = Mapping[str, Callable[..., Any]]
 
@@ -63,10 +63,29 @@ def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registr
         )
     for name, part in recipe.student.inherit.items():
         check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "project", "student", "token_ids"))
-        if name not in takers:
+        if not takes_tokens(inheritances[part.type]):
+            _check_alike(recipe, name, part.type)
+        elif name not in takers:
             raise UserError(
                 f"student.inherit.{name}: {part.type} fills an encoder that takes its vocabulary from the teacher; "
                 f"{nearest(name, takers)}"
+            )
+
+
+def _check_alike(recipe: Recipe, name: str, inheritance: str) -> None:
+    """Weights fit an encoder that is built as the teacher's; dropout has none."""
+    where = f"student.inherit.{name}: {inheritance}"
+    for model, encoders in (("student", recipe.student.encoders), ("teacher", recipe.teacher.encoders)):
+        if name not in encoders:
+            raise UserError(f"{where}: the {model} has no such encoder; {nearest(name, encoders)}")
+    ours, theirs = (
+        {"type": part.type, **part.params} for part in (recipe.student.encoders[name], recipe.teacher.encoders[name])
+    )
+    for key in sorted({*ours, *theirs} - {"dropout"}):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{where}: {key} is {ours.get(key)} in student.encoders.{name} and {theirs.get(key)} in "
+                f"teacher.encoders.{name}; weights need equal ones"
             )
 
 

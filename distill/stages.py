@@ -40,6 +40,7 @@ from distill.workspace import (
     TEXTS_FILE,
     Workspace,
     takes_tokenizer,
+    takes_tokens,
 )
 
 
@@ -203,11 +204,12 @@ def distil_student(work: Workspace, folder: Path) -> dict[str, Any]:
     model = work.blank(config, STUDENT)
     if config.inherit:
         teacher = work.teacher()
-        token_ids = np.load(work.path("inherit") / "token_ids.npy", allow_pickle=False)
         for name, part in config.inherit.items():
             neck: Any = teacher.necks[name]
-            given = {"encoder": teacher.encoders[name], "project": neck.project, "student": model.encoders[name]}
-            given["token_ids"] = token_ids
+            given = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
+            if takes_tokens(work.inheritances[part.type]):
+                token_ids = np.load(work.path("inherit") / "token_ids.npy", allow_pickle=False)
+                given |= {"project": neck.project, "token_ids": token_ids}
             build_part(work.inheritances, part, f"student.inherit.{name}", **given)
     return _distil(work, folder, model, config.train, "distil student")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -138,6 +139,9 @@ class Workspace:
 
 def takes_tokenizer(builder: Callable[..., Any]) -> bool:
     """Whether an encoder is given its tokenizer by the pipeline instead of bringing its own."""
-    import inspect
-
     return "tokenizer_file" in inspect.signature(builder).parameters
+
+
+def takes_tokens(inheritance: Callable[..., Any]) -> bool:
+    """Whether what is inherited belongs to the teacher's vocabulary."""
+    return "token_ids" in inspect.signature(inheritance).parameters

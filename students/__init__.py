@@ -1,6 +1,9 @@
 """Small encoders, and what a student inherits from its teacher."""
 
-from students.inherit import token_embeddings
+from collections.abc import Callable
+from typing import Any
+
+from students.inherit import encoder_weights, token_embeddings
 from students.text import StaticEmbeddings
 from students.vision import ConvNet
 
@@ -9,6 +12,6 @@ ENCODERS = {
     "static_embeddings": StaticEmbeddings,
 }
 
-INHERITANCES = {"token_embeddings": token_embeddings}
+INHERITANCES: dict[str, Callable[..., Any]] = {"encoder_weights": encoder_weights, "token_embeddings": token_embeddings}
 
-__all__ = ["ENCODERS", "INHERITANCES", "ConvNet", "StaticEmbeddings", "token_embeddings"]
+__all__ = ["ENCODERS", "INHERITANCES", "ConvNet", "StaticEmbeddings", "encoder_weights", "token_embeddings"]

@@ -1,6 +1,6 @@
-"""What a student's text encoder inherits from the teacher's: its vocabulary and a static embedding a token.
+"""What a student's encoders inherit from the teacher's: a vocabulary with a static embedding a token, or all weights.
 
-The teacher's tower is run over its own vocabulary, one token at a time, and the outputs are reduced by PCA (as in
+The teacher's text tower is run over its own vocabulary, one token at a time, and the outputs are reduced by PCA (as in
 Model2Vec, Tulkens & van Dongen 2024). A smaller vocabulary leaves parameters for wider embeddings: dropped word pieces
 fall apart into shorter ones that stay.
 """
@@ -170,3 +170,20 @@ def token_embeddings(
         table = project(table) if projected else table
         student.table.weight.copy_(reduce_width(table, student.table.embedding_dim, rarity_weight=rarity_weight))
     student.table.weight.requires_grad_(not freeze)
+
+
+def encoder_weights(*, encoder: Any, student: Any) -> None:
+    """Start a student's encoder with the weights of the teacher's, which is built alike; it then trains on.
+
+    Args:
+        encoder: the teacher's encoder.
+        student: the student's encoder, which is written.
+
+    Raises:
+        UserError: they are not built alike.
+    """
+    try:
+        student.load_state_dict(encoder.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the student's encoder is not built as the teacher's: {reason}") from error

@@ -12,7 +12,7 @@ from tiny import SPECIAL, WORDS
 from tokenizers import Tokenizer
 
 from distill.contracts import UserError
-from students import INHERITANCES, ConvNet, StaticEmbeddings, token_embeddings
+from students import INHERITANCES, ConvNet, StaticEmbeddings, encoder_weights, token_embeddings
 from students.inherit import embed_tokens, frame_ids, reduce_vocabulary, reduce_width
 from teachers import PretrainedText
 
@@ -200,6 +200,17 @@ def test_an_inherited_table_may_stay_trainable(bert_folder, wordpiece_file):
     given = {"encoder": teacher, "project": torch.nn.Identity(), "student": student, "token_ids": np.arange(10)}
     INHERITANCES["token_embeddings"](**given, freeze=False)
     assert student.table.weight.requires_grad
+
+
+def test_an_encoder_starts_with_the_teachers_weights_and_trains_on():
+    teacher, student = ConvNet(widths=[4, 8], blocks=[0, 1]).train(), ConvNet(widths=[4, 8], blocks=[0, 1], dropout=0.5)
+    teacher({"image": images()})  # its batch statistics move
+    encoder_weights(encoder=teacher, student=student)
+    torch.testing.assert_close(student.state_dict(), teacher.state_dict())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+    with pytest.raises(UserError, match=r"not built as the teacher's: size mismatch for stages\.1"):
+        encoder_weights(encoder=teacher, student=ConvNet(widths=[4, 6], blocks=[0, 1]))
 
 
 def test_reducing_the_width_keeps_the_strongest_directions():

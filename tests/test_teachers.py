@@ -304,3 +304,19 @@ def test_timm_weights_that_cannot_be_fetched_stop_the_run(monkeypatch, tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="timm model 'resnet18' cannot be created"):
         TimmEncoder(name="resnet18", pretrained=True)
+
+
+def test_tokens_may_be_the_states_of_several_layers_side_by_side(bert_folder, clip_folder):
+    text = torch.tensor([[2, 7, 9, 3]])
+    mask = torch.ones_like(text, dtype=torch.bool)
+    for folder in (bert_folder, clip_folder):
+        weights = f"path:{folder}"
+        last, both = PretrainedText(weights=weights).eval(), PretrainedText(weights=weights, layers=[0, 1]).eval()
+        width = last.out_dim
+        assert both.out_dim == 2 * width
+        with torch.no_grad():
+            states = both.encode(text, mask)
+            torch.testing.assert_close(states[..., width:], last.encode(text, mask))
+            assert not torch.allclose(states[..., :width], states[..., width:])
+        with pytest.raises(UserError, match=r"layers is \[0, 2\], this tower has the layers 0 to 1"):
+            PretrainedText(weights=weights, layers=[0, 2])
