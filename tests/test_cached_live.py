@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_loader, make_model, make_objective, terms
+from tiny_project import make_project
+from torch import nn
 
-from distill import evaluate
+from distill import engine, evaluate, pipeline
 from distill.cache import TeacherCache, flatten, unflatten
 from distill.config import TrainConfig
 from distill.contracts import Outputs
-from distill.engine import Job, fit
+from distill.engine import Job, Trainee, fit
 from distill.multimodal import Tapped
+from distill.recipe import load_recipe
 
 TAP = "encoders.image.stages:mean"
 OBJECTIVE = terms(
@@ -137,3 +140,33 @@ def test_another_view_than_the_students_is_noticed(teacher, loader, train, tmp_p
     _, same = train("live", partial(live, teacher))
     _, shifted = train("elsewhere", elsewhere)
     assert max(abs(one["loss"] - other["loss"]) for one, other in zip(same, shifted, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("stage", ["student", "pruned"])
+def test_the_pipeline_begins_with_the_same_weights(started, stage):
+    """Projectors of the objective are drawn anew in each stage, and are no part of the models that are compared."""
+    cached, live = (weights[stage] for weights in started)
+    assert any(name.startswith("objective.") for name in cached)
+    assert [name for name, value in cached.items() if not torch.equal(value, live[name])] == []
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Stage -> the weights that training begins with, of a run with a cache and of one with a live teacher."""
+    recipe_file = make_project(tmp_path_factory.mktemp("project"))
+    runs = []
+
+    def noted(job):
+        trainee = Trainee(job.tapped, job.objective)
+        kept = trainee if job.folder.name == "student" else nn.ModuleDict({"objective": job.objective})
+        runs[-1][job.folder.name] = {name: value.clone() for name, value in kept.state_dict().items()}
+        return fit(job)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(recipe_file.parent)
+        patched.setattr(engine, "fit", noted)
+        for overrides in ([], ["cache.enabled=false"]):
+            runs.append({})
+            recipe = load_recipe(recipe_file, ["student.inherit={}", *overrides])
+            pipeline.run(recipe, until="pruned", quiet=True)
+    return runs

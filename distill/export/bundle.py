@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import tokenizers
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
@@ -70,6 +71,8 @@ def write_bundle(
     if model_path.resolve() != (folder / MODEL_FILE).resolve():
         shutil.copyfile(model_path, folder / MODEL_FILE)
     preprocessor.save(folder)
+    if preprocessor.tokenizer:
+        _settle_tokenizer(folder / TOKENIZER_FILE, preprocessor.tokenizer.max_length)
     write_json(folder / LABELS_FILE, {task: list(names) for task, names in labels.items()})
     content = {
         "format": BUNDLE_FORMAT,
@@ -173,13 +176,13 @@ def _card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], prepr
             "",
             "## Use",
             "",
-            "With onnxruntime alone, in this folder:",
+            *_introduction(preprocessor),
             "",
             "```python",
             *_example(preprocessor),
             "```",
             "",
-            "With multidistill, which also reads damaged or huge images safely and takes rows without image or text:",
+            "With multidistill, which also takes rows without image or text, 16-bit greyscale images, and many rows:",
             "",
             "```python",
             "from distill.predict import load",
@@ -208,37 +211,53 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def _introduction(preprocessor: Preprocessor) -> list[str]:
+    packages = ["onnxruntime", "numpy"]
+    packages += ["pillow"] if preprocessor.image_size is not None else []
+    packages += ["tokenizers"] if preprocessor.tokenizer else []
+    lines = [f"In this folder, with {', '.join(packages[:-1])} and {packages[-1]} alone:"]
+    if preprocessor.image_size is not None:
+        lines += [
+            "(As in training, `draft` decodes a large JPEG at a fraction of its size, and a `centering` just below one",
+            "half rounds an odd margin down.)",
+        ]
+    return lines
+
+
 def _example(preprocessor: Preprocessor) -> list[str]:
-    """Lines of Python that classify one row without this package."""
-    size, tokenizer = preprocessor.image_size, preprocessor.tokenizer
-    lines = ["import json", "import numpy as np", "import onnxruntime"]
-    lines += ["from PIL import Image, ImageOps"] if size is not None else []
-    lines += ["from tokenizers import Tokenizer"] if tokenizer else []
-    lines += ["", "feeds = {}"]
+    """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify it."""
+    size, text = preprocessor.image_size, preprocessor.tokenizer is not None
+    lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
+    feeds = []
     if size is not None:
+        lines.append("from PIL import Image, ImageOps")
+    if text:
+        lines.append("from tokenizers import Tokenizer")
+    if size is not None:
+        square = f'ImageOps.pad(image, ({size}, {size}), color="white", centering=(0.4999, 0.4999))'
         lines += [
-            "image = ImageOps.exif_transpose(Image.open('photo.png')).convert('RGBA')",
-            "image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')",
-            f"width, height = (max(1, round(side * {size} / max(image.size))) for side in image.size)",
-            f"square = Image.new('RGB', ({size}, {size}), 'white')",
-            "resized = image.resize((width, height), Image.Resampling.BICUBIC)",
-            f"square.paste(resized, (({size} - width) // 2, ({size} - height) // 2))",
-            "feeds['image'] = np.asarray(square).transpose(2, 0, 1)[None]",
-            "feeds['image_present'] = np.array([True])",
+            f'(image := Image.open("photo.png")).draft("RGB", ({2 * size}, {2 * size}))',
+            'image = ImageOps.exif_transpose(image).convert("RGBA")',
+            'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")',
+            f"image = image.resize([max(1, round(side * {size} / max(image.size))) for side in image.size])",
+            f"pixels = np.array([{square}.split()])",
         ]
-    if tokenizer:
-        lines += [
-            f"tokenizer = Tokenizer.from_file('{TOKENIZER_FILE}')",
-            "tokenizer.no_padding()",
-            f"tokenizer.enable_truncation({tokenizer.max_length})",
-            "feeds['text'] = np.array([tokenizer.encode('a few words').ids], dtype=np.int64)",
-            "feeds['text_mask'] = np.ones(feeds['text'].shape, dtype=bool)",
-            "feeds['text_present'] = np.array([True])",
-        ]
+        feeds.append('"image": pixels, "image_present": [True]')
+    if text:
+        lines.append(f'ids = np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])')
+        feeds.append('"text": ids, "text_mask": ids >= 0, "text_present": [True]')
     return [
         *lines,
-        f"session = onnxruntime.InferenceSession('{MODEL_FILE}', providers=['CPUExecutionProvider'])",
-        "outputs = dict(zip([output.name for output in session.get_outputs()], session.run(None, feeds)))",
-        f"for task, names in json.load(open('{LABELS_FILE}', encoding='utf-8')).items():",
-        "    print(task, names[outputs[task][0].argmax()])",
+        f"feeds = {{{', '.join(feeds)}}}",
+        f'labels = json.load(open("{LABELS_FILE}", encoding="utf-8"))',
+        f'for task, logits in zip(labels, InferenceSession("{MODEL_FILE}").run(list(labels), feeds)):',
+        "    print(task, labels[task][logits.argmax()], 1 / np.exp(logits - logits.max()).sum())  # its probability",
     ]
+
+
+def _settle_tokenizer(path: Path, max_length: int) -> None:
+    """Write the recipe's truncation into a ``tokenizer.json``, and no padding: then the file alone says the tokens."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    tokenizer.save(str(path))
