@@ -175,7 +175,7 @@ def test_compare(project, tmp_path):
         ("cache.dtype=float32", ["cache", *AFTER_CACHE]),
         ("teacher.train.epochs=4", ["towers", "teacher", "cache", "inherit", "baseline", *AFTER_CACHE]),
         ("transfer.texts=20", ["transfer", "cache", *AFTER_CACHE]),
-        ("transfer.ratio=2", []),
+        ("transfer.ratio=2", ["report"]),
         ("data.augment.image.flip=0.1", AFTER_DATA),
         ("data.working_size=16", pipeline.NAMES),
     ],
