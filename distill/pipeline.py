@@ -170,6 +170,7 @@ STAGES = (
         results.export_graphs,
         ("data", "teacher", "inherit", "baseline", "student", "pruned"),
         lambda r: [_student_architecture(r), r.export.model_dump(exclude={"quantize", "min_agreement_int8"})],
+        version=2,
     ),
     Stage(
         "quantize",
@@ -177,6 +178,7 @@ STAGES = (
         results.quantize_bundle,
         ("data", "pruned", "export"),
         lambda r: r.export.model_dump(),
+        version=2,
     ),
     Stage(
         "evaluate",
