@@ -130,7 +130,7 @@ def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
     if transfer is not None:
         label = "ask teacher about the transfer set"
         extra = _fill(work, folder / "transfer", tapped, transfer, [CLEAN_VIEW], label)
-        info |= {f"transfer_{name}": value for name, value in extra.items()}
+        info |= {f"transfer_{name}": extra[name] for name in ("rows", "bytes", "seconds")}
     return info
 
 

@@ -235,7 +235,7 @@ def test_headline_says_what_the_numbers_say(full):
     assert f"keeps {kept} of the teacher's category accuracy" in full["headline"]["title"]
     assert "the onnx-int8 bundle" in full["headline"]["title"]
     assert "20× smaller" in full["headline"]["title"]
-    assert full["headline"]["findings"][0].startswith("Distillation helps")
+    assert full["headline"]["findings"][0].startswith("The teacher helps")
     assert any("different runtimes" in finding for finding in full["headline"]["findings"])
 
 
@@ -243,7 +243,7 @@ def test_headline_admits_that_distillation_did_nothing():
     source = context(names=("teacher", "student"))
     same = replace(source.model("student"), name="baseline")
     report = build_report(replace(source, models=[*source.models, same]))
-    assert report["headline"]["findings"][0].startswith("Distillation makes no clear difference")
+    assert report["headline"]["findings"][0].startswith("The teacher makes no clear difference")
 
 
 def test_html_is_one_file_and_escaped(full):

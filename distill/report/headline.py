@@ -91,11 +91,11 @@ def _distillation(report: dict[str, Any], tasks: list[str]) -> str:
     )
     clear = [is_clear(c) and c["difference"] > 0 for c in results]
     verdict = (
-        "Distillation helps"
+        "The teacher helps"
         if all(clear)
-        else "Distillation helps in part"
+        else "The teacher helps in part"
         if any(clear)
-        else ("Distillation hurts" if any(is_clear(c) for c in results) else "Distillation makes no clear difference")
+        else ("The teacher hurts" if any(is_clear(c) for c in results) else "The teacher makes no clear difference")
     )
     return f"{verdict}: against the same student trained without a teacher, {said}."
 
@@ -144,7 +144,7 @@ def _figures(report: dict[str, Any], models: dict[str, Model], tasks: list[str])
     if distilled:
         detail = f"points on {tasks[0]}, student against baseline; {LEVEL}: {formats.points_range(distilled['ci95'])}"
         gained = formats.points(distilled["difference"])
-        figures.append({"label": "Gain from distillation", "value": gained, "detail": detail})
+        figures.append({"label": "Gain from the teacher", "value": gained, "detail": detail})
     return figures
 
 

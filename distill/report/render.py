@@ -26,7 +26,7 @@ FILTERS = (
 )  # fmt: skip
 
 KINDS = {
-    "baseline": "what distillation adds",
+    "baseline": "what the teacher adds, inherited and distilled",
     "pruning": "what pruning costs",
     "source": "what export changes",
     "teacher": "what is left to the teacher",
