@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tiny_project import distill
 
 ROOT = Path(__file__).parents[1]
 APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
@@ -122,3 +124,22 @@ def test_an_unpacked_wheel_finds_its_configs_and_sample(wheel, tmp_path):
 def test_the_readme_has_the_two_commands(command):
     line = f"python3 -m venv .venv && .venv/bin/pip install -e {command}"
     assert line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+def readme_commands():
+    """Every call of ``distill run`` in the README on the packaged recipe, as the arguments of ``validate``."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    calls = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("distill run configs/")]
+    overrides = [[word for word in call[2:] if word != "--dry-run"] for call in calls]
+    return [call for call in overrides if not {"--data", "--force"} & {*call}]
+
+
+@pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
+def test_the_recipes_that_the_readme_varies_are_valid(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    answer = distill("validate", *arguments)
+    assert answer.code == 0, answer.err
+
+
+def test_the_readme_has_such_commands():
+    assert len(readme_commands()) >= 3
