@@ -87,13 +87,16 @@ def arm_recipes(recipe: Recipe) -> dict[str, Recipe]:
 
 def train_arm(work: Workspace, name: str, recipe: Recipe) -> Workspace:
     """Train one arm, or find it trained; the workspace returned holds it as its ``student``."""
-    parents = [work.done[stage].fingerprint for stage in ("data", "transfer", "teacher", "cache", "inherit")]
+    parents = [work.done[stage].fingerprint for stage in ("data", "transfer", "teacher", "cache", "vocabulary")]
     key = fingerprint(name, VERSION, recipe.student.model_dump(), recipe.transfer.ratio, parents)
     folder = pipeline.run_folder(recipe) / "ablation" / name.replace(" ", "_")
     variant = replace(work, recipe=recipe, done=dict(work.done))
+    variant.done["inherit"] = Artifact("inherit", folder / "inherit", key)
     artifact = find(folder, name, key)
     if artifact is None:
         start(folder, key, resume=True)
+        variant.path("inherit").mkdir(exist_ok=True)
+        stages.inherit(variant, variant.path("inherit"))
         artifact = finish(folder, name, key, stages.distil_student(variant, folder))
     variant.done[STUDENT] = artifact
     return variant

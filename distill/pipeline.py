@@ -62,6 +62,11 @@ def _distillation(recipe: Recipe) -> Any:
     return [_student_architecture(recipe), learnt, ratio, recipe.seed]
 
 
+def _vocabulary(recipe: Recipe) -> Any:
+    sizes = [part.params["vocab_size"] for part in recipe.student.encoders.values() if "vocab_size" in part.params]
+    return [sizes, _identity(recipe)["teacher"]["encoders"].get("text")] if sizes else []
+
+
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as fingerprints see it: files count by their content, wherever they lie."""
     tree = recipe.model_dump(exclude={"output": True, "data": {"source": {"path", "root"}}})
@@ -128,17 +133,17 @@ STAGES = (
         resumes=True,
     ),
     Stage(
-        "inherit",
+        "vocabulary",
         "cut the teacher's vocabulary to the student's size",
-        stages.inherit,
-        ("data", "teacher"),
-        lambda r: [p.params.get("vocab_size") for p in r.student.encoders.values()],
+        stages.cut_vocabulary,
+        ("data",),
+        _vocabulary,
     ),
     Stage(
         "baseline",
         "train the student without a teacher",
         stages.train_baseline,
-        ("data", "inherit"),
+        ("data", "vocabulary"),
         lambda r: [
             _student_architecture(r),
             r.student.model_dump(include={"train", "baseline"}),
@@ -147,6 +152,13 @@ STAGES = (
             r.seed,
         ],
         resumes=True,
+    ),
+    Stage(
+        "inherit",
+        "give the student what it takes over from the teacher",
+        stages.inherit,
+        ("data", "teacher", "vocabulary"),
+        lambda r: [_student_architecture(r), r.student.model_dump(include={"inherit"}), r.seed],
     ),
     Stage(
         "student",
@@ -160,7 +172,7 @@ STAGES = (
         "pruned",
         "prune the student and recover",
         stages.prune_student,
-        ("data", "transfer", "teacher", "cache", "student"),
+        ("data", "transfer", "teacher", "cache", "inherit", "student"),
         lambda r: [_distillation(r), r.prune.model_dump()],
         resumes=True,
     ),
@@ -168,7 +180,7 @@ STAGES = (
         "export",
         "write the fp32 graphs and the onnx-fp32 bundle",
         results.export_graphs,
-        ("data", "teacher", "inherit", "baseline", "student", "pruned"),
+        ("data", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned"),
         lambda r: [_student_architecture(r), r.export.model_dump(exclude={"quantize", "min_agreement_int8"})],
         version=2,
     ),
@@ -184,14 +196,14 @@ STAGES = (
         "evaluate",
         "predict the test rows with every model, each on its own runtime",
         results.evaluate_all,
-        ("data", "towers", "teacher", "inherit", "baseline", "student", "pruned", "export", "quantize"),
+        ("data", "towers", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned", "export", "quantize"),
         lambda r: _student_architecture(r),
     ),
     Stage(
         "bench",
         "measure latency, memory and size",
         results.bench_all,
-        ("data", "teacher", "inherit", "baseline", "student", "pruned", "export", "quantize"),
+        ("data", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned", "export", "quantize"),
         lambda r: r.bench.model_dump(),
     ),
     Stage(

@@ -6,6 +6,7 @@ A stage never knows which stage called it. What several stages need (the data, a
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from distill import engine, prune
 from distill.build import example_batch, input_spec
 from distill.cache import TeacherCache
-from distill.checkpoint import load_weights
+from distill.checkpoint import load_weights, save_weights
 from distill.config import Recipe, TermConfig, TrainConfig, build_part
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
@@ -30,24 +31,28 @@ from distill.data.transfer import (
 )
 from distill.losses.objective import Objective, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
+from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.runs import seed_everything, write_json
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
+    BASELINE,
     EVALUATION_BATCH,
     STUDENT,
     TEACHER,
     TEXTS_FILE,
     Workspace,
-    takes_tokenizer,
     takes_tokens,
 )
+
+TOKENS_FILE = "token_ids.npy"
+WEIGHTS_FILE = "model.safetensors"
 
 
 def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the teacher's free parts on the labels; a teacher without any is kept as it is."""
     config = work.recipe.teacher
-    model = work.blank(config, TEACHER)
+    model = work.blank(TEACHER)
     for modality, train in config.pretrain.items():
         load_weights(OneModality(model, modality), _pretrain(work, folder / f"pretrain-{modality}", modality, train))
     repeat = "image" in frozen_towers(model)
@@ -62,7 +67,7 @@ def _pretrain(work: Workspace, folder: Path, modality: str, train: TrainConfig) 
         return weights
     folder.mkdir(exist_ok=True)
     terms = [term for term in work.recipe.teacher.objective if (term.task or "").endswith(f".{modality}")]
-    model: Any = OneModality(work.blank(work.recipe.teacher, TEACHER), modality)
+    model: Any = OneModality(work.blank(TEACHER), modality)
     loader = work.train_loader({TEACHER: input_spec(model)}, train, repeat=modality in frozen_towers(model))
     _fit(work, folder, model, work.towers(loader, model), TEACHER, train, terms, None, f"pretrain {modality}")
     return weights
@@ -75,7 +80,7 @@ def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
     frozen text tower alone it reads new images in each epoch, and texts that repeat after ``augment.text.views``.
     """
     recipe = work.recipe
-    model = work.blank(recipe.teacher, TEACHER).eval()
+    model = work.blank(TEACHER).eval()
     frozen = frozen_towers(model)
     if not frozen:
         return {}
@@ -103,9 +108,7 @@ def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
     known = list(dict.fromkeys(text for row in data.rows(TRAIN) if (text := data.texts[row])))
     if not known:
         raise UserError(f"transfer.texts is {recipe.transfer.texts}, and no training row has a text; set it to 0")
-    words = whole_words(
-        build_part(work.encoders, recipe.teacher.encoders["text"], "teacher.encoders.text").tokenizer_file
-    )
+    words = whole_words(_teachers_tokenizer(work))
     count, probability = recipe.transfer.texts, recipe.transfer.replace
     texts = replace_words(known, words, count, probability=probability, seed=recipe.seed)
     write_json(folder / TEXTS_FILE, texts)
@@ -173,45 +176,55 @@ def cache_key(work: Workspace) -> dict[str, Any]:
     }
 
 
-def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Give the student the teacher's vocabulary, cut to size, and what else its encoders inherit."""
-    recipe, data = work.recipe, work.data()
-    takers = [n for n, part in recipe.student.encoders.items() if takes_tokenizer(work.encoders[part.type])]
-    if not takers:
+def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Cut the teacher's vocabulary to the size of the student's."""
+    config, data = work.recipe.student, work.data()
+    if not work.takers(config):
         return {}
-    teacher = work.teacher()
-    encoder: Any = teacher.encoders["text"]
-    part = recipe.student.encoders["text"]
-    texts = [data.texts[row] for row in data.rows(TRAIN)]
+    part = config.encoders["text"]
     builder: Any = work.encoders[part.type]
+    texts = [data.texts[row] for row in data.rows(TRAIN)]
     size = int(part.params["vocab_size"])
-    ids = builder.reduce_vocabulary(encoder.tokenizer_file, texts, size, folder / "tokenizer.json")
-    np.save(folder / "token_ids.npy", ids, allow_pickle=False)
+    ids = builder.reduce_vocabulary(_teachers_tokenizer(work), texts, size, folder / TOKENIZER_FILE)
+    np.save(folder / TOKENS_FILE, ids, allow_pickle=False)
     return {"vocab_size": len(ids)}
+
+
+def _teachers_tokenizer(work: Workspace) -> Path:
+    return build_part(work.encoders, work.recipe.teacher.encoders["text"], "teacher.encoders.text").tokenizer_file
+
+
+def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Make the student as it is before training, with what its encoders inherit from the teacher."""
+    config = work.recipe.student
+    if work.takers(config):
+        shutil.copyfile(work.path("vocabulary") / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+    model = work.blank(STUDENT)
+    teacher: Any = work.teacher() if config.inherit else None
+    for name, part in config.inherit.items():
+        given: dict[str, Any] = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
+        if takes_tokens(work.inheritances[part.type]):
+            token_ids = np.load(work.path("vocabulary") / TOKENS_FILE, allow_pickle=False)
+            given |= {"project": teacher.necks[name].project, "token_ids": token_ids}
+        build_part(work.inheritances, part, f"student.inherit.{name}", **given)
+    save_weights(model, folder / WEIGHTS_FILE)
+    return {"inherited": list(config.inherit)}
 
 
 def train_baseline(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the student at the same budget without teacher and without inheritance."""
     config = work.recipe.student
-    model = work.blank(config, STUDENT)
+    model = work.blank(BASELINE)
     loader = work.train_loader({STUDENT: input_spec(model)}, config.train)
     return _fit(work, folder, model, loader, STUDENT, config.train, config.baseline, None, "train baseline")
 
 
 def distil_student(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Train the student from labels and teacher, after it has inherited."""
-    config = work.recipe.student
-    model = work.blank(config, STUDENT)
-    if config.inherit:
-        teacher = work.teacher()
-        for name, part in config.inherit.items():
-            neck: Any = teacher.necks[name]
-            given = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
-            if takes_tokens(work.inheritances[part.type]):
-                token_ids = np.load(work.path("inherit") / "token_ids.npy", allow_pickle=False)
-                given |= {"project": neck.project, "token_ids": token_ids}
-            build_part(work.inheritances, part, f"student.inherit.{name}", **given)
-    return _distil(work, folder, model, config.train, "distil student")
+    """Train the student from labels and teacher, from what it inherited on."""
+    model = work.blank(STUDENT)
+    load_weights(model, work.path("inherit") / WEIGHTS_FILE)
+    _freeze_inherited(work.recipe, model)
+    return _distil(work, folder, model, work.recipe.student.train, "distil student")
 
 
 def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -222,14 +235,16 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
     plan = prune.plan(model, example, recipe.prune)
     plan.save(folder / "plan.json")
     smaller: Any = prune.apply(work.model(STUDENT), plan)
-    for name, parameter in smaller.named_parameters():
-        parameter.requires_grad_(not _inherited_frozen(recipe, name))
+    _freeze_inherited(recipe, smaller)
     return _distil(work, folder, smaller, recipe.prune.train, "recover pruned")
 
 
-def _inherited_frozen(recipe: Recipe, parameter: str) -> bool:
-    frozen = [n for n, part in recipe.student.inherit.items() if part.params.get("freeze", True)]
-    return any(parameter == f"encoders.{name}.table.weight" for name in frozen)
+def _freeze_inherited(recipe: Recipe, model: MultimodalModel) -> None:
+    """Fix the inherited tables that the recipe keeps."""
+    for name, part in recipe.student.inherit.items():
+        table: Any = getattr(model.encoders[name], "table", None)
+        if table is not None and part.params.get("freeze", True):
+            table.requires_grad_(False)
 
 
 def _distil(work: Workspace, folder: Path, model: MultimodalModel, train: TrainConfig, label: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from distill.data.loader import InputSpec, Loader
 from distill.data.prepare import PreparedData
 from distill.data.transfer import as_data
 from distill.multimodal import MultimodalModel
-from distill.preprocess import Preprocessor, Tokenizer
+from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.runs import read_json, seed_everything
 from distill.towers import TowerOutputs, WithTowers, frozen_towers
 
@@ -28,6 +28,7 @@ Registry = Mapping[str, Callable[..., Any]]
 EVALUATION_BATCH = 128
 TEACHER: Final = "teacher"
 STUDENT: Final = "student"
+BASELINE: Final = "baseline"
 TEXTS_FILE = "texts.json"
 
 
@@ -61,20 +62,25 @@ class Workspace:
         """Task -> number of classes."""
         return {task: len(names) for task, names in read_json(self.path("data") / "labels.json").items()}
 
-    def blank(self, config: ModelConfig, where: str) -> MultimodalModel:
-        """A model with its initial weights, the same for the same seed."""
+    def blank(self, name: str) -> MultimodalModel:
+        """A model with its initial weights, the same for the same seed: teacher, baseline or student."""
         seed_everything(self.recipe.seed)
-        return build_model(config, self.encoders, self.num_classes(), where, self.given(config))
+        where = TEACHER if name == TEACHER else STUDENT
+        config: ModelConfig = getattr(self.recipe, where)
+        return build_model(config, self.encoders, self.num_classes(), where, self._given(config, name))
 
-    def given(self, config: ModelConfig) -> dict[str, dict[str, Any]]:
+    def takers(self, config: ModelConfig) -> list[str]:
+        """Modalities of a model whose encoder is given its tokenizer."""
+        return [name for name, part in config.encoders.items() if takes_tokenizer(self.encoders[part.type])]
+
+    def _given(self, config: ModelConfig, name: str) -> dict[str, dict[str, Any]]:
         """Encoder parameters that the pipeline adds: the tokenizer that a student takes over from its teacher."""
-        parts = {name: self.encoders[part.type] for name, part in config.encoders.items()}
-        takers = [name for name, builder in parts.items() if takes_tokenizer(builder)]
-        return {name: {"tokenizer_file": self.path("inherit") / "tokenizer.json"} for name in takers}
+        stage = "vocabulary" if name == BASELINE else "inherit"
+        return {taker: {"tokenizer_file": self.path(stage) / TOKENIZER_FILE} for taker in self.takers(config)}
 
     def teacher(self) -> MultimodalModel:
         """The fitted teacher, in eval mode and without gradients."""
-        model = self.blank(self.recipe.teacher, TEACHER)
+        model = self.blank(TEACHER)
         load_weights(model, self.path("teacher") / "model.safetensors")
         return model.eval().requires_grad_(False)
 
@@ -82,7 +88,7 @@ class Workspace:
         """A finished model by name: teacher, baseline, student or pruned."""
         if name == TEACHER:
             return self.teacher()
-        model: Any = self.blank(self.recipe.student, STUDENT)
+        model: Any = self.blank(BASELINE if name == BASELINE else STUDENT)
         if name == "pruned":
             model = prune.apply(model, prune.PrunePlan.load(self.path("pruned") / "plan.json"))
         load_weights(model, self.path(name) / "model.safetensors")

@@ -1,97 +1,33 @@
-"""What a student's encoders inherit from the teacher's: a vocabulary with a static embedding a token, or all weights.
+"""What a student's encoders inherit from the teacher's: a static embedding for each token, or all weights.
 
 The teacher's text tower is run over its own vocabulary, one token at a time, and the outputs are reduced by PCA (as in
-Model2Vec, Tulkens & van Dongen 2024). A smaller vocabulary leaves parameters for wider embeddings: dropped word pieces
-fall apart into shorter ones that stay.
+Model2Vec, Tulkens & van Dongen 2024). A table with fewer rows than the teacher has tokens is shared: every token stays,
+and those that mean nearly the same to the teacher have one row (Model2Vec's vocabulary quantization).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.contracts import UserError
-from distill.runs import read_json, write_json
+from students.vocabulary import frame_ids, renumber, special_tokens, word_pieces
 
-
-def reduce_vocabulary(tokenizer_file: Path, texts: Iterable[str], size: int, target: Path) -> np.ndarray:
-    """Write a tokenizer with at most ``size`` word pieces and return the old ids of its tokens.
-
-    Kept, in this order: special tokens, single characters (so that every word can still be spelled), the tokens of
-    ``texts``, then the rest in the order of the vocabulary, which for BERT's is by falling frequency.
-
-    Args:
-        tokenizer_file: a WordPiece ``tokenizer.json``.
-        texts: training texts.
-        size: largest number of tokens.
-        target: where the smaller ``tokenizer.json`` goes.
-
-    Returns:
-        int64 [V], V <= size: position = new id, value = old id.
-
-    Raises:
-        UserError: the tokenizer is no WordPiece one, or ``size`` cannot hold the necessary tokens.
-    """
-    tree = read_json(tokenizer_file)
-    if tree["model"]["type"] != "WordPiece":
-        raise UserError(
-            f"{tokenizer_file}: only WordPiece vocabularies can be reduced, this is {tree['model']['type']}"
-        )
-    vocab: dict[str, int] = tree["model"]["vocab"]
-    full = Tokenizer.from_file(str(tokenizer_file))
-    added = [entry["content"] for entry in tree["added_tokens"]]
-    special = [*added, tree["model"]["unk_token"], *_frame_tokens(tree.get("post_processor"))]
-    prefix = tree["model"]["continuing_subword_prefix"]
-    characters = [token for token in vocab if len(token.removeprefix(prefix)) == 1]
-    counts: dict[str, int] = {}
-    for encoding in full.encode_batch(list(texts)):
-        for token in encoding.tokens:
-            counts[token] = counts.get(token, 0) + 1
-    seen = sorted(counts, key=lambda token: (-counts[token], vocab[token]))
-    rest = [token for token in vocab if not token.startswith("[unused")]
-    order = list(dict.fromkeys([*special, *characters, *seen, *rest]))
-    needed = len(dict.fromkeys([*special, *characters]))
-    if not needed <= size <= len(order):
-        raise UserError(
-            f"vocab_size {size} does not fit {tokenizer_file.parent.name}: special tokens and single characters alone "
-            f"are {needed}, the whole vocabulary is {len(order)}; choose a size between"
-        )
-    kept = sorted(order[:size], key=lambda token: vocab[token])
-    tree["model"]["vocab"] = {token: index for index, token in enumerate(kept)}
-    for entry in tree["added_tokens"]:
-        entry["id"] = tree["model"]["vocab"][entry["content"]]
-    _renumber(tree.get("post_processor"), tree["model"]["vocab"])
-    tree["padding"] = tree["truncation"] = None
-    write_json(target, tree)
-    return np.array([vocab[token] for token in kept], dtype=np.int64)
-
-
-def _frame_tokens(node: object) -> list[str]:
-    """The tokens that a template post-processor (or BERT's) puts around a text."""
-    if not isinstance(node, dict):
-        return []
-    return [*(node.get("special_tokens") or {}), *(node[side][0] for side in ("sep", "cls") if side in node)]
-
-
-def _renumber(node: object, vocab: dict[str, int]) -> None:
-    """Give the special tokens of a template post-processor (or BERT's) their new ids."""
-    if not isinstance(node, dict):
-        return
-    for name, entry in (node.get("special_tokens") or {}).items():
-        entry["ids"] = [vocab[name]]
-    for side in ("sep", "cls"):
-        if side in node:
-            node[side] = [node[side][0], vocab[node[side][0]]]
+ROUNDS = 2  # of k-means; it starts from frequent tokens, so few are enough
+CHUNK = 1024  # tokens whose distances to all centres are held at once
 
 
 def embed_tokens(
-    encode: Callable[[Tensor, Tensor], Tensor], token_ids: np.ndarray, frame: tuple[int, int], *, batch_size: int = 512
+    encode: Callable[[Tensor, Tensor], Tensor],
+    token_ids: NDArray[np.int64],
+    frame: tuple[int, int],
+    *,
+    batch_size: int = 512,
 ) -> Tensor:
     """Run a text tower over single tokens: the masked mean of its outputs for ``[open] token [close]``.
 
@@ -137,10 +73,32 @@ def reduce_width(table: Tensor, dim: int, *, rarity_weight: bool = True) -> Tens
     return (reduced / reduced.std()).float()
 
 
-def frame_ids(tokenizer_file: Path) -> tuple[int, int]:
-    """The ids that a tokenizer puts before and after a text."""
-    ids = Tokenizer.from_file(str(tokenizer_file)).encode("a").ids
-    return ids[0], ids[-1]
+def share_rows(table: Tensor, own: NDArray[np.int64], alone: NDArray[np.bool_]) -> tuple[Tensor, NDArray[np.int64]]:
+    """Let tokens share rows, by k-means (Lloyd's algorithm) that starts from some of them.
+
+    Args:
+        table: float [V, D], an embedding a token.
+        own: int64 [K], the tokens at which the K clusters start.
+        alone: bool [K], clusters that keep the token they start at, and no other.
+
+    Returns:
+        float [K, D], the shared rows, and int64 [V], the row of each token.
+    """
+    centres, lonely = table[torch.from_numpy(own)].clone(), torch.from_numpy(alone)
+    for _ in range(ROUNDS):
+        rows = _nearest(table, centres, lonely, own)
+        sums = torch.zeros_like(centres).index_add_(0, rows, table)
+        counts = torch.bincount(rows, minlength=len(centres))[:, None]
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres, _nearest(table, centres, lonely, own).numpy()
+
+
+def _nearest(table: Tensor, centres: Tensor, lonely: Tensor, own: NDArray[np.int64]) -> Tensor:
+    """The nearest centre of each token, int64 [V]; a lonely centre is only its own token's."""
+    offset = (centres.square().sum(1) / 2).masked_fill(lonely, torch.inf)
+    rows = torch.cat([(chunk @ centres.T - offset).argmax(1) for chunk in table.split(CHUNK)])
+    rows[torch.from_numpy(own)[lonely]] = lonely.nonzero()[:, 0]
+    return rows
 
 
 def token_embeddings(
@@ -148,27 +106,38 @@ def token_embeddings(
     encoder: Any,
     project: Callable[[Tensor], Tensor],
     student: Any,
-    token_ids: np.ndarray,
+    token_ids: NDArray[np.int64],
     projected: bool = True,
     freeze: bool = True,
     rarity_weight: bool = False,
+    share: bool = True,
 ) -> None:
     """Fill a student's table with the teacher's static token embeddings.
 
     Args:
         encoder: the teacher's text encoder: ``encode`` and ``tokenizer_file``.
         project: the teacher's fitted projection of a pooled vector, [V, D] -> [V, P].
-        student: the student's text encoder, whose ``table`` is written.
-        token_ids: int64 [V], the teacher's id of each of the student's tokens.
+        student: the student's text encoder, whose ``table`` is written, and its ``tokenizer_file`` if rows are shared.
+        token_ids: int64 [V], the teacher's ids of the tokens that a vocabulary of V tokens keeps, rising.
         projected: reduce the projected embeddings, so that the directions which the tasks use are kept, and not those
             in which the tower varies most.
         freeze: keep the table fixed in training: it then serves words that training never saw as well as those it did.
         rarity_weight: see :func:`reduce_width`.
+        share: the V rows serve every token of the teacher; see :func:`share_rows`. Without it, words that are not among
+            the V tokens fall apart into shorter ones.
     """
-    table = embed_tokens(encoder.encode, token_ids, frame_ids(encoder.tokenizer_file))
+    vocabulary = word_pieces(encoder.tokenizer_file)
+    known = np.fromiter(vocabulary.values(), dtype=np.int64) if share else token_ids
+    table = embed_tokens(encoder.encode, known, frame_ids(encoder.tokenizer_file))
     with torch.no_grad():
         table = project(table) if projected else table
-        student.table.weight.copy_(reduce_width(table, student.table.embedding_dim, rarity_weight=rarity_weight))
+        table = reduce_width(table, student.table.embedding_dim, rarity_weight=rarity_weight)
+        if share and len(token_ids) < len(known):
+            special = [vocabulary[token] for token in special_tokens(encoder.tokenizer_file)]
+            own = np.searchsorted(known, token_ids)
+            table, rows = share_rows(table, own, np.isin(token_ids, special))
+            renumber(encoder.tokenizer_file, dict(zip(vocabulary, rows.tolist(), strict=True)), student.tokenizer_file)
+        student.table.weight.copy_(table)
     student.table.weight.requires_grad_(not freeze)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from distill.multimodal import Encoded, Encoder
-from students.inherit import reduce_vocabulary
+from students.vocabulary import reduce_vocabulary
 
 
 class StaticEmbeddings(Encoder):

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from distill.contracts import UserError
 from students import INHERITANCES, ConvNet, StaticEmbeddings, encoder_weights, token_embeddings
-from students.inherit import embed_tokens, frame_ids, reduce_vocabulary, reduce_width
+from students.inherit import embed_tokens, reduce_width, share_rows
+from students.vocabulary import frame_ids, reduce_vocabulary, renumber, word_pieces
 from teachers import PretrainedText
 
 NEEDED = len(SPECIAL) + 2 * len(string.ascii_lowercase)
@@ -182,7 +183,7 @@ def test_the_table_is_the_reduced_output_of_the_teacher(bert_folder, wordpiece_f
     teacher = PretrainedText(weights=f"path:{bert_folder}").eval()
     student = StaticEmbeddings(tokenizer_file=wordpiece_file, vocab_size=len(ids), dim=6)
     before = student.table.weight.detach().clone()
-    token_embeddings(encoder=teacher, project=torch.nn.Identity(), student=student, token_ids=ids)
+    token_embeddings(encoder=teacher, project=torch.nn.Identity(), student=student, token_ids=ids, share=False)
     table = student.table.weight
     assert not torch.equal(table, before) and not table.requires_grad
     opening, closing = frame_ids(teacher.tokenizer_file)
@@ -198,8 +199,93 @@ def test_an_inherited_table_may_stay_trainable(bert_folder, wordpiece_file):
     teacher = PretrainedText(weights=f"path:{bert_folder}").eval()
     student = StaticEmbeddings(tokenizer_file=wordpiece_file, vocab_size=10, dim=4)
     given = {"encoder": teacher, "project": torch.nn.Identity(), "student": student, "token_ids": np.arange(10)}
-    INHERITANCES["token_embeddings"](**given, freeze=False)
+    INHERITANCES["token_embeddings"](**given, freeze=False, share=False)
     assert student.table.weight.requires_grad
+
+
+def test_every_token_of_the_teacher_gets_a_row_of_a_smaller_table(bert_folder, wordpiece_file, reduced, tmp_path):
+    full, small, ids = reduced
+    teacher = PretrainedText(weights=f"path:{bert_folder}").eval()
+    student = StaticEmbeddings(tokenizer_file=tmp_path / "tokenizer.json", vocab_size=len(ids), dim=6)
+    token_embeddings(encoder=teacher, project=torch.nn.Identity(), student=student, token_ids=ids)
+    shared = Tokenizer.from_file(str(student.tokenizer_file))
+    dropped = set(full.get_vocab()) - set(small.get_vocab())
+    assert dropped and all(shared.encode(word).tokens == full.encode(word).tokens for word in dropped)
+    rows = shared.get_vocab()
+    assert rows.keys() == full.get_vocab().keys() and {*rows.values()} <= set(range(len(ids)))
+    taken = sorted(rows.values())
+    for token in SPECIAL:  # these share with nobody
+        assert rows[token] == small.token_to_id(token) and taken.count(rows[token]) == 1
+    known = word_pieces(teacher.tokenizer_file)
+    every = embed_tokens(teacher.encode, np.array([*known.values()]), frame_ids(teacher.tokenizer_file))
+    centres, found = share_rows(
+        reduce_width(every, 6, rarity_weight=False), ids, np.isin(ids, [known[t] for t in SPECIAL])
+    )
+    assert [rows[token] for token in known] == found.tolist()
+    torch.testing.assert_close(student.table.weight.detach(), centres)
+
+
+def test_a_table_with_a_row_a_token_is_not_shared(bert_folder, wordpiece_file, tmp_path):
+    teacher = PretrainedText(weights=f"path:{bert_folder}").eval()
+    whole = np.arange(len(word_pieces(wordpiece_file)))
+    tables = []
+    for share in (True, False):
+        student = StaticEmbeddings(tokenizer_file=tmp_path / "absent.json", vocab_size=len(whole), dim=6)
+        given = {"encoder": teacher, "project": torch.nn.Identity(), "student": student, "token_ids": whole}
+        token_embeddings(**given, share=share)
+        tables.append(student.table.weight.detach())
+    assert torch.equal(*tables) and not (tmp_path / "absent.json").exists()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 60), st.data())
+def test_tokens_share_the_nearest_row(count, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    table = torch.randn(count, 3, generator=generator)
+    size = data.draw(st.integers(1, count))
+    own = np.sort(torch.randperm(count, generator=generator)[:size].numpy())
+    alone = np.zeros(size, dtype=bool)
+    alone[: data.draw(st.integers(0, size - 1))] = True
+    centres, rows = share_rows(table, own, alone)
+    assert centres.shape == (size, 3) and rows.shape == (count,) and centres.isfinite().all()
+    for row in np.flatnonzero(alone):
+        assert np.flatnonzero(rows == row).tolist() == [own[row]]
+        assert torch.equal(centres[row], table[own[row]])
+    free = ~np.isin(np.arange(count), own[alone])
+    distances = torch.cdist(table[free].double(), centres.double())
+    distances[:, alone] = torch.inf
+    chosen = distances[torch.arange(len(distances)), torch.from_numpy(rows[free])]
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_row_is_the_mean_of_its_tokens():
+    places = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    near = torch.tensor([[0.0, 0.0], [0.5, 0.1], [-0.2, 0.3]])
+    table = (places[:, None] + near).flatten(0, 1)
+    centres, rows = share_rows(table, np.array([0, 3, 6]), np.zeros(3, dtype=bool))
+    assert rows.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    torch.testing.assert_close(centres, places + near.mean(0))
+
+
+def test_a_tokenizer_in_which_tokens_share_an_id(wordpiece_file, tmp_path):
+    ids = word_pieces(wordpiece_file)
+    renumber(wordpiece_file, {**ids, "cat": ids["dog"]}, tmp_path / "tokenizer.json")
+    shared = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert (
+        shared.encode("red cat").ids
+        == shared.encode("red dog").ids
+        == Tokenizer.from_file(str(wordpiece_file)).encode("red dog").ids
+    )
+    assert shared.encode("red cat").tokens == ["[CLS]", "red", "cat", "[SEP]"]
+
+
+def test_placeholders_of_a_vocabulary_are_left_out(wordpiece_file, tmp_path):
+    tree = json.loads(wordpiece_file.read_text())
+    size = len(tree["model"]["vocab"])
+    tree["model"]["vocab"] |= {"[unused1]": size, "[unused2]": size + 1}
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": size + 1, "content": "[unused2]"})
+    (tmp_path / "t.json").write_text(json.dumps(tree))
+    assert list(word_pieces(tmp_path / "t.json").values()) == [*range(size), size + 1]  # one is in use
 
 
 def test_an_encoder_starts_with_the_teachers_weights_and_trains_on():

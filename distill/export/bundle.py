@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-import tokenizers
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
@@ -26,7 +25,7 @@ from distill.predict import (
     verify_bundle,
 )
 from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor
-from distill.runs import atomic, sha256_file, write_json
+from distill.runs import atomic, read_json, sha256_file, write_json
 
 __all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"]
 
@@ -257,7 +256,6 @@ def _example(preprocessor: Preprocessor) -> list[str]:
 
 def _settle_tokenizer(path: Path, max_length: int) -> None:
     """Write the recipe's truncation into a ``tokenizer.json``, and no padding: then the file alone says the tokens."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    tokenizer.save(str(path))
+    tree = read_json(path)  # the library's own save keeps one token an id, and tokens may share one
+    cut = {"direction": "Right", "max_length": max_length, "strategy": "LongestFirst", "stride": 0}
+    write_json(path, {**tree, "truncation": cut, "padding": None})
