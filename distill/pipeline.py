@@ -115,6 +115,7 @@ STAGES = (
             if r.transfer.texts
             else []
         ),
+        version=2,
     ),
     Stage(
         "teacher",

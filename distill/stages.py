@@ -111,7 +111,7 @@ def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
     words = whole_words(_teachers_tokenizer(work))
     count, probability = recipe.transfer.texts, recipe.transfer.replace
     texts = replace_words(known, words, count, probability=probability, seed=recipe.seed)
-    write_json(folder / TEXTS_FILE, texts)
+    write_json(folder / TEXTS_FILE, sorted(texts, key=len))  # the teacher reads them in this order: little padding
     return {"texts": len(texts), "from": len(known), "words": len(words)}
 
 
