@@ -89,6 +89,13 @@ def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
 STAGES = (
     Stage("data", "read, check and decode the rows", _prepare, (), _data),
     Stage(
+        "vocabulary",
+        "cut the teacher's vocabulary to the student's size",
+        stages.cut_vocabulary,
+        ("data",),
+        _vocabulary,
+    ),
+    Stage(
         "towers",
         "encode each distinct input of the frozen towers once",
         stages.keep_towers,
@@ -132,13 +139,6 @@ STAGES = (
         ("data", "towers", "transfer", "teacher"),
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
         resumes=True,
-    ),
-    Stage(
-        "vocabulary",
-        "cut the teacher's vocabulary to the student's size",
-        stages.cut_vocabulary,
-        ("data",),
-        _vocabulary,
     ),
     Stage(
         "baseline",

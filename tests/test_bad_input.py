@@ -215,9 +215,8 @@ def test_values_that_only_a_builder_or_a_stage_can_judge(project):
         return refusal(distill("cache", "recipe.yaml", override))
 
     assert "convnet cannot be built: widths has 3 stages" in refused("teacher.encoders.image.widths=[8, 8, 8]")
-    assert "vocab_size 20 does not fit" in refusal(
-        distill("train", "recipe.yaml", "student.encoders.text.vocab_size=20")
-    )
+    early = distill("train", "recipe.yaml", "student.encoders.text.vocab_size=20", "name=early")
+    assert "vocab_size 20 does not fit" in refusal(early) and not (project / "runs/early/teacher").exists()
     sentence = refused("student.objective.4.taps.teacher=encoders.image.stagez:mean")
     assert "the model has no module 'encoders.image.stagez'; did you mean 'encoders.image.stages'?" in sentence
 
