@@ -258,7 +258,10 @@ def _load(recipe: str, overrides: list[str] | None, **parts: str) -> Recipe:
 def _run(recipe: Recipe, until: str | None, force: list[str] | None, *, as_json: bool) -> dict[str, Artifact]:
     from distill import pipeline
 
-    return pipeline.run(recipe, until=until, force=force or [], say=lambda line: typer.echo(line, err=as_json))
+    done = pipeline.run(recipe, until=until, force=force or [], say=lambda line: typer.echo(line, err=as_json))
+    if os.environ.get("RANK", "0") != "0":  # of a launcher's processes, the first one speaks
+        raise typer.Exit
+    return done
 
 
 def _finish_run(recipe: Recipe, done: dict[str, Artifact], *, as_json: bool) -> None:

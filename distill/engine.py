@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from distill import checkpoint
@@ -29,29 +31,11 @@ from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
 from distill.progress import Progress, silent
-from distill.runs import write_json
+from distill.ranks import Ranks, join
+from distill.step import Stepper, Trainee
 
 SELECT = "valid/accuracy"
 Teacher = Callable[[dict[str, Batch]], Outputs]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last good checkpoint is kept."""
-
-
-class Trainee(nn.Module):
-    """The trained model and its objective as one module, so that every rank's gradients are averaged once."""
-
-    def __init__(self, tapped: Tapped, objective: Objective) -> None:
-        super().__init__()
-        self.model, self.objective = tapped.model, objective
-        self._tapped = tapped
-
-    def forward(
-        self, batch: Batch, teacher: Outputs | None, whole: Batch | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and each term's value; of a micro-batch, its share in the ``whole`` batch's."""
-        return self.objective(self._tapped(batch), teacher, batch, whole)
 
 
 @dataclass
@@ -151,71 +135,81 @@ def fit(job: Job) -> dict[str, Any]:
     """Train, validate, keep the best or the last weights; go on from a checkpoint in the job's folder if there is one.
 
     Writes ``model.safetensors`` (the weights that ``keep`` names, whole model) and ``metrics.jsonl`` (a line an epoch).
+    Every rank calls it with its own slices of the batches; the first one writes.
 
     Returns:
         ``epochs``, ``steps``, ``best_epoch``, ``kept_epoch``, ``best`` (the selection metric), ``seconds``.
 
     Raises:
-        TrainingError: the loss or its gradient is not finite; the rows are written to ``not_finite.json``, and
-            weights are unchanged.
+        TrainingError: the loss or its gradient is not finite (the rows are written to ``not_finite.json``, weights are
+            unchanged), or the memory does not suffice.
         InterruptedRunError: SIGINT or SIGTERM arrived; the state was saved.
         UserError: the device cannot compute in the precision asked for.
     """
-    config, folder = job.config, job.folder
+    config, folder, ranks = job.config, job.folder, join()
     accelerator = _accelerator(config.precision)
-    torch.manual_seed(job.seed)
-    trainee = Trainee(job.tapped, job.objective)
+    torch.manual_seed(job.seed + ranks.rank)  # dropout differs from rank to rank
+    trainee = Trainee(job.tapped, job.objective).to(accelerator.device)
+    if ranks.count > 1 and accelerator.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(trainee)
     optimizer = build_optimizer(trainee, config)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     average = Average(trainee, config.ema) if config.ema else None
     kept: dict[str, Tensor] = {}
     state = State()
-    if checkpoint.exists(folder / "checkpoint"):
-        state, kept = _restore(folder / "checkpoint", trainee, optimizer, average)
-    prepared, optimizer = accelerator.prepare(trainee, optimizer)
+    place = folder / "checkpoint"
+    if checkpoint.exists(place):
+        state, kept = _restore(place, trainee, optimizer, average, ranks)
+    elif config.not_finite == "rollback":
+        _save(place, trainee, optimizer, average, state, kept, ranks)
+    step = Stepper(accelerator, ranks, trainee, optimizer, config, folder)
     per_epoch = len(job.loader)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
-    saved = time.monotonic()
+    saved, ended = time.monotonic(), state.step >= total
 
     def save_if_asked() -> None:
         nonlocal saved
-        if not received and time.monotonic() - saved <= 60 * config.checkpoint_minutes:
-            return
-        if accelerator.is_main_process:
-            _save(folder / "checkpoint", trainee, optimizer, average, state, kept)
-        saved = time.monotonic()
-        if received:
-            raise InterruptedRunError(received[0], folder)
+        due = time.monotonic() - saved > 60 * config.checkpoint_minutes
+        signum, due_somewhere = ranks.largest([received[0] if received else 0, due], accelerator.device)
+        if signum or due_somewhere:
+            _save(place, trainee, optimizer, average, state, kept, ranks)
+            saved = time.monotonic()
+        if signum:
+            raise InterruptedRunError(signum, folder)
 
     with noted_signals() as received:
-        while state.epoch < config.epochs and state.step < total and not _out_of_patience(state, config):
-            prepared.train()
+        while state.epoch < config.epochs and not ended and not _out_of_patience(state, config):
+            trainee.train()
             for batches in job.loader.epoch(state.epoch, start=state.batch):
                 began = time.monotonic()
                 factor = lr_factor(state.step, total, config)
                 for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                     group["lr"] = lr * factor
-                values = _step(accelerator, prepared, optimizer, job, batches)
-                if average:
+                rows, values = step(batches, job.reads, job.teacher)
+                if average and values:
                     average.update(trainee, state.step)
-                rows = len(batches[job.reads].ids)
+                elif not values and config.not_finite == "rollback":
+                    _restore(place, trainee, optimizer, average, ranks)
                 for name, value in values.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value * rows
                 state.rows += rows
                 state.step, state.batch = state.step + 1, state.batch + 1
                 state.seconds += time.monotonic() - began
                 job.report(state.step, total, _note(state))
-                if state.step >= total:
+                ended = state.step >= total or _out_of_time(state, config, ranks, accelerator.device)
+                if ended:
                     break
                 if state.batch < per_epoch:  # behind the last one, what validation finds belongs into the checkpoint
                     save_if_asked()
-            kept = _end_epoch(job, trainee, average, state, kept, last=state.step >= total, lr=factor * config.lr)
+            ranks.average_buffers(trainee)
+            kept = _end_epoch(job, trainee, average, state, kept, last=ended, lr=factor * config.lr)
             save_if_asked()
     load_state(trainee, kept)
-    if accelerator.is_main_process:
+    if ranks.first:
         checkpoint.save_weights(trainee.model, folder / "model.safetensors")
         _write_metrics(folder, state)
-        checkpoint.remove(folder / "checkpoint")
+        checkpoint.remove(place)
+    ranks.wait()
     return {
         "epochs": state.epoch,
         "steps": state.step,
@@ -224,47 +218,6 @@ def fit(job: Job) -> dict[str, Any]:
         "best": state.best,
         "seconds": round(state.seconds, 3),
     }
-
-
-def _step(
-    accelerator: Accelerator,
-    trainee: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    job: Job,
-    batches: dict[str, Batch],
-) -> dict[str, float]:
-    """One optimizer step on one global batch, in micro-batches if asked; returns each term's value."""
-    batches = {name: batch.to(accelerator.device) for name, batch in batches.items()}
-    teacher = job.teacher(batches) if job.teacher else None
-    batch = batches[job.reads]
-    count = min(job.config.accumulate, len(batch.ids))
-    logged: dict[str, float] = {}
-    optimizer.zero_grad(set_to_none=True)
-    everything = torch.arange(len(batch.ids), device=batch.ids.device)
-    for rows in (everything[first::count] for first in range(count)):  # both kinds of rows of a mixed batch in each
-        part = batch if count == 1 else take(batch, rows)
-        part_teacher = teacher if count == 1 or teacher is None else take(teacher, rows)
-        with accelerator.autocast():
-            loss, values = trainee(part, part_teacher, None if count == 1 else batch)
-        if not torch.isfinite(loss):
-            raise _not_finite(job.folder, "loss", part, {name: float(value.detach()) for name, value in values.items()})
-        accelerator.backward(loss)
-        for name, value in {"loss": loss, **values}.items():
-            logged[name] = logged.get(name, 0.0) + float(value.detach())
-    norm = accelerator.clip_grad_norm_(trainee.parameters(), job.config.clip_norm or math.inf)
-    if job.config.precision != "fp16" and not torch.isfinite(norm):  # the gradient scaler of fp16 skips such steps
-        raise _not_finite(job.folder, "gradient", batch, logged)
-    optimizer.step()
-    return logged
-
-
-def _not_finite(folder: Path, what: str, batch: Batch, terms: dict[str, float]) -> TrainingError:
-    shown = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
-    write_json(folder / "not_finite.json", {"what": what, "ids": batch.ids.tolist(), "terms": shown})
-    return TrainingError(
-        f"the {what} is not finite ({shown}); weights are unchanged, the rows are listed in "
-        f"{folder / 'not_finite.json'}; lower train.lr or check those rows"
-    )
 
 
 def _end_epoch(
@@ -290,17 +243,9 @@ def _end_epoch(
             if better or job.config.keep == "last":
                 kept = {name: value.detach().clone() for name, value in trained_state(trainee).items()}
     state.history.append(entry)
-    _write_metrics(job.folder, state)
+    if join().first:
+        _write_metrics(job.folder, state)
     return kept
-
-
-def take(item: Any, rows: Tensor) -> Any:
-    """Rows of a Batch or of Outputs, in the order given."""
-
-    def pick(value: Any) -> Any:
-        return {name: tensor[rows] for name, tensor in value.items()} if isinstance(value, dict) else value[rows]
-
-    return type(item)(*(pick(value) for value in item))
 
 
 @contextmanager
@@ -312,8 +257,14 @@ def _out_of_patience(state: State, config: TrainConfig) -> bool:
     return config.patience is not None and 0 <= state.best_epoch <= state.epoch - config.patience
 
 
+def _out_of_time(state: State, config: TrainConfig, ranks: Ranks, device: torch.device) -> bool:
+    if config.max_minutes is None:
+        return False
+    return bool(ranks.largest([state.seconds >= 60 * config.max_minutes], device)[0])
+
+
 def _note(state: State) -> str:
-    shown = [f"loss {state.sums['loss'] / state.rows:.3f}"]
+    shown = [f"loss {state.sums['loss'] / state.rows:.3f}"] if state.rows else []
     if state.best_epoch >= 0:
         shown.append(f"best valid {state.best:.1%}")
     return " ".join(shown)
@@ -338,24 +289,29 @@ def _write_metrics(folder: Path, state: State) -> None:
 def _save(
     folder: Path,
     trainee: Trainee,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     average: Average | None,
     state: State,
     kept: dict[str, Tensor],
+    ranks: Ranks,
 ) -> None:
-    tensors, packed = checkpoint.pack_optimizer(getattr(optimizer, "optimizer", optimizer))
-    groups = {
-        "trainee": trained_state(trainee),
-        "optimizer": tensors,
-        "kept": kept,
-        "average": average.values if average else {},
-        "rng": checkpoint.rng_state(),
-    }
-    checkpoint.save(folder, groups, {"state": vars(state), "optimizer": packed})
+    """Write a checkpoint; the first rank does, with the generators of all."""
+    generators = ranks.gather_bytes(serialize(checkpoint.rng_state()), _device(trainee))
+    if ranks.first:
+        tensors, packed = checkpoint.pack_optimizer(optimizer)
+        groups = {
+            "trainee": trained_state(trainee),
+            "optimizer": tensors,
+            "kept": kept,
+            "average": average.values if average else {},
+            **{f"rng.{rank}": deserialize(data) for rank, data in enumerate(generators)},
+        }
+        checkpoint.save(folder, groups, {"state": vars(state), "optimizer": packed})
+    ranks.wait()
 
 
 def _restore(
-    folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, average: Average | None
+    folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, average: Average | None, ranks: Ranks
 ) -> tuple[State, dict[str, Tensor]]:
     groups, content = checkpoint.load(folder)
     shapes = {name: value.shape for name, value in trained_state(trainee).items()}
@@ -363,8 +319,14 @@ def _restore(
         raise UserError(f"{folder}: the checkpoint is of another model; delete it to start over")
     load_state(trainee, groups["trainee"])
     checkpoint.unpack_optimizer(optimizer, groups["optimizer"], content["optimizer"])
+    device = _device(trainee)
     if average:
-        average.values = groups["average"]
-    checkpoint.restore_rng(groups["rng"])
+        average.values = {name: value.to(device) for name, value in groups["average"].items()}
+    if f"rng.{ranks.rank}" in groups:  # a run may go on with more ranks than it began with
+        checkpoint.restore_rng(groups[f"rng.{ranks.rank}"])
     values = content["state"]
-    return State(**values), groups["kept"]
+    return State(**values), {name: value.to(device) for name, value in groups["kept"].items()}
+
+
+def _device(trainee: Trainee) -> torch.device:
+    return next(trainee.parameters()).device

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from distill.contracts import IGNORE, Batch, Outputs, UserError
-from distill.metrics import accuracy
 from distill.multimodal import evaluating, only
 from distill.predict import Predictor
 from distill.progress import Progress, silent
@@ -83,8 +82,17 @@ def feeds(batch: Batch) -> dict[str, NDArray[np.generic]]:
     return {name: tensor.cpu().numpy() for name, tensor in named.items()}
 
 
-def validation_accuracy(model: nn.Module, batches: Callable[[], Iterator[Batch]]) -> dict[str, float]:
+def validation_accuracy(
+    model: nn.Module,
+    batches: Callable[[], Iterator[Batch]],
+    total: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+) -> dict[str, float]:
     """Accuracy of each task on a split, and their mean: what model selection reads.
+
+    Args:
+        model: ``Batch -> Outputs``.
+        batches: makes the iterator over the split, or over one rank's share of it.
+        total: adds up the counts of all ranks.
 
     Returns:
         ``valid/TASK_accuracy`` and ``valid/accuracy``, in [0, 1].
@@ -92,15 +100,19 @@ def validation_accuracy(model: nn.Module, batches: Callable[[], Iterator[Batch]]
     Raises:
         UserError: no row has a label.
     """
-    predicted = predict_torch(model, batches)
-    labels: dict[str, list[NDArray[np.int64]]] = {}
-    for batch in batches():
-        for task, values in batch.targets.items():
-            labels.setdefault(task, []).append(values.numpy())
+    device = next(model.parameters(), torch.empty(0)).device
+    counts: dict[str, torch.Tensor] = {}
+    with evaluating(model):
+        for batch in (batch.to(device) for batch in batches()):
+            for task, logits in final_logits(model(batch)).items():
+                if task in batch.targets:
+                    labels = batch.targets[task]
+                    known = labels != IGNORE
+                    right = (logits.argmax(dim=1) == labels) & known
+                    counts[task] = counts.get(task, 0) + torch.stack([right.sum(), known.sum()])
+    sums = total(torch.stack(list(counts.values()))).tolist() if counts else []
     scores = {
-        f"valid/{task}_accuracy": float(accuracy(predicted[f"logits.{task}"], np.concatenate(parts)))
-        for task, parts in labels.items()
-        if f"logits.{task}" in predicted and (np.concatenate(parts) != IGNORE).any()
+        f"valid/{task}_accuracy": right / known for task, (right, known) in zip(counts, sums, strict=True) if known
     }
     if not scores:
         raise UserError("no validation row has a label, so the best weights cannot be chosen; label some of the split")

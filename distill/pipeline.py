@@ -8,6 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.objective import tap_paths
 from distill.progress import progress
+from distill.ranks import join
 from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
 from distill.workspace import Workspace
 from teachers.weights import weights_identity
@@ -40,6 +42,7 @@ class Stage:
         config: the part of the recipe that its content depends on, as JSON values.
         version: raised when the stage's code changes what it writes.
         resumes: it can go on in a folder that a killed run left.
+        together: all ranks of a launch share its work; the others are the first one's alone.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Stage:
     config: Callable[[Recipe], Any]
     version: int = 1
     resumes: bool = False
+    together: bool = False
 
 
 def _student_architecture(recipe: Recipe) -> Any:
@@ -107,6 +111,7 @@ STAGES = (
             r.seed,
         ],
         resumes=True,
+        together=True,
     ),
     Stage(
         "transfer",
@@ -131,6 +136,7 @@ STAGES = (
         ("data", "towers"),
         lambda r: [_identity(r)["teacher"], r.seed],
         resumes=True,
+        together=True,
     ),
     Stage(
         "cache",
@@ -139,6 +145,7 @@ STAGES = (
         ("data", "towers", "transfer", "teacher"),
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
         resumes=True,
+        together=True,
     ),
     Stage(
         "baseline",
@@ -153,6 +160,7 @@ STAGES = (
             r.seed,
         ],
         resumes=True,
+        together=True,
     ),
     Stage(
         "inherit",
@@ -168,6 +176,7 @@ STAGES = (
         ("data", "transfer", "teacher", "cache", "inherit"),
         lambda r: [_distillation(r), r.student.train.model_dump()],
         resumes=True,
+        together=True,
     ),
     Stage(
         "pruned",
@@ -176,6 +185,7 @@ STAGES = (
         ("data", "transfer", "teacher", "cache", "inherit", "student"),
         lambda r: [_distillation(r), r.prune.model_dump()],
         resumes=True,
+        together=True,
     ),
     Stage(
         "export",
@@ -319,34 +329,51 @@ def run(
         UserError: a mistake that the user can mend, or the run folder is in use.
     """
     check(recipe)
-    folder = run_folder(recipe)
-    with locked(folder):
+    folder, ranks = run_folder(recipe), join()
+    with locked(folder) if ranks.first else nullcontext():
+        ranks.wait()
         planned = plan(recipe, until=until, force=force)
-        for name in descendants(force):
-            discard(folder / name)
-        write_json(folder / "recipe.resolved.json", recipe.model_dump())
-        (folder / "recipe.resolved.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
-        work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet)
+        ranks.wait()  # all have seen the same folder
+        if ranks.first:
+            for name in descendants(force):
+                discard(folder / name)
+            write_json(folder / "recipe.resolved.json", recipe.model_dump())
+            (folder / "recipe.resolved.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
+        work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet or not ranks.first, ranks=ranks)
         for item in planned:
             if item.artifact is not None:
                 work.done[item.stage.name] = item.artifact
                 continue
-            say(f"{item.stage.name}: {item.stage.about}")
+            speak = say if ranks.first else _silent
+            speak(f"{item.stage.name}: {item.stage.about}")
             artifact = _run_stage(item, work, folder / item.stage.name)
             cost = artifact.info["cost"]
-            say(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
+            speak(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
             work.done[item.stage.name] = artifact
+        ranks.wait()
     return work.done
 
 
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
 def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
-    stage = item.stage
-    start(folder, item.key, resume=stage.resumes)
+    stage, ranks = item.stage, work.ranks
+    if ranks.first:
+        start(folder, item.key, resume=stage.resumes)
+    ranks.wait()
     work.done[stage.name] = Artifact(stage.name, folder, item.key)
     wall, cpu = time.monotonic(), _cpu_seconds()
-    info = stage.run(work, folder)
+    info = stage.run(work, folder) if stage.together or ranks.first else {}
     cost = {"seconds": time.monotonic() - wall, "cpu_seconds": _cpu_seconds() - cpu}
-    return finish(folder, stage.name, item.key, {**info, "cost": cost})
+    ranks.wait()
+    if ranks.first:
+        finish(folder, stage.name, item.key, {**info, "cost": cost})
+    ranks.wait()
+    found = find(folder, stage.name, item.key)
+    assert found is not None, f"{folder} is not shared by all ranks"
+    return found
 
 
 def _cpu_seconds() -> float:

@@ -58,7 +58,7 @@ def quantize_bundle(work: Workspace, folder: Path) -> dict[str, Any]:
     """Write the gated ``onnx-int8`` bundle from the fp32 graph, calibrated on training rows."""
     config = work.recipe.export
     spec = input_spec(work.model(SHIPPED))
-    loader = work.clean_loader(TRAIN, spec, STUDENT, CALIBRATION_BATCH)
+    loader = work.clean_loader(TRAIN, spec, STUDENT, batch_size=CALIBRATION_BATCH)
     chosen = np.linspace(0, loader.num_rows - 1, min(config.quantize.calibration_rows, loader.num_rows)).astype(int)
 
     def feeds() -> Iterator[dict[str, NDArray[Any]]]:

@@ -57,7 +57,7 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
         load_weights(OneModality(model, modality), _pretrain(work, folder / f"pretrain-{modality}", modality, train))
     repeat = "image" in frozen_towers(model)
     loader = work.towers(work.train_loader({TEACHER: input_spec(model)}, config.train, repeat=repeat), model)
-    return _fit(work, folder, model, loader, TEACHER, config.train, config.objective, None, "fit teacher")
+    return _fit(work, _job(work, folder, model, loader, TEACHER, config.train, config.objective), "fit teacher")
 
 
 def _pretrain(work: Workspace, folder: Path, modality: str, train: TrainConfig) -> Path:
@@ -69,7 +69,7 @@ def _pretrain(work: Workspace, folder: Path, modality: str, train: TrainConfig) 
     terms = [term for term in work.recipe.teacher.objective if (term.task or "").endswith(f".{modality}")]
     model: Any = OneModality(work.blank(TEACHER), modality)
     loader = work.train_loader({TEACHER: input_spec(model)}, train, repeat=modality in frozen_towers(model))
-    _fit(work, folder, model, work.towers(loader, model), TEACHER, train, terms, None, f"pretrain {modality}")
+    _fit(work, _job(work, folder, model, work.towers(loader, model), TEACHER, train, terms), f"pretrain {modality}")
     return weights
 
 
@@ -91,7 +91,7 @@ def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
     sources = {name: [*clean, *(Rows(augmented, view) for view in range(views.get(name, 0)))] for name in frozen}
     key = {"towers": work.done["towers"].fingerprint}
     with progress("encode frozen towers", quiet=work.quiet) as report:
-        return encode_towers(model, sources, folder, reads=TEACHER, key=key, report=report)
+        return encode_towers(model, sources, folder, reads=TEACHER, key=key, report=report, ranks=work.ranks)
 
 
 def tower_views(recipe: Recipe) -> dict[str, int]:
@@ -140,15 +140,16 @@ def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
 def _fill(
     work: Workspace, folder: Path, tapped: Tapped, loader: Loader | WithTowers, views: list[int], label: str
 ) -> dict[str, Any]:
-    ids = loader.data.ids[loader.row_positions]
+    ids, ranks = loader.data.ids[loader.row_positions], work.ranks
+    tapped.model.to(ranks.device)
 
     def produce(wanted: np.ndarray, view: int) -> Outputs:
         rows = loader.row_positions[np.searchsorted(ids, wanted)]
         with torch.inference_mode():
-            return tapped(loader.batch(rows, torch.full((len(rows),), view))[TEACHER])
+            return tapped(loader.batch(rows, torch.full((len(rows),), view))[TEACHER].to(ranks.device))
 
     with progress(label, quiet=work.quiet) as report:
-        info = TeacherCache.fill(
+        TeacherCache.fill(
             folder,
             rows=ids,
             views=views,
@@ -156,11 +157,14 @@ def _fill(
             key=cache_key(work),
             dtype=work.recipe.cache.dtype,
             batch_size=EVALUATION_BATCH,
+            rank=ranks.rank,
+            world_size=ranks.count,
             progress=report,
         )
-    lowest = TeacherCache.open(folder, cache_key(work)).check(produce)
+    ranks.wait()
+    cache = TeacherCache.open(folder, cache_key(work))
     fields = ("rows", "views", "bytes", "bytes_per_row", "seconds")
-    return {**{name: info[name] for name in fields}, "lowest_cosine": lowest}
+    return {**{name: cache.info[name] for name in fields}, "lowest_cosine": cache.check(produce)}
 
 
 def cache_key(work: Workspace) -> dict[str, Any]:
@@ -216,15 +220,20 @@ def train_baseline(work: Workspace, folder: Path) -> dict[str, Any]:
     config = work.recipe.student
     model = work.blank(BASELINE)
     loader = work.train_loader({STUDENT: input_spec(model)}, config.train)
-    return _fit(work, folder, model, loader, STUDENT, config.train, config.baseline, None, "train baseline")
+    return _fit(work, _job(work, folder, model, loader, STUDENT, config.train, config.baseline), "train baseline")
 
 
 def distil_student(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the student from labels and teacher, from what it inherited on."""
+    return _fit(work, student_job(work, folder), "distil student")
+
+
+def student_job(work: Workspace, folder: Path) -> engine.Job:
+    """What the engine is given to distil the student."""
     model = work.blank(STUDENT)
     load_weights(model, work.path("inherit") / WEIGHTS_FILE)
     _freeze_inherited(work.recipe, model)
-    return _distil(work, folder, model, work.recipe.student.train, "distil student")
+    return _distillation(work, folder, model, work.recipe.student.train)
 
 
 def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -233,10 +242,11 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
     model = work.model(STUDENT)
     example = example_batch(input_spec(model), recipe.data.working_size)
     plan = prune.plan(model, example, recipe.prune)
-    plan.save(folder / "plan.json")
+    if work.ranks.first:
+        plan.save(folder / "plan.json")
     smaller: Any = prune.apply(work.model(STUDENT), plan)
     _freeze_inherited(recipe, smaller)
-    return _distil(work, folder, smaller, recipe.prune.train, "recover pruned")
+    return _fit(work, _distillation(work, folder, smaller, recipe.prune.train), "recover pruned")
 
 
 def _freeze_inherited(recipe: Recipe, model: MultimodalModel) -> None:
@@ -247,20 +257,19 @@ def _freeze_inherited(recipe: Recipe, model: MultimodalModel) -> None:
             table.requires_grad_(False)
 
 
-def _distil(work: Workspace, folder: Path, model: MultimodalModel, train: TrainConfig, label: str) -> dict[str, Any]:
-    """Train with the student's objective, from the cache or from the live teacher."""
+def _distillation(work: Workspace, folder: Path, model: MultimodalModel, train: TrainConfig) -> engine.Job:
+    """Training with the student's objective, from the cache or from the live teacher."""
     recipe = work.recipe
     terms = recipe.student.objective
     specs = {STUDENT: input_spec(model)}
     if not needs_teacher(terms):
-        return _fit(work, folder, model, work.train_loader(specs, train), STUDENT, train, terms, None, label)
+        return _job(work, folder, model, work.train_loader(specs, train), STUDENT, train, terms)
     if recipe.cache.enabled:
-        return _fit(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, _cached(work), label)
+        return _job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, _cached(work))
     teacher = work.teacher()
     specs[TEACHER] = input_spec(teacher)
-    return _fit(
-        work, folder, model, _mixed(work, specs, train, teacher), STUDENT, train, terms, _live(work, teacher), label
-    )
+    loader = _mixed(work, specs, train, teacher)
+    return _job(work, folder, model, loader, STUDENT, train, terms, _live(work, teacher))
 
 
 def _mixed(
@@ -297,7 +306,15 @@ def _live(work: Workspace, teacher: MultimodalModel) -> engine.Teacher:
     return lambda batches: join_outputs(answer(batches[TEACHER + LABELLED]), answer(batches[TEACHER + TRANSFER]))
 
 
-def _fit(
+def _fit(work: Workspace, job: engine.Job, label: str) -> dict[str, Any]:
+    """Run the engine once."""
+    with progress(label, quiet=work.quiet) as report:
+        info = engine.fit(replace(job, report=report))
+    num_params = sum(parameter.numel() for parameter in job.tapped.model.parameters())
+    return {**info, "num_params": num_params, "seed": work.recipe.seed}
+
+
+def _job(
     work: Workspace,
     folder: Path,
     model: MultimodalModel,
@@ -305,28 +322,14 @@ def _fit(
     reads: str,
     train: TrainConfig,
     terms: list[TermConfig],
-    teacher: engine.Teacher | None,
-    label: str,
-) -> dict[str, Any]:
-    """Run the engine once."""
+    teacher: engine.Teacher | None = None,
+) -> engine.Job:
+    """What the engine is given."""
     tapped = Tapped(model, tap_paths(terms, "student"))
     first = next(loader.epoch(0))
     with evaluating(model):
         student_example = tapped(first[reads])
     seed_everything(work.recipe.seed)  # the projectors start alike, whatever ran before in this process
     objective = Objective(terms, student_example, teacher(first) if teacher else None)
-    with progress(label, quiet=work.quiet) as report:
-        job = engine.Job(
-            tapped=tapped,
-            objective=objective,
-            loader=loader,
-            reads=reads,
-            config=train,
-            folder=folder,
-            seed=work.recipe.seed,
-            validate=work.validator(model, reads),
-            teacher=teacher,
-            report=report,
-        )
-        info = engine.fit(job)
-    return {**info, "num_params": sum(p.numel() for p in model.parameters()), "seed": work.recipe.seed}
+    validate = work.validator(model, reads)
+    return engine.Job(tapped, objective, loader, reads, train, folder, work.recipe.seed, validate, teacher)

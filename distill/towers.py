@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from distill.cache import EncodedStore, encode_once
+from distill.cache import STORE_MANIFEST, EncodedStore, encode_once
 from distill.contracts import CLEAN_VIEW, Batch
 from distill.data.loader import Loader
 from distill.multimodal import MultimodalModel
 from distill.progress import Progress
+from distill.ranks import Ranks
+from distill.runs import read_json
 
 CHUNK = 64  # inputs a forward of a tower
 POSITIONS = "positions.safetensors"
@@ -48,6 +50,7 @@ def encode_towers(
     reads: str,
     key: Mapping[str, Any],
     report: Progress,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Encode every distinct input of a model's frozen towers, one subfolder a modality.
 
@@ -58,6 +61,7 @@ def encode_towers(
         reads: name of the model's batch in the loaders.
         key: what the outputs depend on besides the inputs.
         report: progress in distinct inputs.
+        ranks: who shares the work.
 
     Returns:
         modality -> number of inputs and of distinct ones, bytes, seconds.
@@ -65,7 +69,7 @@ def encode_towers(
     info = {}
     for name in frozen_towers(model):
         inputs = _text_inputs(sources[name], reads) if name == "text" else _row_inputs(sources[name])
-        encoder: Any = model.encoders[name]
+        encoder: Any = model.encoders[name].to(ranks.device)
 
         def produce(
             positions: NDArray[np.int64], *, encoder: Any = encoder, inputs: _Inputs = inputs
@@ -73,16 +77,21 @@ def encode_towers(
             with torch.inference_mode():
                 return {"tokens": inputs.encode(encoder, positions)}
 
-        made = encode_once(
+        encode_once(
             folder / name,
             keys=inputs.keys,
             produce=produce,
             key=dict(key),
             dtype="float16",
             batch_size=CHUNK,
+            rank=ranks.rank,
+            world_size=ranks.count,
             progress=report,
         )
-        save_file({"ids": inputs.ids, "views": inputs.views}, folder / name / POSITIONS)
+        ranks.wait()
+        if ranks.first:
+            save_file({"ids": inputs.ids, "views": inputs.views}, folder / name / POSITIONS)
+        made = read_json(folder / name / STORE_MANIFEST)
         info[name] = {field: made[field] for field in ("inputs", "distinct", "bytes", "seconds")}
     return info
 
@@ -184,7 +193,9 @@ def _text_inputs(sources: Sequence[Rows], reads: str) -> _Inputs:
         lengths = chosen[:, 0]
         longest = max(1, int(lengths.max()))  # of absent texts: towers need a column
         text = chosen[:, 1 : longest + 1]
-        tokens = encoder.encode(text, torch.arange(longest) < lengths[:, None])
+        mask = torch.arange(longest) < lengths[:, None]
+        device = next(encoder.parameters()).device
+        tokens = encoder.encode(text.to(device), mask.to(device))
         return torch.nn.functional.pad(tokens, (0, 0, 0, width - 1 - longest))
 
     return _Inputs(keys, np.concatenate(ids)[order], np.concatenate(views)[order], encode)
@@ -200,10 +211,11 @@ def _row_inputs(sources: Sequence[Rows]) -> _Inputs:
 
     def encode(encoder: Any, positions: NDArray[np.int64]) -> Tensor:
         tokens: dict[int, Tensor] = {}
+        device = next(encoder.parameters()).device
         for at in np.unique(number[positions]):
             here = positions[number[positions] == at]
             (batch,) = sources[at].loader.batch(rows[here], torch.from_numpy(views[here])).values()
-            tokens.update(zip(here.tolist(), encoder.encode(batch.inputs["image"]), strict=True))
+            tokens.update(zip(here.tolist(), encoder.encode(batch.inputs["image"].to(device)), strict=True))
         return torch.stack([tokens[position] for position in positions.tolist()])
 
     return _Inputs(np.stack([ids, views], axis=1), ids, views, encode)

@@ -21,6 +21,7 @@ from distill.data.prepare import PreparedData
 from distill.data.transfer import as_data
 from distill.multimodal import MultimodalModel
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
+from distill.ranks import Ranks
 from distill.runs import read_json, seed_everything
 from distill.towers import TowerOutputs, WithTowers, frozen_towers
 
@@ -42,6 +43,7 @@ class Workspace:
         inheritances: inheritance type -> function.
         done: finished stages by name.
         quiet: no progress is shown.
+        ranks: the processes that share the work.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class Workspace:
     inheritances: Registry
     done: dict[str, Artifact] = field(default_factory=dict)
     quiet: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
     def path(self, stage: str) -> Path:
         """The folder of a finished stage."""
@@ -115,6 +118,7 @@ class Workspace:
             augment=recipe.data.augment,
             views=recipe.cache.views if repeat else None,
             shuffle=True,
+            **self._slices(),
         )
 
     def transfer_loader(self, specs: dict[str, InputSpec], batch_size: int) -> Loader | None:
@@ -124,17 +128,24 @@ class Workspace:
         data = as_data(read_json(self.path("transfer") / TEXTS_FILE), self.data())
         rows = max(1, round(batch_size * self.recipe.transfer.ratio))
         texts = {name: replace(spec, image=False) for name, spec in specs.items()}
-        return Loader(data, TRAIN, texts, batch_size=rows, seed=self.recipe.seed, augment=None, shuffle=True)
-
-    def clean_loader(self, split: str, spec: InputSpec, reads: str, batch_size: int = EVALUATION_BATCH) -> Loader:
-        """Rows of a split in order of id, without augmentation."""
         seed = self.recipe.seed
-        return Loader(self.data(), split, {reads: spec}, batch_size=batch_size, seed=seed, augment=None, shuffle=False)
+        return Loader(data, TRAIN, texts, batch_size=rows, seed=seed, augment=None, shuffle=True, **self._slices())
+
+    def clean_loader(self, split: str, spec: InputSpec, reads: str, **changes: int) -> Loader:
+        """Rows of a split in order of id, without augmentation; all of them, unless ``rank`` is given."""
+        options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "seed": self.recipe.seed, **changes}
+        return Loader(self.data(), split, {reads: spec}, augment=None, shuffle=False, **options)
 
     def validator(self, model: MultimodalModel, reads: str) -> Callable[[nn.Module], dict[str, float]]:
-        """A function from a model to its metrics on the validation rows."""
-        loader = self.towers(self.clean_loader(VALID, input_spec(model), reads), model, reads)
-        return partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(loader, reads))
+        """A function from a model to its metrics on the validation rows, of which each rank reads its share."""
+        loader = self.towers(self.clean_loader(VALID, input_spec(model), reads, **self._slices()), model, reads)
+        return partial(
+            evaluate.validation_accuracy, batches=evaluate.clean_batches(loader, reads), total=self.ranks.sum
+        )
+
+    def _slices(self) -> dict[str, int]:
+        """Which rows of each batch are this rank's."""
+        return {"rank": self.ranks.rank, "world_size": self.ranks.count}
 
     def preprocessor(self, spec: InputSpec) -> Preprocessor:
         """The preprocessing that an exported model of this spec needs."""

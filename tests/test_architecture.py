@@ -20,6 +20,8 @@ LEVELS = {
         "distill.channels",
         "distill.build",
         "distill.averaging",
+        "distill.ranks",
+        "distill.step",
         "distill.interrupts",
         "distill.data",
         "distill.preprocess",

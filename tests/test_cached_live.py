@@ -14,9 +14,10 @@ from distill import engine, evaluate, pipeline
 from distill.cache import TeacherCache, flatten, unflatten
 from distill.config import TrainConfig
 from distill.contracts import Outputs
-from distill.engine import Job, Trainee, fit
+from distill.engine import Job, fit
 from distill.multimodal import Tapped
 from distill.recipe import load_recipe
+from distill.step import Trainee
 
 TAP = "encoders.image.stages:mean"
 OBJECTIVE = terms(

@@ -91,7 +91,7 @@ def test_doctor_tells_what_is_missing(monkeypatch):
 
 def test_our_own_run_time_errors_exit_1_and_a_full_disk_too(monkeypatch):
     from distill import doctor
-    from distill.engine import TrainingError
+    from distill.step import TrainingError
 
     def failing(error):
         def fail():

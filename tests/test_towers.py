@@ -10,6 +10,7 @@ from distill.config import TextAugment
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, UserError
 from distill.data.loader import Loader
 from distill.progress import silent
+from distill.ranks import Ranks
 from distill.towers import Rows, TowerOutputs, WithTowers, encode_towers, frozen_towers
 from students import ConvNet
 from teachers import PretrainedText, PretrainedVision
@@ -45,7 +46,7 @@ def encode(prepared, model, folder, report=silent):
     sources = [Rows(loader_of(prepared, model, split, clean=True), CLEAN_VIEW) for split in (TRAIN, VALID, TEST)]
     sources += [Rows(loader_of(prepared, model), view) for view in VIEWS]
     by_tower = dict.fromkeys(frozen_towers(model), sources)
-    return encode_towers(model, by_tower, folder, reads="teacher", key=KEY, report=report)
+    return encode_towers(model, by_tower, folder, reads="teacher", key=KEY, report=report, ranks=Ranks())
 
 
 def with_towers(loader, model, folder):
@@ -77,7 +78,7 @@ def test_texts_that_repeat_are_encoded_for_the_views_before_they_do(prepared, mo
     model = models["text"]
     twice = AUGMENT.model_copy(update={"text": TextAugment(word_dropout=0.5, views=2)})
     sources = [Rows(loader_of(prepared, model, augment=twice), view) for view in range(2)]
-    encode_towers(model, {"text": sources}, tmp_path, reads="teacher", key=KEY, report=silent)
+    encode_towers(model, {"text": sources}, tmp_path, reads="teacher", key=KEY, report=silent, ranks=Ranks())
     kept = WithTowers(
         loader_of(prepared, model, augment=twice, views=None),
         {"text": TowerOutputs(tmp_path / "text", KEY, 2)},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.config import TermConfig, nearest
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.losses import contrastive, features, logits
+from distill.ranks import Ranks
 
 Kind = Literal["labels", "teacher", "teacher+labels", "features", "pair"]
 
@@ -111,8 +112,22 @@ class Objective(nn.Module):
             if projector is not None:
                 self.projectors[str(index)] = projector
 
+    @property
+    def relational(self) -> list[bool]:
+        """Of each term, whether it compares rows with each other."""
+        return [LOSSES[term.loss].relational for term in self.terms]
+
+    def num_rows(self, batch: Batch) -> Tensor:
+        """How many rows each term is about (those with a label, or with the modality): int64 [terms]."""
+        return torch.tensor([_num_rows(term, batch) for term in self.terms])
+
     def forward(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch, whole: Batch | None = None
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        shares: Sequence[float] | None = None,
+        ranks: Ranks | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum (a scalar) and each term's unweighted value by its name.
 
@@ -120,29 +135,40 @@ class Objective(nn.Module):
             student: the student's outputs for ``batch``.
             teacher: the teacher's, or None.
             batch: the rows.
-            whole: the batch that ``batch`` is a part of. Each term then counts by its share of the rows that it is
-                about (those with a label, or with the modality), so that the values of all parts add up to the whole's;
-                for relational losses only roughly.
+            shares: of a part of a batch, each term's share in the whole's value: those of all parts add up to 1, so
+                that the values of all parts add up to the whole's (for relational losses only roughly, unless the
+                parts are those of ranks). None for a batch that is no part.
+            ranks: who holds the other parts; relational terms compare the rows of all ranks.
         """
         values: dict[str, Tensor] = {}
         total = batch.ids.new_zeros((), dtype=torch.float32)
         for index, term in enumerate(self.terms):
-            value = self._value(index, term, student, teacher, batch)
-            if whole is not None:
-                value = value * (_num_rows(term, batch) / max(1, _num_rows(term, whole)))
+            value = self._value(index, term, student, teacher, batch, ranks)
+            if shares is not None:
+                value = value * shares[index]
             total = total + term.weight * value
             name = term.name if term.name not in values else f"{term.name}#{index}"
             values[name] = value
         return total, values
 
-    def _value(self, index: int, term: TermConfig, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+    def _value(
+        self,
+        index: int,
+        term: TermConfig,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        ranks: Ranks | None,
+    ) -> Tensor:
         loss = LOSSES[term.loss]
         arguments = list(self._arguments(index, term, loss.kind, student, teacher, batch))
         rows = _rows(term, batch)
         if rows is not None:
             arguments = [tensor[rows] for tensor in arguments]
-            if arguments[0].shape[0] == 0:
-                return _zero(student)
+        if loss.relational and ranks is not None:
+            arguments = [ranks.gather(tensor) for tensor in arguments]
+        if arguments[0].shape[0] == 0:
+            return _zero(student)
         return loss.function(*arguments, **term.params)
 
     def _arguments(

@@ -1,0 +1,276 @@
+"""How near the engine comes to the limit of the hardware: ``python -m benchmarks.engine [--json]``.
+
+The limit is forward, loss, backward and optimizer step of the same student on one batch that is kept in memory (with
+the teacher's forward where it is live; the teacher's bare forward alone for filling the cache). Each arm runs through
+the real engine with logging, progress, checkpoints, clipping and its guards on. Arms and their limits take turns in one
+process with one thread; a ratio is that of images per CPU-second (of the process and its children), the median over
+the repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pa_parquet
+import torch
+from torch import nn
+
+import students
+from distill import engine, pipeline, stages
+from distill.cache import TeacherCache
+from distill.config import AugmentConfig, TermConfig, TrainConfig
+from distill.contracts import CLEAN_VIEW, Batch, Outputs
+from distill.data.loader import InputSpec, Loader
+from distill.data.prepare import PreparedData
+from distill.fusion import FUSIONS
+from distill.losses.objective import Objective
+from distill.multimodal import MultimodalModel, Tapped, evaluating
+from distill.progress import progress
+from distill.recipe import load_recipe
+from distill.step import Trainee
+from distill.tasks import ClassificationHead
+from distill.workspace import Workspace
+
+FLOORS = {"cached": 0.93, "cached_augmented": 0.80, "live": 0.95, "quickstart": 0.95, "fill": 0.95}
+SIZE, CLASSES, BATCH = 28, 10, 128
+AUGMENT = AugmentConfig.model_validate({"image": {"flip": 0.5, "shift": 3}})
+TERMS = [
+    TermConfig(loss="cross_entropy", task="label"),
+    TermConfig(loss="kd", task="label", params={"temperature": 4.0}),
+]
+QUICK = (
+    "teacher.pretrain.image.max_steps=2",
+    "teacher.train.max_steps=2",
+    "teacher.train.validate_every=100",
+)  # what the teacher has learnt does not change how long its student takes
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is measured: two ways to work through a number of images."""
+
+    name: str
+    run: Callable[[], int]  # returns the images it worked through
+    limit: Callable[[int], None]  # works through about that many
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its finished children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def read_idx(folder: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read the first training images (uint8 [N, 28, 28]) and labels (int64 [N]) of Fashion-MNIST's IDX files."""
+    (image_file,) = sorted(folder.rglob("train-images-idx3-ubyte.gz"))
+    (label_file,) = sorted(folder.rglob("train-labels-idx1-ubyte.gz"))
+    images = np.frombuffer(gzip.decompress(image_file.read_bytes()), np.uint8, offset=16).reshape(-1, SIZE, SIZE)
+    labels = np.frombuffer(gzip.decompress(label_file.read_bytes()), np.uint8, offset=8)
+    return images[:rows], labels[:rows].astype(np.int64)
+
+
+def write_data(folder: Path, rows: int, source: Path | None) -> PreparedData:
+    """Write prepared data of grey images: Fashion-MNIST's, or noise, on which a step takes as long."""
+    random = np.random.default_rng(0)
+    if source is None:
+        images, labels = random.integers(0, 256, (rows, SIZE, SIZE), np.uint8), random.integers(0, CLASSES, rows)
+    else:
+        images, labels = read_idx(source, rows)
+    folder.mkdir(parents=True)
+    np.save(folder / "image.npy", np.repeat(images[:, None], 3, axis=1), allow_pickle=False)
+    columns: dict[str, Any] = {"id": np.arange(rows), "split": ["train"] * rows, "group": np.arange(rows)}
+    columns |= {"text": [""] * rows, "present.image": np.ones(rows, bool), "target.label": labels}
+    pa_parquet.write_table(pa.table(columns), folder / "rows.parquet")
+    (folder / "labels.json").write_text(json.dumps({"label": [str(code) for code in range(CLASSES)]}))
+    return PreparedData.open(folder)
+
+
+def image_model(widths: list[int], blocks: list[int], dim: int) -> MultimodalModel:
+    """A ConvNet with one head."""
+    torch.manual_seed(0)
+    encoders: Any = {"image": students.ConvNet(widths=widths, blocks=blocks)}
+    heads: Any = {"label": ClassificationHead(dim, CLASSES)}
+    return MultimodalModel(encoders, FUSIONS["concat"](["image"], dim), heads, {}, dim=dim, embedding_dim=dim)
+
+
+def constant(model: nn.Module) -> dict[str, float]:
+    """Stands for validation, which a user pays for but which is no part of a step."""
+    return {engine.SELECT: 0.0}
+
+
+def bare_steps(job: engine.Job, batch: Batch, answer: Callable[[], Outputs]) -> Callable[[int], None]:
+    """The limit: steps on one batch in memory; ``answer`` gives the teacher's outputs for it."""
+    trainee = Trainee(job.tapped, job.objective)
+    optimizer = engine.build_optimizer(trainee, job.config)
+
+    def run(images: int) -> None:
+        trainee.train()
+        for _ in range(-(-images // len(batch.ids))):
+            optimizer.zero_grad(set_to_none=True)
+            loss, _ = trainee(batch, answer())
+            loss.backward()
+            optimizer.step()
+
+    return run
+
+
+def fitting(job: engine.Job, folder: Path, images: int) -> Callable[[], int]:
+    """Train a job from the start in a folder of its own."""
+    numbers = iter(range(1_000_000))
+
+    def run() -> int:
+        place = folder / str(next(numbers))
+        place.mkdir(parents=True)
+        with progress(place.parent.name) as report:
+            engine.fit(replace(job, folder=place, report=report))
+        return images
+
+    return run
+
+
+def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
+    """The arms on 28 x 28 images: a student of about 24,000 parameters, a teacher of about 700,000."""
+    data = write_data(folder / "data", rows, source)
+    student, teacher = image_model([16, 32, 48], [0, 0, 0], 32), image_model([32, 64, 128], [1, 1, 1], 64)
+    for name, model in (("student", student), ("teacher", teacher)):
+        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    tapped, live = Tapped(student, []), Tapped(teacher.eval().requires_grad_(False), [])
+    config = TrainConfig(epochs=1, batch_size=BATCH, checkpoint_minutes=0.1, keep="last")
+
+    def make_loader(augment: AugmentConfig | None, *reads: str) -> Loader:
+        spec = InputSpec(True, None, 0)
+        options: Any = {"augment": augment, "views": 2 if augment else None, "batch_size": BATCH, "seed": 0}
+        return Loader(data, "train", dict.fromkeys(reads, spec), shuffle=True, **options)
+
+    def ask(batch: Batch) -> Outputs:
+        with torch.inference_mode():
+            return live(batch)
+
+    def make_cache(name: str, loader: Loader, views: list[int]) -> TeacherCache:
+        def produce(ids: np.ndarray, view: int) -> Outputs:
+            return ask(loader.batch(loader.row_positions[ids], torch.full((len(ids),), view))["teacher"])
+
+        TeacherCache.fill(
+            folder / name, rows=data.ids, views=views, produce=produce, key={}, dtype="float16", batch_size=BATCH
+        )
+        return TeacherCache.open(folder / name, {})
+
+    def make_arm(name: str, loader: Loader, answer: Callable[[dict[str, Batch]], Outputs], *, at_once: bool) -> Arm:
+        first = next(loader.epoch(0))
+        with evaluating(student):
+            objective = Objective(TERMS, tapped(first["student"]), answer(first))
+        job = engine.Job(tapped, objective, loader, "student", config, folder, 0, constant, answer)
+        kept = answer(first)
+        limit = bare_steps(job, first["student"], (lambda: kept) if at_once else partial(answer, first))
+        return Arm(name, fitting(job, folder / f"runs-{name}", rows), limit)
+
+    plain, both = make_loader(None, "student"), make_loader(None, "student", "teacher")
+    augmented = make_loader(AUGMENT, "student")
+    cache = make_cache("cache", make_loader(None, "teacher"), [CLEAN_VIEW])
+    two_views = make_cache("cache-augmented", make_loader(AUGMENT, "teacher"), [0, 1])
+    numbers = iter(range(1_000_000))
+
+    def fill() -> int:
+        make_cache(f"fill-{next(numbers)}", make_loader(None, "teacher"), [CLEAN_VIEW])
+        return rows
+
+    one = next(both.epoch(0))["teacher"]
+
+    def forward(images: int) -> None:
+        for _ in range(-(-images // BATCH)):
+            ask(one)
+
+    return [
+        make_arm("cached", plain, lambda batches: cache(batches["student"]), at_once=True),
+        make_arm("cached_augmented", augmented, lambda batches: two_views(batches["student"]), at_once=True),
+        make_arm("live", both, lambda batches: ask(batches["teacher"]), at_once=False),
+        Arm("fill", fill, forward),
+    ]
+
+
+def quickstart_arm(folder: Path) -> Arm:
+    """The quick start's student on its cache, as the ``student`` stage trains it; one epoch."""
+    recipe = load_recipe("quickstart", [f"output={folder}", *QUICK, "student.train.epochs=1"])
+    done = pipeline.run(recipe, until="cache", quiet=True) | pipeline.run(recipe, until="inherit", quiet=True)
+    work = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, done, quiet=True)
+    job = replace(stages.student_job(work, folder), validate=constant)
+    assert job.teacher is not None
+    first = next(job.loader.epoch(0))
+    kept = job.teacher(first)
+    rows = sum(len(batches[job.reads].ids) for batches in job.loader.epoch(0))
+    return Arm("quickstart", fitting(job, folder / "runs", rows), bare_steps(job, first[job.reads], lambda: kept))
+
+
+def measure(arms: list[Arm], repetitions: int) -> list[dict[str, Any]]:
+    """Let arms and limits take turns; return each arm's median ratio and rates."""
+    rates: dict[str, list[tuple[float, float]]] = {arm.name: [] for arm in arms}
+    for repetition in range(repetitions + 1):
+        for arm in arms:
+            began = cpu_seconds()
+            images = arm.run()
+            between = cpu_seconds()
+            arm.limit(images)
+            ended = cpu_seconds()
+            if repetition:  # the first warms up
+                rates[arm.name].append((images / (between - began), images / (ended - between)))
+    results = []
+    for name, pairs in rates.items():
+        ratios = sorted(ours / limit for ours, limit in pairs)
+        results.append(
+            {
+                "arm": name,
+                "ratio": statistics.median(ratios),
+                "lowest": ratios[0],
+                "highest": ratios[-1],
+                "images_per_cpu_second": statistics.median(ours for ours, _ in pairs),
+                "limit_images_per_cpu_second": statistics.median(limit for _, limit in pairs),
+                "repetitions": len(ratios),
+                "at_least": FLOORS[name],
+            }
+        )
+    return results
+
+
+def main() -> None:
+    """Print a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--rows", type=int, default=12_800, help="grey images a repetition")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--fashion-mnist", type=Path, metavar="FOLDER", help="IDX files; noise of that size without it")
+    parser.add_argument("--arms", nargs="*", choices=list(FLOORS), default=list(FLOORS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        arms = grey_arms(folder / "grey", options.rows, options.fashion_mnist)
+        arms += [quickstart_arm(folder / "quickstart")] if "quickstart" in options.arms else []
+        results = measure([arm for arm in arms if arm.name in options.arms], options.repetitions)
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    for result in results:
+        spread = f"{result['lowest']:.3f} to {result['highest']:.3f}"
+        print(
+            f"{result['arm']:<17} {result['ratio']:.3f} ({spread}) of the limit, at least {result['at_least']}; "
+            f"{result['images_per_cpu_second']:,.0f} of {result['limit_images_per_cpu_second']:,.0f} images per CPU-s"
+        )
+
+
+if __name__ == "__main__":
+    main()

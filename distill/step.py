@@ -1,0 +1,234 @@
+"""One optimizer step on one global batch: its micro-batches, the sums over all ranks, and its guards."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distill.config import TrainConfig
+from distill.contracts import Batch, Outputs
+from distill.losses.objective import Objective
+from distill.multimodal import Tapped
+from distill.ranks import Ranks
+from distill.runs import write_json
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NOT_FINITE = "not_finite.json"
+MOST_SKIPPED = 10  # steps in a row
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last good checkpoint is kept."""
+
+
+class Trainee(nn.Module):
+    """The trained model and its objective as one module: what is optimized, averaged and checkpointed."""
+
+    def __init__(self, tapped: Tapped, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = tapped.model, objective
+        self._tapped = tapped
+
+    def forward(
+        self, batch: Batch, teacher: Outputs | None, shares: list[float] | None = None, ranks: Ranks | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss and each term's value; see :meth:`Objective.forward`."""
+        return self.objective(self._tapped(batch), teacher, batch, shares, ranks)
+
+
+class Stepper:
+    """Makes the steps of one training run.
+
+    Args:
+        accelerator: gives the device, the precision and the scaler of fp16.
+        ranks: who trains together.
+        trainee: the trained module, on the device.
+        optimizer: of its parameters.
+        config: clipping, micro-batches, and what to do about values that are not finite.
+        folder: where the rows of such steps are listed.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        ranks: Ranks,
+        trainee: Trainee,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        folder: Path,
+    ) -> None:
+        self.ranks, self.trainee, self.optimizer, self.config, self.folder = ranks, trainee, optimizer, config, folder
+        self.device, self.scaler = accelerator.device, accelerator.scaler
+        self.parameters = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+        self.micro_batches = config.accumulate  # more once the memory did not suffice
+        self.skipped = 0  # steps in a row
+        self._buffers = list(trainee.buffers())
+
+    def __call__(
+        self, batches: dict[str, Batch], reads: str, ask: Callable[[dict[str, Batch]], Outputs] | None
+    ) -> tuple[int, dict[str, float]]:
+        """Make a step.
+
+        Args:
+            batches: this rank's slice of the global batch, for each model that reads it.
+            reads: name of the trained model's batch.
+            ask: the teacher.
+
+        Returns:
+            The rows of the global batch, and "loss" and each term's value over it; no values if the step was skipped.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite, or the memory does not suffice for single rows.
+        """
+        batches = {name: batch.to(self.device) for name, batch in batches.items()}
+        teacher = ask(batches) if ask else None
+        before = [buffer.clone() for buffer in self._buffers] if self.config.not_finite != "raise" else []
+        rows, values = self._gradients(batches[reads], teacher)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        total_norm = torch.nn.utils.get_total_norm(gradients)
+        norm = float(total_norm)
+        overflow = self.scaler is not None and not math.isfinite(norm)  # the scaler skips such a step and goes on
+        if not math.isfinite(values["loss"]) or not (math.isfinite(norm) or overflow):
+            self._refuse(batches[reads], teacher, values, before)
+            return 0, {}
+        self.skipped = 0
+        if self.config.clip_norm and norm > self.config.clip_norm and not overflow:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, total_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        return rows, values
+
+    def _gradients(self, batch: Batch, teacher: Outputs | None) -> tuple[int, dict[str, float]]:
+        """Leave the global batch's gradients at the parameters; split it further where the memory does not suffice."""
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._forward_backward(batch, teacher)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                self._split(len(batch.ids), error)
+
+    def _forward_backward(self, batch: Batch, teacher: Outputs | None) -> tuple[int, dict[str, float]]:
+        parts = self._parts(batch)
+        shares = self._shares([batch if rows is None else take(batch, rows) for rows in parts])
+        names: list[str] = []
+        logged: Any = 0.0
+        for rows, share in zip(parts, shares, strict=True):
+            part, answer = (batch, teacher) if rows is None else (take(batch, rows), teacher and take(teacher, rows))
+            with torch.autocast(self.device.type, PRECISIONS.get(self.config.precision), self.config.precision != "no"):
+                loss, values = self._forward(part, answer, share)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            names = ["loss", *values]
+            scalars = [loss, *values.values(), loss.new_tensor(len(part.ids))]
+            logged = logged + torch.stack([scalar.detach().to(loss.dtype) for scalar in scalars])
+        self.ranks.sum_gradients(self.parameters)
+        *sums, count = self.ranks.sum(logged).tolist()
+        return round(count), dict(zip(names, sums, strict=True))
+
+    def _forward(self, *part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if len(part[0].ids):
+            return self.trainee(*part, self.ranks)
+        self.trainee.eval()  # a rank beyond a small last batch: it takes part in what all compute, BatchNorm does not
+        result = self.trainee(*part, self.ranks)
+        self.trainee.train()
+        return result
+
+    def _parts(self, batch: Batch) -> list[Tensor | None]:
+        """The rows of each micro-batch; None for all of them."""
+        smallest = -self.ranks.largest([-len(batch.ids)], self.device)[0] if self.micro_batches > 1 else 0
+        count = min(self.micro_batches, max(1, smallest))
+        if count == 1:
+            return [None]
+        everything = torch.arange(len(batch.ids), device=batch.ids.device)
+        return [everything[first::count] for first in range(count)]  # both kinds of rows of a mixed batch in each
+
+    def _shares(self, parts: list[Batch]) -> list[list[float] | None]:
+        """What each term of each part of this rank counts in the global batch; None where that is all of it."""
+        if len(parts) == 1 and self.ranks.count == 1:
+            return [None]
+        own = torch.stack([self.trainee.objective.num_rows(part) for part in parts]).double()
+        together = self.ranks.sum(own.to(self.device)).cpu() if self.ranks.count > 1 else own
+        whole = together.sum(dim=0).clamp(min=1)
+        relational = torch.tensor(self.trainee.objective.relational)
+        return torch.where(relational, together / self.ranks.count, own).div(whole).tolist()
+
+    def _split(self, rows: int, error: RuntimeError) -> None:
+        objective = self.trainee.objective
+        if self.ranks.count > 1 and any(objective.relational):
+            raise TrainingError(f"out of memory ({_first_line(error)}); lower train.batch_size") from error
+        if self.micro_batches >= rows:
+            message = f"out of memory with one row at a time ({_first_line(error)}); use a smaller model"
+            raise TrainingError(message) from error
+        self.micro_batches *= 2
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning(
+            "out of memory: batches are now read in %d parts; the effective batch stays%s",
+            self.micro_batches,
+            "" if not _has_batch_norm(self.trainee) else ", but BatchNorm sees the parts alone, so results may differ",
+        )
+
+    def _refuse(self, batch: Batch, teacher: Outputs | None, values: dict[str, float], before: list[Tensor]) -> None:
+        """List the rows of a step whose loss or gradient is not finite; raise, or leave everything as it was."""
+        what = "gradient" if math.isfinite(values["loss"]) else _culprit(teacher) or "loss"
+        shown = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        path = self.folder / (NOT_FINITE if self.ranks.first else f"not_finite.{self.ranks.rank}.json")
+        write_json(path, {"what": what, "ids": batch.ids.tolist(), "terms": shown})
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, value in zip(self._buffers, before, strict=bool(before)):
+            buffer.copy_(value)
+        self.skipped += 1
+        if self.config.not_finite == "raise" or self.skipped >= MOST_SKIPPED:
+            often = f" for the {self.skipped}th step in a row" if self.skipped > 1 else ""
+            raise TrainingError(
+                f"the {what} is not finite{often} ({shown}); weights are unchanged, the rows are listed in "
+                f"{path}; lower train.lr or check those rows"
+            )
+        log.warning("the %s is not finite (%s): this step is left out, its rows are listed in %s", what, shown, path)
+
+
+def take(item: Any, rows: Tensor) -> Any:
+    """Rows of a Batch or of Outputs, in the order given."""
+
+    def pick(value: Any) -> Any:
+        return {name: tensor[rows] for name, tensor in value.items()} if isinstance(value, dict) else value[rows]
+
+    return type(item)(*(pick(value) for value in item))
+
+
+def _culprit(teacher: Outputs | None) -> str | None:
+    """Name the first teacher output that is not finite."""
+    for part in teacher or ():
+        for name, value in part.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return f"teacher's {name!r}"
+    return None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "not enough memory" in text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())

@@ -1,0 +1,110 @@
+"""A training job that any number of processes can run; ``python -m torch.distributed.run`` starts it for the tests.
+
+Usage: ``ranks_job.py FOLDER RESULTS [SETTING=VALUE ...]``; the first rank writes gradients, losses and weights.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny import around, make_loader, make_objective, terms
+from torch import nn
+
+from distill import engine, evaluate
+from distill.config import TrainConfig
+from distill.data.prepare import PreparedData
+from distill.engine import Job, fit
+from distill.multimodal import Encoded, Encoder, Tapped
+from distill.ranks import join
+from distill.step import Stepper
+
+TERMS = [
+    {"loss": "cross_entropy", "task": "kind"},
+    {"loss": "cross_entropy", "task": "kind.text"},
+    {"loss": "cross_entropy", "task": "tone.image", "weight": 0.5},
+    {"loss": "kd", "task": "kind"},
+    {"loss": "cosine", "embedding": "text"},
+    {"loss": "fitnet", "taps": {"student": "encoders.image.layer", "teacher": "encoders.image.layer"}},
+    {"loss": "clip_infonce", "embedding": "image,text"},
+]
+
+
+class Pixels(Encoder):
+    """A layer on the pixels, in float64 and without BatchNorm, which sees the rows of one rank alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out_dim = width
+        self.layer = nn.Linear(3 * 16 * 16, width)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> Encoded:
+        values = self.layer(inputs["image"].flatten(1).double() / 255)
+        return Encoded(values[:, None], torch.ones_like(values[:, :1], dtype=torch.bool), values)
+
+
+class Words(Encoder):
+    """The mean of embedded tokens, in float64."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out_dim = width
+        self.table = nn.Embedding(200, width)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> Encoded:
+        tokens, mask = self.table(inputs["text"]), inputs["text_mask"]
+        return Encoded(tokens, mask, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
+
+
+def make_model(width: int, seed: int):
+    torch.manual_seed(seed)
+    return around({"image": Pixels(width), "text": Words(width)}).double()
+
+
+def main() -> None:
+    folder, results = Path(sys.argv[1]), Path(sys.argv[2])
+    settings = {name: json.loads(value) for name, value in (item.split("=", 1) for item in sys.argv[3:])}
+    ranks = join()
+    data = PreparedData.open(folder / "data")
+    tokenizer = folder / "tokenizer.json"
+    slices = {"rank": ranks.rank, "world_size": ranks.count}
+    rows = settings.pop("batch_size", 24)
+    loader = make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows, **slices)
+    valid = make_loader(data, tokenizer, split="valid", shuffle=False, augment=None, **slices)
+    student, teacher = make_model(8, 0), make_model(8, 1).eval().requires_grad_(False)
+    objective = terms(*TERMS)
+    asked = Tapped(teacher, ["encoders.image.layer"])
+
+    def ask(batches):
+        with torch.no_grad():
+            return asked(batches["teacher"])
+
+    first = next(make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows).epoch(0))
+    tapped, made = make_objective(student, objective, first["student"], ask(first))
+    config = TrainConfig.model_validate({"epochs": 5, "batch_size": rows, "lr": 0.01} | settings)
+    run = results / "run"
+    run.mkdir(parents=True, exist_ok=True)
+    kept, losses = {}, []
+
+    class Noting(Stepper):
+        def _gradients(self, batch, answer):
+            count, values = super()._gradients(batch, answer)
+            losses.append(values)
+            if len(losses) in (1, 4):  # a full batch, and the ragged last one of the epoch
+                named = dict(self.trainee.named_parameters())
+                kept.update({f"{len(losses)}.{n}": p.grad.clone() for n, p in named.items() if p.grad is not None})
+            return count, values
+
+    engine.Stepper = Noting
+    batches = evaluate.clean_batches(valid, "student")
+    validate = partial(evaluate.validation_accuracy, batches=batches, total=ranks.sum)
+    info = fit(Job(tapped, made, loader, "student", config, run, 0, validate, ask))
+    if ranks.first:
+        save_file(kept, results / "gradients.safetensors")
+        (results / "losses.json").write_text(json.dumps({"losses": losses, "info": info}))
+
+
+if __name__ == "__main__":
+    main()

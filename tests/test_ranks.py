@@ -1,0 +1,92 @@
+"""Several processes train what one trains: losses, gradients, weights, caches; they stop and go on together."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import write_prepared, write_wordpiece
+from tiny_project import ROOT, make_project
+
+TESTS = Path(__file__).parent
+
+
+def launch(count: int, *command: str | Path) -> subprocess.Popen:
+    """Start processes as a user does, one thread each."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, *(launcher if count > 1 else []), *map(str, command)]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    write_prepared(folder / "data")
+    write_wordpiece(folder / "tokenizer.json")
+    return folder
+
+
+def train(place, name, count, *settings):
+    finished(launch(count, TESTS / "ranks_job.py", place, place / name, *settings))
+    found = json.loads((place / name / "losses.json").read_text())
+    weights = load_file(place / name / "run" / "model.safetensors")
+    return found, load_file(place / name / "gradients.safetensors"), weights
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], id="adamw"),
+        pytest.param(['optimizer="sgd"', "ema=0.9", "accumulate=2"], id="micro-batches", marks=pytest.mark.slow),
+        pytest.param(["batch_size=79"], id="one-row-for-two-ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_give_what_one_gives(place, settings):
+    """Of 80 rows, one lacks its text, one its image and one a label; the last batch of 24 has 8 rows."""
+    micro = any(item.startswith("accumulate") for item in settings)
+    name = "-".join(item.split("=")[0] for item in settings) or "plain"
+    one = train(place, f"{name}-1", 1, *settings)
+    two = train(place, f"{name}-2", 2, *settings)
+    assert len(one[0]["losses"]) == len(two[0]["losses"]) == one[0]["info"]["steps"]
+    for alone, joined in zip(one[0]["losses"][:20], two[0]["losses"][:20], strict=True):
+        for term, value in alone.items():  # a contrastive term compares other rows in other micro-batches
+            if not micro:
+                assert joined[term] == pytest.approx(value, rel=1e-6), term
+    assert one[1].keys() == two[1].keys() and len(one[1]) > 20
+    for term, value in one[1].items():
+        if not micro:
+            torch.testing.assert_close(two[1][term], value, rtol=1e-6, atol=1e-9, msg=term)
+    if not micro:
+        for term, value in one[2].items():
+            torch.testing.assert_close(two[2][term], value, rtol=1e-5, atol=1e-5, msg=term)
+
+
+def shards(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.glob("*.safetensors")}
+
+
+def test_a_recipe_runs_under_a_launcher_and_its_cache_is_the_same(tmp_path):
+    """The second run finds data and teacher of the first, and does the rest with two processes."""
+    recipe = make_project(tmp_path)
+    one, two = tmp_path / "one" / "tiny", tmp_path / "two" / "tiny"
+    finished(launch(1, "-m", "distill", "cache", recipe, f"output={one.parent}"))
+    shutil.copytree(one, two)
+    shutil.rmtree(two / "cache")
+    out = finished(launch(2, "-m", "distill", "run", recipe, f"output={two.parent}"))
+    assert out.count("cache: done") == out.count("student: done") == out.count("report: done") == 1
+    assert "teacher: done" not in out
+    assert shards(two / "cache") == shards(one / "cache") and len(shards(one / "cache")) > 1
+    report = json.loads((two / "report" / "report.json").read_text())
+    assert {model["name"] for model in report["models"]} >= {"teacher", "student", "onnx-int8"}
