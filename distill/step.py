@@ -72,6 +72,7 @@ class Stepper:
         self.micro_batches = config.accumulate  # more once the memory did not suffice
         self.skipped = 0  # steps in a row
         self._buffers = list(trainee.buffers())
+        self._compares_ranks = ranks.count > 1 and any(trainee.objective.relational)
 
     def __call__(
         self, batches: dict[str, Batch], reads: str, ask: Callable[[dict[str, Batch]], Outputs] | None
@@ -114,31 +115,38 @@ class Stepper:
 
     def _gradients(self, batch: Batch, teacher: Outputs | None) -> tuple[int, dict[str, float]]:
         """Leave the global batch's gradients at the parameters; split it further where the memory does not suffice."""
+        together = self.ranks.count > 1
+        whole = self.ranks.sum(self.trainee.objective.num_rows(batch).to(self.device)).cpu() if together else None
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._forward_backward(batch, teacher)
+                names, logged = self._forward_backward(batch, teacher, whole)
+                break
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
                 self._split(len(batch.ids), error)
+        self.ranks.sum_gradients(self.parameters)
+        *sums, count = self.ranks.sum(logged).tolist()
+        return round(count), dict(zip(names, sums, strict=True))
 
-    def _forward_backward(self, batch: Batch, teacher: Outputs | None) -> tuple[int, dict[str, float]]:
-        parts = self._parts(batch)
-        shares = self._shares([batch if rows is None else take(batch, rows) for rows in parts])
+    def _forward_backward(
+        self, batch: Batch, teacher: Outputs | None, whole: Tensor | None
+    ) -> tuple[list[str], Tensor]:
+        """Add up this rank's gradients, and its share in each logged value and in the number of rows."""
+        rows = self._micro_batches(batch)
+        parts = [batch] if len(rows) == 1 else [take(batch, some) for some in rows]
         names: list[str] = []
         logged: Any = 0.0
-        for rows, share in zip(parts, shares, strict=True):
-            part, answer = (batch, teacher) if rows is None else (take(batch, rows), teacher and take(teacher, rows))
+        for part, some, share in zip(parts, rows, self._shares(parts, whole), strict=True):
+            answer = teacher if len(rows) == 1 or teacher is None else take(teacher, some)
             with torch.autocast(self.device.type, PRECISIONS.get(self.config.precision), self.config.precision != "no"):
                 loss, values = self._forward(part, answer, share)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             names = ["loss", *values]
             scalars = [loss, *values.values(), loss.new_tensor(len(part.ids))]
             logged = logged + torch.stack([scalar.detach().to(loss.dtype) for scalar in scalars])
-        self.ranks.sum_gradients(self.parameters)
-        *sums, count = self.ranks.sum(logged).tolist()
-        return round(count), dict(zip(names, sums, strict=True))
+        return names, logged
 
     def _forward(self, *part: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if len(part[0].ids):
@@ -148,28 +156,27 @@ class Stepper:
         self.trainee.train()
         return result
 
-    def _parts(self, batch: Batch) -> list[Tensor | None]:
-        """The rows of each micro-batch; None for all of them."""
-        smallest = -self.ranks.largest([-len(batch.ids)], self.device)[0] if self.micro_batches > 1 else 0
+    def _micro_batches(self, batch: Batch) -> list[Tensor]:
+        """The rows of each micro-batch; as many on every rank where a term compares the rows of all."""
+        smallest = len(batch.ids)
+        if self._compares_ranks and self.micro_batches > 1:
+            smallest = -self.ranks.largest([-smallest], self.device)[0]
         count = min(self.micro_batches, max(1, smallest))
-        if count == 1:
-            return [None]
         everything = torch.arange(len(batch.ids), device=batch.ids.device)
         return [everything[first::count] for first in range(count)]  # both kinds of rows of a mixed batch in each
 
-    def _shares(self, parts: list[Batch]) -> list[list[float] | None]:
+    def _shares(self, parts: list[Batch], whole: Tensor | None) -> list[list[float] | None]:
         """What each term of each part of this rank counts in the global batch; None where that is all of it."""
         if len(parts) == 1 and self.ranks.count == 1:
             return [None]
-        own = torch.stack([self.trainee.objective.num_rows(part) for part in parts]).double()
-        together = self.ranks.sum(own.to(self.device)).cpu() if self.ranks.count > 1 else own
-        whole = together.sum(dim=0).clamp(min=1)
-        relational = torch.tensor(self.trainee.objective.relational)
-        return torch.where(relational, together / self.ranks.count, own).div(whole).tolist()
+        objective = self.trainee.objective
+        own = torch.stack([objective.num_rows(part) for part in parts]).double()
+        together = self.ranks.sum(own.to(self.device)).cpu() / self.ranks.count if self._compares_ranks else own
+        total = own.sum(dim=0) if whole is None else whole
+        return (torch.where(torch.tensor(objective.relational), together, own) / total.clamp(min=1)).tolist()
 
     def _split(self, rows: int, error: RuntimeError) -> None:
-        objective = self.trainee.objective
-        if self.ranks.count > 1 and any(objective.relational):
+        if self._compares_ranks:  # the others wait for these rows
             raise TrainingError(f"out of memory ({_first_line(error)}); lower train.batch_size") from error
         if self.micro_batches >= rows:
             message = f"out of memory with one row at a time ({_first_line(error)}); use a smaller model"

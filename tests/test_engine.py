@@ -15,7 +15,7 @@ from tiny import LABELS, make_loader, make_model, make_objective, terms
 
 from distill import checkpoint, engine, evaluate
 from distill.config import TrainConfig
-from distill.contracts import IGNORE, UserError
+from distill.contracts import IGNORE, Outputs, UserError
 from distill.engine import Job, build_optimizer, fit, lr_factor
 from distill.interrupts import InterruptedRunError
 from distill.step import Trainee, TrainingError
@@ -256,16 +256,16 @@ def test_another_seed_gives_other_weights(make_job):
 
 
 class Poisoned:
-    """A teacher-free loss that is not finite, or whose gradient is not, from one step on."""
+    """A loss that is not finite, or whose gradient is not, from behind one call to another."""
 
-    def __init__(self, job, at, poison):
-        self.calls, self.at, self.poison, self.inner = 0, at, poison, job.objective.forward
+    def __init__(self, job, at, poison, last=10**9):
+        self.calls, self.at, self.poison, self.last, self.inner = 0, at, poison, last, job.objective.forward
         job.objective.forward = self
 
     def __call__(self, student, teacher, batch, shares=None, ranks=None):
         total, values = self.inner(student, teacher, batch, shares, ranks)
         self.calls += 1
-        if self.calls <= self.at:
+        if not self.at < self.calls <= self.last:
             return total, values
         zero = student.logits["kind"].sum() * 0
         return total + (zero.sqrt() if self.poison == "gradient" else zero + torch.nan), values
@@ -292,6 +292,88 @@ def test_a_value_that_is_not_finite_stops_with_the_weights_unchanged_and_the_row
     rows = list(job.loader.epoch(1))[2]["student"].ids.tolist()
     assert listed["ids"] == rows
     assert not (job.folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_bad_step_is_left_out_and_training_goes_on(make_job, policy, caplog):
+    """Weights, averages and BatchNorm's statistics are those of before; rollback takes those of the last checkpoint."""
+    job = make_job(not_finite=policy, ema=0.9, checkpoint_minutes=60.0)
+    Poisoned(job, 7, "loss", last=8)
+    states = []
+
+    def report(done, total, note):
+        states.append({name: value.detach().clone() for name, value in job.tapped.model.state_dict().items()})
+
+    job.report = report
+    first = {name: value.clone() for name, value in job.tapped.model.state_dict().items()}
+    info = fit(job)
+    assert info["steps"] == 15 and len(states) == 15
+    assert_same(states[7], states[6] if policy == "skip" else first)
+    assert any(not torch.equal(states[8][name], states[7][name]) for name in states[8])
+    assert all(bool(torch.isfinite(value).all()) for value in weights(job).values())
+    listed = json.loads((job.folder / "not_finite.json").read_text())
+    assert listed["ids"] == list(job.loader.epoch(1))[2]["student"].ids.tolist()
+    assert "this step is left out" in caplog.text
+    assert math.isfinite(lines(job)[1]["train/loss"])
+
+
+def test_ten_bad_steps_in_a_row_stop_the_run(make_job):
+    job = make_job(not_finite="skip")
+    Poisoned(job, 2, "gradient")
+    with pytest.raises(TrainingError, match="for the 10th step in a row"):
+        fit(job)
+
+
+def test_a_teacher_that_is_not_finite_is_named(make_job):
+    objective = terms({"loss": "cross_entropy", "task": "kind"}, {"loss": "mse_logits", "task": "tone"})
+
+    def teacher(batches):
+        return Outputs({"tone": torch.full((len(batches["student"].ids), 2), torch.nan)}, {}, {})
+
+    job = make_job(objective=objective, teacher=teacher, example=Outputs({"tone": torch.zeros(1, 2)}, {}, {}))
+    with pytest.raises(TrainingError, match="the teacher's 'tone' is not finite"):
+        fit(job)
+
+
+class Memory:
+    """Memory for so many rows, from one step on."""
+
+    def __init__(self, job, at, rows):
+        self.calls, self.at, self.rows, self.inner = 0, at, rows, job.objective.forward
+        job.objective.forward = self
+
+    def __call__(self, student, teacher, batch, shares=None, ranks=None):
+        self.calls += 1
+        if self.calls >= self.at and len(batch.ids) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.inner(student, teacher, batch, shares, ranks)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_without_memory_the_effective_batch_stays(make_job, wordpiece_file, step, caplog):
+    options = {"optimizer": "sgd", "clip_norm": None}
+    whole = make_job("whole", model=plain_model(wordpiece_file), **options)
+    fit(whole)
+    job = make_job("split", model=plain_model(wordpiece_file), **options)
+    Memory(job, step, 5)  # of 16 rows: a half is too much, a quarter is not
+    fit(job)
+    assert "now read in 4 parts; the effective batch stays, but BatchNorm" in caplog.text
+    for one, other in zip(lines(whole), lines(job), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(job)[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_too_little_memory_for_one_row_ends_in_a_sentence(make_job):
+    job = make_job()
+    Memory(job, 1, 0)
+    with pytest.raises(TrainingError, match=r"out of memory with one row at a time .*; use a smaller model"):
+        fit(job)
+
+
+def test_max_minutes_ends_the_run_with_a_validated_model(make_job):
+    info = fit(make_job(max_minutes=1e-9))
+    assert info["steps"] == 1 and info["epochs"] == 1 and info["best"] > 0
 
 
 def plain_model(wordpiece_file):
