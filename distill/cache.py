@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from distill.contracts import Batch, Outputs, UserError
+from distill.inventory import CACHE_MANIFEST
 from distill.shards import Progress, Shard, ShardReader, array_hash, fill_store, open_manifest, shard_key, shard_size
 
-CACHE_MANIFEST = "cache.json"
 STORE_MANIFEST = "encoded.json"
 MIN_COSINE = 0.999
 _LARGEST_TABLE = 4  # the dense table of positions may have this many entries a row; beyond it, binary search

@@ -40,6 +40,8 @@ class Stage:
         config: the part of the recipe that its content depends on, as JSON values.
         version: raised when the stage's code changes what it writes.
         resumes: it can go on in a folder that a killed run left.
+        mends: where files of a finished folder are damaged it makes just these again, since it makes what is absent
+            and keeps what is whole. Training does not: its files are one result.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Stage:
     config: Callable[[Recipe], Any]
     version: int = 1
     resumes: bool = False
+    mends: bool = False
 
 
 def _student_architecture(recipe: Recipe) -> Any:
@@ -107,6 +110,7 @@ STAGES = (
             r.seed,
         ],
         resumes=True,
+        mends=True,
     ),
     Stage(
         "transfer",
@@ -139,6 +143,7 @@ STAGES = (
         ("data", "towers", "transfer", "teacher"),
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
         resumes=True,
+        mends=True,
     ),
     Stage(
         "baseline",
@@ -341,7 +346,7 @@ def run(
 
 def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
     stage = item.stage
-    start(folder, item.key, resume=stage.resumes)
+    start(folder, item.key, resume=stage.resumes, mend=stage.mends)
     work.done[stage.name] = Artifact(stage.name, folder, item.key)
     wall, cpu = time.monotonic(), _cpu_seconds()
     info = stage.run(work, folder)

@@ -25,6 +25,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from distill.contracts import UserError
+from distill.inventory import INDEX
 from distill.runs import atomic, check_disk, fingerprint, read_json, sha256_file, write_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,7 +46,6 @@ Produce = Callable[[int, int, int], dict[str, Tensor]]
 
 Progress = Callable[[int, int], None]
 _Arrays = list[tuple[str, np.ndarray]]
-INDEX = "index.safetensors"
 
 
 def shard_size(rows: int, shard_rows: int) -> int:
@@ -130,7 +130,10 @@ def open_manifest(folder: Path, manifest_name: str, key: Mapping[str, Any], what
     path = folder / manifest_name
     if not path.is_file():
         raise UserError(f"no finished {what} in {folder}; fill it first")
-    manifest: dict[str, Any] = read_json(path)
+    try:
+        manifest: dict[str, Any] = read_json(path)
+    except ValueError:
+        raise UserError(f"{path} is not readable; {_MEND}") from None
     key, absent = json.loads(json.dumps(dict(key))), object()  # as the manifest has it: lists for tuples
     parts = sorted(manifest["key"].keys() | key.keys())
     differing = [part for part in parts if manifest["key"].get(part, absent) != key.get(part, absent)]
@@ -243,7 +246,7 @@ class ShardReader:
         return self.folder / f"{shard['name']}.safetensors"
 
 
-_MEND = "fill the store again: whole shards are kept"
+_MEND = "run the same command again: it makes damaged files again and keeps the others"
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
