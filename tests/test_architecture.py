@@ -16,6 +16,7 @@ LEVELS = {
     2: {
         "distill.runs",
         "distill.inventory",
+        "distill.positions",
         "distill.recipe",
         "distill.shards",
         "distill.channels",
