@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.positions import WIDEST, Positions
@@ -16,6 +16,7 @@ def check(ids, asked):
     assert position[known].tolist() == np.searchsorted(ids, asked[known]).tolist()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 200), min_size=1, max_size=300),
     st.integers(-1000, 1000),
