@@ -24,6 +24,7 @@ from distill.shards import Progress, Shard, ShardReader, array_hash, fill_store,
 
 STORE_MANIFEST = "encoded.json"
 MIN_COSINE = 0.999
+_USUAL_SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 2048, 16_384  # a shard is in memory while it is filled
 
 
 def flatten(outputs: Outputs) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ class TeacherCache:
         key: Mapping[str, Any],
         dtype: str,
         batch_size: int,
-        shard_rows: int = 4096,
+        shard_rows: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         progress: Progress | None = None,
@@ -76,7 +77,8 @@ class TeacherCache:
             key: what the outputs depend on: part -> JSON value ("teacher", "preprocessing", "data", ...).
             dtype: "float16", "bfloat16" or "float32", of floating tensors.
             batch_size: most rows a call of ``produce``.
-            shard_rows: rows a file, more for large caches; a killed fill loses at most one file a rank.
+            shard_rows: rows a file, more for very large caches; by default 2,048 to 16,384, about 64 files a view. A
+                killed fill loses at most one file a rank.
             rank: this process among ``world_size``.
             world_size: processes that fill disjoint shards.
             progress: called with (rows done, rows in all) of this rank, each row counted once a view.
@@ -88,7 +90,7 @@ class TeacherCache:
             UserError: the disk is too small, or an output is not finite in ``dtype``.
         """
         assert rows.ndim == 1 and len(rows) and (rows[1:] > rows[:-1]).all(), "ids must be strictly increasing"
-        size = shard_size(len(rows), shard_rows)
+        size = shard_size(len(rows), shard_rows or _default_shard_rows(len(rows)))
         plan, shards = _plan(rows, views, size, key, dtype)
 
         def compute(number: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -326,6 +328,11 @@ class EncodedStore:
             UserError: naming the first that differs.
         """
         self._reader.verify()
+
+
+def _default_shard_rows(rows: int) -> int:
+    """Rows a shard: a batch in random order reads from every shard, so more rows should not mean many more shards."""
+    return min(max(_FEWEST_ROWS, -(-rows // _USUAL_SHARDS)), _MOST_ROWS)
 
 
 def _plan(
