@@ -90,7 +90,7 @@ class TeacherCache:
             UserError: the disk is too small, or an output is not finite in ``dtype``.
         """
         assert rows.ndim == 1 and len(rows) and (rows[1:] > rows[:-1]).all(), "ids must be strictly increasing"
-        size = shard_size(len(rows), shard_rows or _default_shard_rows(len(rows)))
+        size = shard_size(len(rows), shard_rows or default_shard_rows(len(rows)))
         plan, shards = _plan(rows, views, size, key, dtype)
 
         def compute(number: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -330,8 +330,8 @@ class EncodedStore:
         self._reader.verify()
 
 
-def _default_shard_rows(rows: int) -> int:
-    """Rows a shard: a batch in random order reads from every shard, so more rows should not mean many more shards."""
+def default_shard_rows(rows: int) -> int:
+    """Return the rows of a shard: a batch reads from every shard, so more rows should not mean many more of them."""
     return min(max(_FEWEST_ROWS, -(-rows // _USUAL_SHARDS)), _MOST_ROWS)
 
 
