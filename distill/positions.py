@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +21,7 @@ class Positions:
         ids: integers [N], strictly increasing; kept, not copied.
     """
 
-    def __init__(self, ids: NDArray[np.integer]) -> None:
+    def __init__(self, ids: NDArray[Any]) -> None:
         self._ids, self._first, self._last = ids, int(ids[0]), int(ids[-1])
         span = self._last - self._first + 1
         self._words: NDArray[np.uint64] | None = None
@@ -29,14 +31,15 @@ class Positions:
                 word, mask = self._bits(ids[start : start + _CHUNK].astype(np.int64))
                 np.bitwise_or.at(self._words, word, mask)
             counts = np.bitwise_count(self._words)
-            self._before = np.cumsum(counts, dtype=np.int64 if len(ids) >= 2**31 else np.int32)
-            self._before -= counts
+            kind: Any = np.int64 if len(ids) >= 2**31 else np.int32
+            self._before: NDArray[Any] = np.cumsum(counts, dtype=kind) - counts.astype(kind)
 
     def find(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return the position of each id, int64 [B], and whether it is there, bool [B]; the others' have no meaning."""
         inside = ids.clip(self._first, self._last)
         if self._words is None:  # keys of the ids' own type: else numpy would convert all ids in each call
-            position = np.searchsorted(self._ids, inside.astype(self._ids.dtype))
+            keys: Any = inside.astype(self._ids.dtype)
+            position = np.searchsorted(self._ids, keys)
             return position, self._ids[position] == ids
         word, mask = self._bits(inside)
         bits = self._words[word]

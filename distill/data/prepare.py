@@ -62,7 +62,7 @@ class PreparedData:
     ids: NDArray[np.int64]
     split: NDArray[np.str_]
     groups: NDArray[np.int64]
-    texts: Sequence[str]
+    texts: Texts | list[str]
     images: NDArray[np.uint8] | None
     present: dict[str, NDArray[np.bool_]]
     targets: dict[str, NDArray[np.int64]]
