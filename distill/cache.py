@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from distill.contracts import Batch, Outputs, UserError
+from distill.inventory import CACHE_MANIFEST
+from distill.positions import Positions
 from distill.shards import Progress, Shard, ShardReader, array_hash, fill_store, open_manifest, shard_key, shard_size
 
-CACHE_MANIFEST = "cache.json"
 STORE_MANIFEST = "encoded.json"
 MIN_COSINE = 0.999
-_LARGEST_TABLE = 4  # the dense table of positions may have this many entries a row; beyond it, binary search
+_USUAL_SHARDS, _FEWEST_ROWS, _MOST_ROWS = 64, 2048, 16_384  # a shard is in memory while it is filled
 
 
 def flatten(outputs: Outputs) -> dict[str, Tensor]:
@@ -45,7 +46,7 @@ class TeacherCache:
 
     Attributes:
         info: the manifest: ``tensors``, ``rows``, ``views``, ``bytes``, ``bytes_per_row``, ``seconds``, ``key``
-        ids: int64 [N], the sorted ids that it holds.
+        ids: int32 or int64 [N], the sorted ids that it holds, memory-mapped.
         views: the views that it holds, in stored order.
     """
 
@@ -59,7 +60,7 @@ class TeacherCache:
         key: Mapping[str, Any],
         dtype: str,
         batch_size: int,
-        shard_rows: int = 4096,
+        shard_rows: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         progress: Progress | None = None,
@@ -76,7 +77,8 @@ class TeacherCache:
             key: what the outputs depend on: part -> JSON value ("teacher", "preprocessing", "data", ...).
             dtype: "float16", "bfloat16" or "float32", of floating tensors.
             batch_size: most rows a call of ``produce``.
-            shard_rows: rows a file, more for large caches; a killed fill loses at most one file a rank.
+            shard_rows: rows a file, more for very large caches; by default 2,048 to 16,384, about 64 files a view. A
+                killed fill loses at most one file a rank.
             rank: this process among ``world_size``.
             world_size: processes that fill disjoint shards.
             progress: called with (rows done, rows in all) of this rank, each row counted once a view.
@@ -87,8 +89,8 @@ class TeacherCache:
         Raises:
             UserError: the disk is too small, or an output is not finite in ``dtype``.
         """
-        assert rows.ndim == 1 and len(rows) and (np.diff(rows) > 0).all(), "ids must be strictly increasing"
-        size = shard_size(len(rows), shard_rows)
+        assert rows.ndim == 1 and len(rows) and (rows[1:] > rows[:-1]).all(), "ids must be strictly increasing"
+        size = shard_size(len(rows), shard_rows or default_shard_rows(len(rows)))
         plan, shards = _plan(rows, views, size, key, dtype)
 
         def compute(number: int, start: int, stop: int) -> dict[str, Tensor]:
@@ -124,9 +126,9 @@ class TeacherCache:
         self.folder, self.info = folder, info
         self.views: list[int] = info["views"]
         self._reader = ShardReader(folder, info)
-        self.ids = self._reader.index["ids"].astype(np.int64)
+        self.ids = self._reader.index["ids"]
         self._blocks = len(self._reader.shards) // len(self.views)
-        self._table = _dense_table(self.ids)
+        self._positions = Positions(self.ids)
         self._view_order = {view: number for number, view in enumerate(self.views)}
 
     def lookup(self, ids: Tensor, views: Tensor, dtype: torch.dtype | None = torch.float32) -> Outputs:
@@ -143,7 +145,11 @@ class TeacherCache:
         Raises:
             UserError: an id or a view is not in the cache, or a shard is damaged.
         """
-        position = self._positions(ids.cpu().numpy())
+        rows = ids.cpu().numpy()
+        position, known = self._positions.find(rows)
+        if not known.all():
+            unknown = int(rows[~known][0])
+            raise UserError(f"teacher cache {self.folder} does not hold row {unknown}; fill it for these rows")
         size = self.info["shard_rows"]
         numbers = self._view_numbers(views) * self._blocks + position // size
         return unflatten(self._reader.gather(numbers, position % size, dtype))
@@ -180,7 +186,7 @@ class TeacherCache:
         picked = np.unique(np.linspace(0, len(self.ids) - 1, min(count, len(self.ids))).round().astype(np.int64))
         worst = (1.0, 0, 0, "")
         for number, view in enumerate(self.views):
-            ids = self.ids[picked[number % len(picked) :: len(self.views)]]
+            ids = self.ids[picked[number % len(picked) :: len(self.views)]].astype(np.int64)
             if not len(ids):
                 continue
             stored = flatten(self.lookup(torch.from_numpy(ids), torch.full((len(ids),), view)))
@@ -199,19 +205,6 @@ class TeacherCache:
                 f"teacher gives now (cosine {worst[0]:.4f}, expected {MIN_COSINE}); fill it again"
             )
         return worst[0]
-
-    def _positions(self, ids: np.ndarray) -> np.ndarray:
-        first, last = int(self.ids[0]), int(self.ids[-1])
-        if self._table is None:
-            position = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
-            known = self.ids[position] == ids
-        else:
-            position = self._table.take(ids - first, mode="clip")
-            known = (position >= 0) & (ids >= first) & (ids <= last)
-        if not known.all():
-            unknown = int(ids[~known][0])
-            raise UserError(f"teacher cache {self.folder} does not hold row {unknown}; fill it for these rows")
-        return position
 
     def _view_numbers(self, views: Tensor) -> np.ndarray:
         wanted = views.cpu().numpy()
@@ -337,6 +330,11 @@ class EncodedStore:
         self._reader.verify()
 
 
+def default_shard_rows(rows: int) -> int:
+    """Return the rows of a shard: a batch reads from every shard, so more rows should not mean many more of them."""
+    return min(max(_FEWEST_ROWS, -(-rows // _USUAL_SHARDS)), _MOST_ROWS)
+
+
 def _plan(
     rows: np.ndarray, views: Sequence[int], size: int, key: Mapping[str, Any], dtype: str
 ) -> tuple[list[tuple[int, np.ndarray]], list[Shard]]:
@@ -365,16 +363,6 @@ def _narrowest(ids: np.ndarray) -> np.ndarray:
     """Halve the bytes of ids that fit into 32 bits."""
     limits = np.iinfo(np.int32)
     return ids.astype(np.int32) if ids[0] >= limits.min and ids[-1] <= limits.max else ids.astype(np.int64)
-
-
-def _dense_table(ids: np.ndarray) -> np.ndarray | None:
-    """Return id - first id -> position (-1 where there is none), or None where ids lie too far apart."""
-    span = int(ids[-1]) - int(ids[0]) + 1
-    if span > _LARGEST_TABLE * len(ids):
-        return None
-    table = np.full(span, -1, np.int64)
-    table[ids - ids[0]] = np.arange(len(ids))
-    return table
 
 
 def _cosines(stored: Tensor, fresh: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import __version__
+from distill import __version__, cache_commands
 from distill.contracts import UserError
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def run(
     _finish_run(loaded, _run(loaded, None, force, as_json=as_json), as_json=as_json)
 
 
-def _stage_command(name: str, until: str, text: str) -> None:
-    """Add a verb that runs a recipe up to one stage."""
+def _stage_command(name: str, until: str, text: str, group: typer.Typer = app, command: str = "") -> None:
+    """Add a verb (or a command of a verb) that runs a recipe up to one stage."""
 
     def verb(
         recipe: RecipeArgument,
@@ -100,11 +100,18 @@ def _stage_command(name: str, until: str, text: str) -> None:
             typer.echo(f"{name}: {artifact.path}")
 
     verb.__doc__ = text
-    app.command(name)(verb)
+    group.command(command or name)(verb)
 
 
 _stage_command("train", "student", "Fit the teacher, fill its cache and distil the student.")
-_stage_command("cache", "cache", "Fit the teacher and store its outputs for every training row and view.")
+_stage_command(
+    "cache",
+    "cache",
+    "Fit the teacher and store its outputs for every training row and view.",
+    cache_commands.app,
+    cache_commands.DEFAULT,
+)
+app.add_typer(cache_commands.app)
 _stage_command("prune", "pruned", "Prune the distilled student and recover its accuracy.")
 _stage_command("export", "export", "Write the onnx-fp32 bundle of the pruned student.")
 _stage_command("quantize", "quantize", "Write the onnx-int8 bundle from the fp32 graph.")

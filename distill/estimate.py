@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distill.build import build_model, example_batch, input_spec
-from distill.cache import flatten
-from distill.config import ModelConfig, Recipe
-from distill.contracts import SPLITS, TRAIN, Batch, UserError
+from distill.cache import default_shard_rows, flatten
+from distill.config import AugmentConfig, ModelConfig, Recipe
+from distill.contracts import SPLITS, TRAIN, Batch, Outputs, UserError
 from distill.data.rows import encode_targets, read_rows
 from distill.data.sources import open_source
 from distill.losses.objective import tap_paths
 from distill.multimodal import MultimodalModel, Tapped
-from distill.shards import DTYPES
+from distill.shards import DTYPES, shard_size
 from distill.towers import frozen_towers
 from distill.workspace import takes_tokenizer
 
 ROWS, LENGTH, REPEATS = 64, 8, 3  # of the batch that is timed
+ID_BYTES, HEADER_BYTES, SHARD_BYTES, MANIFEST_BYTES = 4, 70, 1000, 2000  # of files that describe, roughly
 Registry = Mapping[str, Callable[..., Any]]
 
 
@@ -32,7 +36,8 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         encoders: encoder type -> class.
 
     Returns:
-        ``rows`` a split; ``num_params`` of teacher and student; ``disk_bytes`` of data, towers and cache, at most;
+        ``rows`` a split; ``num_params`` of teacher and student; ``disk_bytes`` of data and towers, at most, and of the
+        cache with the answers to the transfer set, within a few percent;
         ``seconds`` of encoding and training, from a few steps timed here and now. What needs weights that are not
         there is left out, and ``missing`` says why.
 
@@ -53,21 +58,29 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     except UserError as error:
         return {**found, "missing": str(error)}
     found["num_params"]["teacher"] = _num_params(teacher)
-    views, train = recipe.cache.views, counts[TRAIN]
+    views, train = (recipe.cache.views if recipe.data.augment != AugmentConfig() else 1), counts[TRAIN]
+    texts = recipe.transfer.texts
     encode, batch, tower_bytes = _encoded(teacher, recipe)
-    outputs = Tapped(teacher, tap_paths(recipe.student.objective, "teacher"))(batch)
-    stored = sum(tensor.numel() for tensor in flatten(outputs).values()) * DTYPES[recipe.cache.dtype].itemsize / ROWS
-    inputs, answered = len(rows.ids) + train * views, train * views + recipe.transfer.texts
-    found["disk_bytes"] |= {"towers": int(inputs * tower_bytes), "cache": int(answered * stored)}
+    tapped = Tapped(teacher.eval(), tap_paths(recipe.student.objective, "teacher"))
+    with torch.no_grad():
+        answer = _least_seconds(lambda: tapped(batch)) / ROWS
+        stored = _store_bytes(tapped(batch), train, views, recipe.cache.dtype)
+        if texts:
+            stored += _store_bytes(tapped(_texts_alone(batch)), texts, 1, recipe.cache.dtype)
+    inputs = len(rows.ids) + train * views
+    found["disk_bytes"] |= {"towers": int(inputs * tower_bytes), "cache": stored}
     step = {"teacher": _seconds_a_row(teacher, batch)}
-    step["student"] = _seconds_a_row(student, _encoded(student, recipe)[1])
+    example = _encoded(student, recipe)[1]
+    step["student"] = _seconds_a_row(student, example)
+    mixed = step["student"] + (recipe.transfer.ratio * _seconds_a_row(student, _texts_alone(example)) if texts else 0)
     fits = [*recipe.teacher.pretrain.values(), recipe.teacher.train]
-    budgets = {"baseline": recipe.student.train, "student": recipe.student.train, "pruned": recipe.prune.train}
     found["seconds"] = {
         "towers": inputs * encode,
-        **({"cache": recipe.transfer.texts * encode} if recipe.transfer.texts else {}),
         "teacher": train * sum(part.epochs for part in fits) * step["teacher"],
-        **{stage: train * budget.epochs * step["student"] for stage, budget in budgets.items()},
+        "cache": train * views * answer + texts * (encode + answer),
+        "baseline": train * recipe.student.train.epochs * step["student"],
+        "student": train * recipe.student.train.epochs * mixed,
+        "pruned": train * recipe.prune.train.epochs * mixed,
     }
     return found
 
@@ -97,8 +110,6 @@ def _num_params(model: MultimodalModel) -> int:
 
 def _encoded(model: MultimodalModel, recipe: Recipe) -> tuple[float, Batch, float]:
     """Return seconds a row of the frozen towers, a batch that holds their outputs, and those outputs' bytes a row."""
-    import torch
-
     spec = input_spec(model)
     batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
     inputs, size, began = dict(batch.inputs), 0.0, time.perf_counter()
@@ -113,11 +124,34 @@ def _encoded(model: MultimodalModel, recipe: Recipe) -> tuple[float, Batch, floa
     return (time.perf_counter() - began) / ROWS, batch._replace(inputs=inputs), size
 
 
-def _seconds_a_row(model: MultimodalModel, batch: Batch) -> float:
-    """Seconds of forward and backward, the best of a few."""
+def _texts_alone(batch: Batch) -> Batch:
+    """The same rows as a transfer set has them: nobody has an image, and there is none in the inputs."""
+    inputs = {name: value for name, value in batch.inputs.items() if name.startswith("text")}
+    present = {name: mask & (name == "text") for name, mask in batch.present.items()}
+    return batch._replace(inputs=inputs, present=present)
+
+
+def _store_bytes(outputs: Outputs, rows: int, views: int, dtype: str) -> int:
+    """Bytes of a cache of such outputs: values, ids, and of each shard its header, entry and lines in manifests."""
+    tensors = flatten(outputs)
+    row_bytes = sum(tensor[0].numel() * DTYPES[dtype].itemsize for tensor in tensors.values())
+    described = {name: {"shape": list(tensor.shape[1:]), "dtype": dtype} for name, tensor in tensors.items()}
+    specs = len(json.dumps(described, indent=2))
+    header = sum(len(name) + HEADER_BYTES for name in tensors)
+    shards = views * -(-rows // shard_size(rows, default_shard_rows(rows)))
+    return rows * (views * row_bytes + ID_BYTES) + shards * (header + specs + SHARD_BYTES) + specs + MANIFEST_BYTES
+
+
+def _least_seconds(work: Callable[[], Any]) -> float:
+    """Seconds of a call, the best of a few."""
     taken = []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        sum(logits.sum() for logits in model.train()(batch).logits.values()).backward()
+        work()
         taken.append(time.perf_counter() - began)
-    return min(taken) / ROWS
+    return min(taken)
+
+
+def _seconds_a_row(model: MultimodalModel, batch: Batch) -> float:
+    """Seconds of forward and backward, the best of a few."""
+    return _least_seconds(lambda: sum(v.sum() for v in model.train()(batch).logits.values()).backward()) / ROWS

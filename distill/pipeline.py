@@ -43,6 +43,8 @@ class Stage:
         version: raised when the stage's code changes what it writes.
         resumes: it can go on in a folder that a killed run left.
         together: all ranks of a launch share its work; the others are the first one's alone.
+        mends: where files of a finished folder are damaged it makes just these again, since it makes what is absent
+            and keeps what is whole. Training does not: its files are one result.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     version: int = 1
     resumes: bool = False
     together: bool = False
+    mends: bool = False
 
 
 def _student_architecture(recipe: Recipe) -> Any:
@@ -112,6 +115,7 @@ STAGES = (
         ],
         resumes=True,
         together=True,
+        mends=True,
     ),
     Stage(
         "transfer",
@@ -146,6 +150,7 @@ STAGES = (
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
         resumes=True,
         together=True,
+        mends=True,
     ),
     Stage(
         "baseline",
@@ -361,7 +366,7 @@ def _silent(line: str) -> None:
 def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
     stage, ranks = item.stage, work.ranks
     if ranks.first:
-        start(folder, item.key, resume=stage.resumes)
+        start(folder, item.key, resume=stage.resumes, mend=stage.mends)
     ranks.wait()
     work.done[stage.name] = Artifact(stage.name, folder, item.key)
     wall, cpu = time.monotonic(), _cpu_seconds()

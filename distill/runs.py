@@ -63,14 +63,23 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def start(folder: Path, key: str, *, resume: bool = False) -> Path:
-    """Make a stage's folder ready: empty, unless it may go on with what a stopped run of this fingerprint left.
+def start(folder: Path, key: str, *, resume: bool = False, mend: bool = False) -> Path:
+    """Make a stage's folder ready: empty, unless what is there belongs to this fingerprint and may stay.
 
-    A folder with a manifest was finished, so whoever starts it again found it damaged or stale.
+    A folder without a manifest is a stopped run's: with ``resume`` all of it stays. One with a manifest was finished,
+    so whoever starts it again found it damaged: with ``mend`` the files that have the manifest's hashes stay, and no
+    others.
     """
-    marker = folder / MARKER
-    stopped = marker.is_file() and marker.read_text() == key and not (folder / MANIFEST).exists()
-    if folder.exists() and not (resume and stopped):
+    manifest, marker = _manifest(folder), folder / MARKER
+    if mend and manifest.get("fingerprint") == key:
+        whole = {folder / name for name, entry in manifest["files"].items() if _is_whole(folder / name, entry)}
+        for path in [path for path in folder.rglob("*") if path.is_file()]:
+            if path not in whole and path.name not in (MANIFEST, MARKER):
+                path.unlink()
+        (folder / MANIFEST).unlink()
+    elif folder.exists() and not (
+        resume and marker.is_file() and marker.read_text() == key and not (folder / MANIFEST).exists()
+    ):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     marker.write_text(key)
@@ -96,20 +105,25 @@ def finish(folder: Path, stage: str, key: str, info: dict[str, Any]) -> Artifact
 
 def find(folder: Path, stage: str, key: str) -> Artifact | None:
     """Return the finished artifact of this fingerprint, or None if it is absent, other or damaged."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    content = _manifest(folder)
+    if content.get("fingerprint") != key or content.get("stage") != stage:
         return None
-    try:
-        content = read_json(manifest)
-    except ValueError:
+    if not all(_is_whole(folder / name, entry) for name, entry in content["files"].items()):
         return None
-    if content["fingerprint"] != key or content["stage"] != stage:
-        return None
-    for name, entry in content["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
-            return None
     return Artifact(stage, folder, key, content["info"])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return a stage's manifest, empty if it is absent or damaged."""
+    try:
+        content = read_json(folder / MANIFEST)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
 
 
 @contextmanager

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import load_file
 from safetensors.numpy import save as serialize_arrays
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from distill.contracts import UserError
+from distill.inventory import INDEX
 from distill.runs import atomic, check_disk, fingerprint, read_json, sha256_file, write_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,7 +45,6 @@ Produce = Callable[[int, int, int], dict[str, Tensor]]
 
 Progress = Callable[[int, int], None]
 _Arrays = list[tuple[str, np.ndarray]]
-INDEX = "index.safetensors"
 
 
 def shard_size(rows: int, shard_rows: int) -> int:
@@ -130,7 +129,10 @@ def open_manifest(folder: Path, manifest_name: str, key: Mapping[str, Any], what
     path = folder / manifest_name
     if not path.is_file():
         raise UserError(f"no finished {what} in {folder}; fill it first")
-    manifest: dict[str, Any] = read_json(path)
+    try:
+        manifest: dict[str, Any] = read_json(path)
+    except ValueError:
+        raise UserError(f"{path} is not readable; {_MEND}") from None
     key, absent = json.loads(json.dumps(dict(key))), object()  # as the manifest has it: lists for tuples
     parts = sorted(manifest["key"].keys() | key.keys())
     differing = [part for part in parts if manifest["key"].get(part, absent) != key.get(part, absent)]
@@ -149,7 +151,7 @@ class ShardReader:
     Shards are memory-mapped; each one's hash is verified when it is first read, once.
 
     Attributes:
-        index: the small arrays that were stored with it.
+        index: the arrays that were stored with it, memory-mapped.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -165,7 +167,7 @@ class ShardReader:
         self.folder, self.shards = folder, list(manifest["shards"])
         if not (folder / INDEX).is_file() or sha256_file(folder / INDEX) != manifest["index_sha256"]:
             raise UserError(f"{folder / INDEX} is absent or has changed since it was written; {_MEND}")
-        self.index: dict[str, np.ndarray] = load_file(folder / INDEX)
+        self.index = _mapped(folder / INDEX)
         tensors = manifest["tensors"]
         self._names = list(tensors)
         self._shapes = {name: tuple(spec["shape"]) for name, spec in tensors.items()}
@@ -231,8 +233,7 @@ class ShardReader:
 
     def _map(self, number: int) -> dict[str, np.ndarray]:
         self._verify(self.shards[number])
-        with safe_open(self._path(self.shards[number]), framework="pt") as file:
-            return {name: _numpy(file.get_tensor(name)) for name in self._names}
+        return _mapped(self._path(self.shards[number]))
 
     def _verify(self, shard: Mapping[str, Any]) -> None:
         path = self._path(shard)
@@ -243,7 +244,13 @@ class ShardReader:
         return self.folder / f"{shard['name']}.safetensors"
 
 
-_MEND = "fill the store again: whole shards are kept"
+_MEND = "run the same command again: it makes damaged files again and keeps the others"
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """Return a file's tensors as arrays whose pages are those of the file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: _numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - it is no dict
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

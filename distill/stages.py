@@ -29,6 +29,7 @@ from distill.data.transfer import (
     replace_words,
     whole_words,
 )
+from distill.inventory import TRANSFER as TRANSFER_PART
 from distill.losses.objective import Objective, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
 from distill.preprocess import TOKENIZER_FILE
@@ -132,7 +133,7 @@ def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
     transfer = work.transfer_loader(specs, EVALUATION_BATCH)
     if transfer is not None:
         label = "ask teacher about the transfer set"
-        extra = _fill(work, folder / "transfer", tapped, transfer, [CLEAN_VIEW], label)
+        extra = _fill(work, folder / TRANSFER_PART, tapped, transfer, [CLEAN_VIEW], label)
         info |= {f"transfer_{name}": extra[name] for name in ("rows", "bytes", "seconds")}
     return info
 
@@ -288,7 +289,7 @@ def _cached(work: Workspace) -> engine.Teacher:
     cache = TeacherCache.open(work.path("cache"), cache_key(work))
     if not work.recipe.transfer.texts:
         return lambda batches: cache(batches[STUDENT])
-    transfer = TeacherCache.open(work.path("cache") / "transfer", cache_key(work))
+    transfer = TeacherCache.open(work.path("cache") / TRANSFER_PART, cache_key(work))
     return lambda batches: join_outputs(cache(batches[STUDENT + LABELLED]), transfer(batches[STUDENT + TRANSFER]))
 
 

@@ -15,6 +15,8 @@ LEVELS = {
     1: {"distill", "distill.contracts", "distill.config", "distill.progress"},
     2: {
         "distill.runs",
+        "distill.inventory",
+        "distill.positions",
         "distill.recipe",
         "distill.shards",
         "distill.channels",
@@ -54,7 +56,7 @@ LEVELS = {
         "distill.estimate",
         "distill.pipeline",
     },
-    6: {"distill.cli", "distill.__main__"},
+    6: {"distill.cli", "distill.cache_commands", "distill.__main__"},
 }
 """A module, or a package for all of its modules -> a number: it imports its own number or lower."""
 
@@ -62,7 +64,7 @@ STAGE_IMPORTS = {("distill.engine", "distill.checkpoint"), ("distill.towers", "d
 """Stages do not import each other, but for these: (importer, imported)."""
 
 TORCH_FREE = ("distill.contracts", "distill.config", "distill.recipe", "distill.runs", "distill.preprocess",
-              "distill.predict", "distill.cli")  # fmt: skip
+              "distill.predict", "distill.inventory", "distill.cli", "distill.cache_commands")  # fmt: skip
 NAMES_MODELS = {"distill.pipeline"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 400, 60, 120
 TRAINING_LOOP = ("distill.engine", "fit")

@@ -272,6 +272,17 @@ def test_reading_is_fast(tmp_path: Path) -> None:
     assert rate > 200_000, f"{rate:.0f} rows a CPU-second over 25 shards"
 
 
+@pytest.mark.parametrize(("rows", "files"), [(2048, 1), (20_000, 10), (300_000, 64), (1_200_000, 74)])
+def test_a_cache_has_few_files_a_view(rows: int, files: int, tmp_path: Path) -> None:
+    def constant(ids: np.ndarray, view: int) -> Outputs:
+        return Outputs({"category": torch.zeros(len(ids), 1)}, {}, {})
+
+    info = TeacherCache.fill(
+        tmp_path, rows=np.arange(rows), views=[0], produce=constant, key=KEY, dtype="float16", batch_size=2**20
+    )
+    assert len(info["shards"]) == files and sum(shard["rows"] for shard in info["shards"]) == rows
+
+
 def test_large_stores_get_larger_shards() -> None:
     assert shards.shard_size(10**6, 4096) == 4096
     assert shards.shard_size(10**9, 4096) == -(-(10**9) // shards.MOST_SHARDS)

@@ -12,6 +12,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from distill.config import AugmentConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, UserError
+from distill.data import loader
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepare import PreparedData
 from distill.preprocess import Preprocessor, Tokenizer
@@ -135,6 +136,14 @@ def test_slices_of_the_ranks_are_the_batch_of_one(data, specs, world_size, batch
         assert torch.equal(joined, whole["teacher"].inputs["image"])
         tokens = [row[mask].tolist() for part in parts for row, mask in zip(*texts_of(part["teacher"]), strict=True)]
         assert tokens == [row[mask].tolist() for row, mask in zip(*texts_of(whole["teacher"]), strict=True)]
+
+
+def test_tokenizing_in_chunks_changes_nothing(data, specs, monkeypatch):
+    whole = list(make(data, specs).epoch(1))
+    monkeypatch.setattr(loader, "CHUNK", 3)
+    for one, other in zip(whole, make(data, specs).epoch(1), strict=True):
+        for name in specs:
+            assert_equal(one[name], other[name])
 
 
 def texts_of(batch: Batch):

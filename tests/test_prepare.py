@@ -169,7 +169,7 @@ def test_text_alone(tmp_path):
 
 def test_image_alone(tmp_path):
     _, data, _ = run(tmp_path, good_rows(), modalities={"image": "image"})
-    assert set(data.present) == {"image"} and data.texts == [""] * 10
+    assert set(data.present) == {"image"} and list(data.texts) == [""] * 10
 
 
 def test_rows_without_ids_and_groups(tmp_path):

@@ -114,6 +114,34 @@ def test_starting_a_finished_stage_again_empties_it(tmp_path):
     assert not (tmp_path / "teacher" / "a.txt").exists() and find(tmp_path / "teacher", "teacher", "k1") is None
 
 
+def test_mending_keeps_the_whole_files_of_the_same_fingerprint_only(tmp_path):
+    folder = tmp_path / "cache"
+    for key, mend, stays in [("k1", True, True), ("k2", True, False), ("k1", False, False)]:
+        made(folder)
+        (folder / "a.txt").write_text("two")
+        (folder / "sub" / "left.tmp").write_text("of a killed run")
+        whole = (folder / "sub" / "b.bin").stat()
+        start(folder, key, resume=True, mend=mend)
+        assert (folder / "sub" / "b.bin").exists() is stays
+        assert not (folder / "a.txt").exists() and not (folder / "sub" / "left.tmp").exists()
+        assert find(folder, "teacher", "k1") is None
+    made(folder)
+    (folder / "a.txt").unlink()
+    start(folder, "k1", mend=True)
+    assert (folder / "sub" / "b.bin").stat().st_size == whole.st_size
+    start(folder, "k1", resume=True, mend=True)  # a run that was killed while it mended goes on
+    assert (folder / "sub" / "b.bin").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_folder_whose_manifest_is_damaged_is_not_mended(tmp_path, content):
+    made(tmp_path / "cache")
+    (tmp_path / "cache" / MANIFEST).write_text(content)
+    assert find(tmp_path / "cache", "teacher", "k1") is None
+    start(tmp_path / "cache", "k1", resume=True, mend=True)
+    assert not (tmp_path / "cache" / "a.txt").exists()
+
+
 def test_discarding_makes_a_stage_neither_done_nor_resumable(tmp_path):
     made(tmp_path / "teacher")
     runs.discard(tmp_path / "teacher")

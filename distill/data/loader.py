@@ -21,10 +21,12 @@ from torch import Tensor
 from distill.config import AugmentConfig, TextAugment
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.data.prepare import PreparedData
+from distill.data.texts import distinct_texts
 from distill.data.transforms import augment_images, drop_words
 from distill.preprocess import Tokenizer
 
 PREFETCH = 2  # batches made ahead by a background thread
+CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text
 
 
 @dataclass(frozen=True)
@@ -211,14 +213,18 @@ class _TokenTable:
 
     def __init__(self, data: PreparedData, row_positions: NDArray[np.int64], spec: InputSpec) -> None:
         assert spec.tokenizer is not None
-        texts = [data.texts[position] for position in row_positions]
-        number = {text: code for code, text in enumerate(dict.fromkeys(texts))}
-        ids, mask, words = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id).words(list(number))
-        self._text_of_row = torch.full((len(data),), -1)
-        self._text_of_row[torch.from_numpy(row_positions)] = torch.tensor([number[text] for text in texts])
-        self._tokens = torch.from_numpy(ids.astype(np.int32))  # [distinct texts, longest]
-        self._words = torch.from_numpy(words.astype(np.int32))
-        self._lengths = torch.from_numpy(mask.sum(axis=1))
+        texts, number = distinct_texts(data.texts, row_positions)
+        self._text_of_row = torch.full((len(data),), -1, dtype=torch.int32)
+        self._text_of_row[torch.from_numpy(row_positions)] = torch.tensor(number)
+        tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id)
+        parts = [_tokenized(tokenizer, texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
+        shape = len(texts), max((part[0].shape[1] for part in parts), default=1)
+        self._tokens = torch.full(shape, spec.pad_id, dtype=torch.int32)  # [distinct texts, longest]
+        self._words = torch.full(shape, -1, dtype=torch.int32)
+        for start, (tokens, words, _) in zip(range(0, len(texts), CHUNK), parts, strict=True):
+            rows = slice(start, start + len(tokens))
+            self._tokens[rows, : tokens.shape[1]], self._words[rows, : tokens.shape[1]] = tokens, words
+        self._lengths = torch.cat([torch.zeros(0, dtype=torch.int64), *(lengths for _, _, lengths in parts)])
         self._pad_id = spec.pad_id
 
     def batch(
@@ -241,6 +247,12 @@ class _TokenTable:
         longest = max(lengths.tolist(), default=0) or 1
         mask = torch.arange(longest) < lengths[:, None]
         return tokens[:, :longest].to(torch.int64).masked_fill_(~mask, self._pad_id), mask
+
+
+def _tokenized(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and words, int32 [B, L], and lengths, int64 [B]."""
+    ids, mask, words = tokenizer.words(texts)
+    return torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(words.astype(np.int32)), torch.tensor(mask.sum(1))
 
 
 def _text_key(spec: InputSpec) -> InputSpec:

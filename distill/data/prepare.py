@@ -26,6 +26,7 @@ from distill.config import DataConfig
 from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
 from distill.data.rows import Rows, encode_targets, read_rows
 from distill.data.sources import Source, open_source
+from distill.data.texts import Texts
 from distill.preprocess import BadInput, decode_image
 
 IMAGE_FILE, ROWS_FILE, LABELS_FILE, REPORT_FILE = "image.npy", "rows.parquet", "labels.json", "data_report.json"
@@ -61,7 +62,7 @@ class PreparedData:
     ids: NDArray[np.int64]
     split: NDArray[np.str_]
     groups: NDArray[np.int64]
-    texts: list[str]
+    texts: Texts | list[str]
     images: NDArray[np.uint8] | None
     present: dict[str, NDArray[np.bool_]]
     targets: dict[str, NDArray[np.int64]]
@@ -77,9 +78,9 @@ class PreparedData:
         return cls(
             folder=folder,
             ids=columns["id"].to_numpy(),
-            split=np.array(columns["split"].to_pylist(), dtype=np.str_),
+            split=_fixed_width(columns["split"]),
             groups=columns["group"].to_numpy(),
-            texts=columns["text"].to_pylist(),
+            texts=Texts(columns["text"]),
             images=np.load(image_file, mmap_mode="r", allow_pickle=False) if image_file.is_file() else None,
             present=_with_prefix(columns, "present."),
             targets=_with_prefix(columns, "target."),
@@ -94,6 +95,13 @@ class PreparedData:
         """Return the positions of a split's rows, in order of id."""
         positions = np.flatnonzero(self.split == split)
         return positions[np.argsort(self.ids[positions], kind="stable")]
+
+
+def _fixed_width(column: pa.ChunkedArray) -> NDArray[np.str_]:
+    """Return a column of few distinct strings as an array, without a Python string a row."""
+    encoded = column.combine_chunks().dictionary_encode()
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    return np.array(encoded.dictionary.to_pylist(), dtype=np.str_)[encoded.indices.to_numpy()]
 
 
 def _with_prefix(columns: dict[str, pa.ChunkedArray], prefix: str) -> dict[str, NDArray[Any]]:
