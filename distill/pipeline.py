@@ -40,6 +40,7 @@ class Stage:
         config: the part of the recipe that its content depends on, as JSON values.
         version: raised when the stage's code changes what it writes.
         resumes: it can go on in a folder that a killed run left.
+        mends: of a finished folder that was damaged, it checks each file and keeps the whole ones.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     config: Callable[[Recipe], Any]
     version: int = 1
     resumes: bool = False
+    mends: bool = False
 
 
 def _student_architecture(recipe: Recipe) -> Any:
@@ -107,6 +109,7 @@ STAGES = (
             r.seed,
         ],
         resumes=True,
+        mends=True,
     ),
     Stage(
         "transfer",
@@ -139,6 +142,7 @@ STAGES = (
         ("data", "towers", "transfer", "teacher"),
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
         resumes=True,
+        mends=True,
     ),
     Stage(
         "baseline",
@@ -341,7 +345,7 @@ def run(
 
 def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
     stage = item.stage
-    start(folder, item.key, resume=stage.resumes)
+    start(folder, item.key, resume=stage.resumes, mend=stage.mends)
     work.done[stage.name] = Artifact(stage.name, folder, item.key)
     wall, cpu = time.monotonic(), _cpu_seconds()
     info = stage.run(work, folder)

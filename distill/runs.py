@@ -7,6 +7,7 @@ fingerprint, whose files still have their hashes, *is* "done".
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,10 @@ MARKER = ".fingerprint"
 """File that says, from a stage's start on, what it is working on."""
 
 
+class DiskFullError(RuntimeError):
+    """A file did not fit on the disk; what it was to replace is still there."""
+
+
 def fingerprint(*parts: Any) -> str:
     """Return a 16-digit hex hash of JSON values; equal values give equal hashes on every machine."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -40,8 +45,9 @@ def sha256_file(path: str | Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    with room_for(path, len(data)), atomic(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def read_json(path: Path) -> Any:
@@ -63,16 +69,23 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def start(folder: Path, key: str, *, resume: bool = False) -> Path:
-    """Make a stage's folder ready: empty, unless it may go on with what a stopped run of this fingerprint left.
+def start(folder: Path, key: str, *, resume: bool = False, mend: bool = False) -> Path:
+    """Make a stage's folder ready: empty, unless it may go on with what a run of this fingerprint left there.
 
     A folder with a manifest was finished, so whoever starts it again found it damaged or stale.
+
+    Args:
+        folder: the stage's folder.
+        key: its fingerprint.
+        resume: the stage goes on in a folder that was not finished.
+        mend: also in a finished one, as it checks each file there before it keeps it.
     """
     marker = folder / MARKER
-    stopped = marker.is_file() and marker.read_text() == key and not (folder / MANIFEST).exists()
-    if folder.exists() and not (resume and stopped):
+    same = marker.is_file() and marker.read_bytes() == key.encode()
+    if folder.exists() and not (same and resume and (mend or not (folder / MANIFEST).exists())):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     marker.write_text(key)
     return folder
 
@@ -101,15 +114,15 @@ def find(folder: Path, stage: str, key: str) -> Artifact | None:
         return None
     try:
         content = read_json(manifest)
-    except ValueError:
-        return None
-    if content["fingerprint"] != key or content["stage"] != stage:
-        return None
-    for name, entry in content["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+        if content["fingerprint"] != key or content["stage"] != stage:
             return None
-    return Artifact(stage, folder, key, content["info"])
+        for name, entry in content["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+                return None
+        return Artifact(stage, folder, key, dict(content["info"]))
+    except (ValueError, KeyError, TypeError, AttributeError):  # not what `finish` wrote
+        return None
 
 
 @contextmanager
@@ -144,6 +157,24 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes * 1.05:
         raise UserError(f"{folder}: needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room")
+
+
+@contextmanager
+def room_for(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Say in one sentence that the disk is full, and how many bytes the work inside needed.
+
+    Raises:
+        DiskFullError: in place of an ``OSError`` that says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            f"{path}: the disk is full, {needed_bytes:,} bytes are needed for it; "
+            "make room and run the same command again to go on"
+        ) from error
 
 
 def seed_everything(seed: int) -> None:
