@@ -1,7 +1,7 @@
 """Checkpoints without pickle: safetensors for tensors, JSON for the rest, and always one that is whole.
 
 A checkpoint is a folder: one ``GROUP.safetensors`` for each group of tensors, ``state.json``, and
-``checkpoint.json`` with the sha256 of each file, written last. :func:`save` builds it beside the old one and
+``checkpoint.json`` with the sha256 of each file and of itself, written last. :func:`save` builds it beside the old one and
 swaps the two by renaming, so a crash at any moment leaves the old or the new one readable. The old one stays in
 ``FOLDER.old`` until the next save, for damage that is found later: on disk lie two checkpoints, and three during a
 save. :func:`load` finds the newest whole one, and changes nothing on disk, so that every rank may call it.
@@ -30,7 +30,7 @@ from distill.contracts import UserError
 from distill.runs import atomic, read_json, room_for, sha256_file
 
 MANIFEST = "checkpoint.json"
-VERSION = 1
+VERSION = 2
 _ALIASES = "aliases"  # metadata of a safetensors file: names of tied tensors -> the name that holds the values
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
     contents = {f"{group}.safetensors": _pack(members) for group, members in tensors.items()}
     contents["state.json"] = json.dumps(dict(state), indent=2, ensure_ascii=False).encode()
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    contents[MANIFEST] = json.dumps({"version": VERSION, "files": files}, indent=2).encode()
+    manifest = {"version": VERSION, "files": files, "sha256": _digest(files)}
+    contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     with room_for(folder, sum(map(len, contents.values()))):
         try:
             _write_folder(new, contents)
@@ -66,11 +67,11 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
             new.rename(folder)
+            _flush_folder(folder.parent)
         except OSError:
             if folder.exists():  # else the new one is whole, and the newest
                 shutil.rmtree(new, ignore_errors=True)
             raise
-    _flush_folder(folder.parent)
 
 
 def exists(folder: Path) -> bool:
@@ -269,7 +270,7 @@ def _damage(folder: Path) -> str | None:
     try:
         content = read_json(manifest)
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
-        if content["version"] != VERSION or "state.json" not in files:
+        if content["version"] != VERSION or content["sha256"] != _digest(content["files"]):
             return f"{manifest} is damaged"
     except FileNotFoundError:
         return f"{manifest} is missing"
@@ -282,6 +283,10 @@ def _damage(folder: Path) -> str | None:
         if path.stat().st_size != size or sha256_file(path) != digest:
             return f"{path} is damaged"
     return None
+
+
+def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -16,11 +16,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
 from distill.contracts import Artifact, UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MANIFEST = "manifest.json"
 MARKER = ".fingerprint"
@@ -48,6 +51,23 @@ def write_json(path: Path, value: Any) -> None:
     data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
     with room_for(path, len(data)), atomic(path) as temporary:
         temporary.write_bytes(data)
+
+
+def read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """Read a ``.npy`` file of plain numbers.
+
+    Raises:
+        UserError: the file is damaged, or holds pickled objects, which are never loaded.
+    """
+    import numpy as np
+
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} is not an array of plain numbers ({error}); delete its folder to make it again"
+        ) from error
+    return array
 
 
 def read_json(path: Path) -> Any:

@@ -27,7 +27,7 @@ from distill.data.loader import Loader
 from distill.data.prepare import PreparedData, prepare
 from distill.export.onnx import export_onnx
 
-KILL_EPOCHS = 8
+KILL_EPOCHS = 5
 
 
 def warm_up() -> None:
