@@ -69,14 +69,15 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
             new.rename(folder)
             _flush_folder(folder.parent)
         except OSError:
-            if folder.exists():  # else the new one is whole, and the newest
+            if folder.exists() or _damage(new):  # else the new one is whole, and the newest
                 shutil.rmtree(new, ignore_errors=True)
             raise
 
 
 def exists(folder: Path) -> bool:
-    """Return whether :func:`load` has anything to try: the checkpoint or what a crash left of it."""
-    return any((place / MANIFEST).is_file() for place in _places(folder))
+    """Return whether :func:`load` has anything to try: not what is left of a first save that did not end."""
+    finished = any((place / MANIFEST).is_file() for place in (folder, _sibling(folder, "old")))
+    return finished or not _damage(_sibling(folder, "new"))
 
 
 def remove(folder: Path) -> None:
@@ -108,7 +109,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         if place.exists() and place != _sibling(folder, "new"):  # a save that was killed leaves half of that one
             problems.append(problem)
     if exists(folder):
-        what = f"{problems[0]}, and there is no whole one before it" if problems else "it was never whole"
+        what = f"{problems[0]}, and there is no whole one before it"
         raise UserError(f"checkpoint {folder} is damaged: {what}; delete it to start over")
     raise UserError(f"there is no checkpoint in {folder}; train first, or name the folder of another run")
 

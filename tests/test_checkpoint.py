@@ -167,6 +167,14 @@ def test_a_first_save_that_died_before_its_rename_is_found(tmp_path: Path) -> No
     assert checkpoint.exists(tmp_path / "c") and checkpoint.load(tmp_path / "c")[1] == {"step": 1}
 
 
+def test_a_first_save_that_died_in_the_middle_is_none(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", {"model": {"w": torch.ones(2)}}, {"step": 1})
+    (tmp_path / "c").rename(tmp_path / "c.new")
+    manifest = tmp_path / "c.new" / "checkpoint.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert not checkpoint.exists(tmp_path / "c")
+
+
 def test_damage_falls_back_to_the_old_one_and_is_named_then_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
