@@ -1,10 +1,10 @@
 """Checkpoints without pickle: safetensors for tensors, JSON for the rest, and always one that is whole.
 
 A checkpoint is a folder: one ``GROUP.safetensors`` for each group of tensors, ``state.json``, and
-``checkpoint.json`` with the sha256 of each file and of itself, written last. :func:`save` builds it beside the old one and
-swaps the two by renaming, so a crash at any moment leaves the old or the new one readable. The old one stays in
-``FOLDER.old`` until the next save, for damage that is found later: on disk lie two checkpoints, and three during a
-save. :func:`load` finds the newest whole one, and changes nothing on disk, so that every rank may call it.
+``checkpoint.json`` with the sha256 of each file and of its own list, written last. :func:`save` builds it beside the
+old one and swaps the two by renaming, so a crash at any moment leaves the old or the new one readable. The old one
+stays in ``FOLDER.old`` until the next save, for damage that is found later: on disk lie two checkpoints, and three
+during a save. :func:`load` finds the newest whole one, and changes nothing on disk, so that every rank may call it.
 """
 
 from __future__ import annotations
