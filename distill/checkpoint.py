@@ -1,15 +1,17 @@
 """Checkpoints without pickle: safetensors for tensors, JSON for the rest, and always one that is whole.
 
 A checkpoint is a folder: one ``GROUP.safetensors`` for each group of tensors, ``state.json``, and
-``checkpoint.json`` with the sha256 of each file, written last. :func:`save` builds it beside the old one and
-swaps the two by renaming, so a crash at any moment leaves the old or the new one readable; :func:`load` finds
-whichever that is, and changes nothing on disk, so that every rank may call it.
+``checkpoint.json`` with the sha256 of each file and of its own list, written last. :func:`save` builds it beside the
+old one and swaps the two by renaming, so a crash at any moment leaves the old or the new one readable. The old one
+stays in ``FOLDER.old`` until the next save, for damage that is found later: on disk lie two checkpoints, and three
+during a save. :func:`load` finds the newest whole one, and changes nothing on disk, so that every rank may call it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -25,11 +27,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill.contracts import UserError
-from distill.runs import atomic, read_json, sha256_file
+from distill.runs import atomic, read_json, room_for, sha256_file
 
 MANIFEST = "checkpoint.json"
-VERSION = 1
+VERSION = 2
 _ALIASES = "aliases"  # metadata of a safetensors file: names of tied tensors -> the name that holds the values
+
+log = logging.getLogger(__name__)
 
 
 def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -38,38 +42,42 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
     Only one process may save to a folder at a time (rank 0).
 
     Args:
-        folder: the checkpoint's folder; ``folder.new`` and ``folder.old`` beside it are used on the way.
+        folder: the checkpoint's folder; ``folder.new`` beside it is used on the way, ``folder.old`` is the one before.
         tensors: group ("model", "objective", "ema", ...) -> name -> tensor, any dtype, device and sharing.
         state: JSON values.
 
     Raises:
-        OSError: the disk is full, or does not give back what was written; the old checkpoint is untouched.
+        DiskFullError: the disk is full; says how many bytes were needed.
+        OSError: the disk cannot be written, or does not give back what was written.
+            In both cases the old checkpoint is untouched.
     """
     new, old = _sibling(folder, "new"), _sibling(folder, "old")
-    if not folder.exists() and new.exists() and _whole(new):  # a first save that died just before its rename
+    if not folder.exists() and new.exists() and not _damage(new):  # a save that died just before its last rename
         new.rename(folder)
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     contents = {f"{group}.safetensors": _pack(members) for group, members in tensors.items()}
     contents["state.json"] = json.dumps(dict(state), indent=2, ensure_ascii=False).encode()
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
-    for name, data in contents.items():
-        _write(new / name, data)
-    _write(new / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=2).encode())
-    _flush_folder(new)
-    if not _whole(new):
-        raise OSError(f"{new}: what was read back differs from what was written; the disk is failing")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    _flush_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    manifest = {"version": VERSION, "files": files, "sha256": _digest(files)}
+    contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    with room_for(folder, sum(map(len, contents.values()))):
+        try:
+            _write_folder(new, contents)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            new.rename(folder)
+            _flush_folder(folder.parent)
+        except OSError:
+            if folder.exists() or _damage(new):  # else the new one is whole, and the newest
+                shutil.rmtree(new, ignore_errors=True)
+            raise
 
 
 def exists(folder: Path) -> bool:
-    """Return whether :func:`load` has anything to try: the checkpoint or what a crash left of it."""
-    return any((place / MANIFEST).is_file() for place in _places(folder))
+    """Return whether :func:`load` has anything to try: not what is left of a first save that did not end."""
+    finished = any((place / MANIFEST).is_file() for place in (folder, _sibling(folder, "old")))
+    return finished or not _damage(_sibling(folder, "new"))
 
 
 def remove(folder: Path) -> None:
@@ -80,7 +88,7 @@ def remove(folder: Path) -> None:
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read the newest whole checkpoint, on the CPU.
+    """Read the newest whole checkpoint, on the CPU; a damaged file that stands in its way is logged as a warning.
 
     Returns:
         What :func:`save` was given: the groups of tensors (tied ones share memory again), and the state.
@@ -88,21 +96,28 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     Raises:
         UserError: there is no checkpoint, or neither the checkpoint nor the one before it is whole.
     """
+    problems: list[str] = []
     for place in _places(folder):
-        if _whole(place):
+        problem = _damage(place)
+        if problem is None:
+            if problems:
+                log.warning("%s; going on from the checkpoint before it", problems[0])
             names = read_json(place / MANIFEST)["files"]
             groups = [name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")]
             tensors = {group: read_tensors(place / f"{group}.safetensors") for group in groups}
             return tensors, read_json(place / "state.json")
+        if place.exists() and place != _sibling(folder, "new"):  # a save that was killed leaves half of that one
+            problems.append(problem)
     if exists(folder):
-        raise UserError(f"checkpoint {folder} is damaged (its files do not have their hashes); delete it to start over")
+        what = f"{problems[0]}, and there is no whole one before it"
+        raise UserError(f"checkpoint {folder} is damaged: {what}; delete it to start over")
     raise UserError(f"there is no checkpoint in {folder}; train first, or name the folder of another run")
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """Write a module's state dict as one safetensors file, atomically; tied tensors are stored once."""
     data = _pack(module.state_dict())
-    with atomic(path) as temporary:
+    with room_for(path, len(data)), atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -250,13 +265,38 @@ def _places(folder: Path) -> tuple[Path, Path, Path]:
     return folder, _sibling(folder, "new"), _sibling(folder, "old")
 
 
-def _whole(folder: Path) -> bool:
-    """Return whether the manifest is there and every file has its hash."""
+def _damage(folder: Path) -> str | None:
+    """Return which file of a checkpoint is bad and how; None if all are as the manifest says."""
+    manifest = folder / MANIFEST
     try:
-        files = read_json(folder / MANIFEST)["files"]
-        return all(sha256_file(folder / name) == entry["sha256"] for name, entry in files.items())
-    except (OSError, ValueError):
-        return False
+        content = read_json(manifest)
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+        if content["version"] != VERSION or content["sha256"] != _digest(content["files"]):
+            return f"{manifest} is damaged"
+    except FileNotFoundError:
+        return f"{manifest} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{manifest} is damaged"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size or sha256_file(path) != digest:
+            return f"{path} is damaged"
+    return None
+
+
+def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+    folder.mkdir(parents=True)
+    for name, data in contents.items():
+        _write(folder / name, data)
+    _flush_folder(folder)
+    if _damage(folder):
+        raise OSError(f"{folder}: what was read back differs from what was written; the disk is failing")
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -43,8 +43,8 @@ class Stage:
         version: raised when the stage's code changes what it writes.
         resumes: it can go on in a folder that a killed run left.
         together: all ranks of a launch share its work; the others are the first one's alone.
-        mends: where files of a finished folder are damaged it makes just these again, since it makes what is absent
-            and keeps what is whole. Training does not: its files are one result.
+        mends: of a finished folder that was damaged it keeps the whole files, which it checks one by one. Training does
+            not: its files are one result.
     """
 
     name: str

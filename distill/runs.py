@@ -7,6 +7,7 @@ fingerprint, whose files still have their hashes, *is* "done".
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,15 +16,22 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
 from distill.contracts import Artifact, UserError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 MANIFEST = "manifest.json"
 MARKER = ".fingerprint"
 """File that says, from a stage's start on, what it is working on."""
+
+
+class DiskFullError(RuntimeError):
+    """A file did not fit on the disk; what it was to replace is still there."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -40,8 +48,26 @@ def sha256_file(path: str | Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    with room_for(path, len(data)), atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """Read a ``.npy`` file of plain numbers.
+
+    Raises:
+        UserError: the file is damaged, or holds pickled objects, which are never loaded.
+    """
+    import numpy as np
+
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} is not an array of plain numbers ({error}); delete its folder to make it again"
+        ) from error
+    return array
 
 
 def read_json(path: Path) -> Any:
@@ -64,24 +90,22 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def start(folder: Path, key: str, *, resume: bool = False, mend: bool = False) -> Path:
-    """Make a stage's folder ready: empty, unless what is there belongs to this fingerprint and may stay.
+    """Make a stage's folder ready: empty, unless it may go on with what a run of this fingerprint left there.
 
-    A folder without a manifest is a stopped run's: with ``resume`` all of it stays. One with a manifest was finished,
-    so whoever starts it again found it damaged: with ``mend`` the files that have the manifest's hashes stay, and no
-    others.
+    A folder with a manifest was finished, so whoever starts it again found it damaged or stale.
+
+    Args:
+        folder: the stage's folder.
+        key: its fingerprint.
+        resume: the stage goes on in a folder that was not finished.
+        mend: also in a finished one, as it checks each file there before it keeps it.
     """
-    manifest, marker = _manifest(folder), folder / MARKER
-    if mend and manifest.get("fingerprint") == key:
-        whole = {folder / name for name, entry in manifest["files"].items() if _is_whole(folder / name, entry)}
-        for path in [path for path in folder.rglob("*") if path.is_file()]:
-            if path not in whole and path.name not in (MANIFEST, MARKER):
-                path.unlink()
-        (folder / MANIFEST).unlink()
-    elif folder.exists() and not (
-        resume and marker.is_file() and marker.read_text() == key and not (folder / MANIFEST).exists()
-    ):
+    marker = folder / MARKER
+    same = marker.is_file() and marker.read_bytes() == key.encode()
+    if folder.exists() and not (same and resume and (mend or not (folder / MANIFEST).exists())):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     marker.write_text(key)
     return folder
 
@@ -105,25 +129,20 @@ def finish(folder: Path, stage: str, key: str, info: dict[str, Any]) -> Artifact
 
 def find(folder: Path, stage: str, key: str) -> Artifact | None:
     """Return the finished artifact of this fingerprint, or None if it is absent, other or damaged."""
-    content = _manifest(folder)
-    if content.get("fingerprint") != key or content.get("stage") != stage:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
         return None
-    if not all(_is_whole(folder / name, entry) for name, entry in content["files"].items()):
-        return None
-    return Artifact(stage, folder, key, content["info"])
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Return a stage's manifest, empty if it is absent or damaged."""
     try:
-        content = read_json(folder / MANIFEST)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+        content = read_json(manifest)
+        if content["fingerprint"] != key or content["stage"] != stage:
+            return None
+        for name, entry in content["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+                return None
+        return Artifact(stage, folder, key, dict(content["info"]))
+    except (ValueError, KeyError, TypeError, AttributeError):  # not what `finish` wrote
+        return None
 
 
 @contextmanager
@@ -158,6 +177,24 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes * 1.05:
         raise UserError(f"{folder}: needs {needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room")
+
+
+@contextmanager
+def room_for(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Say in one sentence that the disk is full, and how many bytes the work inside needed.
+
+    Raises:
+        DiskFullError: in place of an ``OSError`` that says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            f"{path}: the disk is full, {needed_bytes:,} bytes are needed for it; "
+            "make room and run the same command again to go on"
+        ) from error
 
 
 def seed_everything(seed: int) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distill.contracts import UserError
 from distill.inventory import INDEX
-from distill.runs import atomic, check_disk, fingerprint, read_json, sha256_file, write_json
+from distill.runs import atomic, check_disk, fingerprint, read_json, room_for, sha256_file, write_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MOST_SHARDS = 1024
@@ -131,8 +131,9 @@ def open_manifest(folder: Path, manifest_name: str, key: Mapping[str, Any], what
         raise UserError(f"no finished {what} in {folder}; fill it first")
     try:
         manifest: dict[str, Any] = read_json(path)
-    except ValueError:
-        raise UserError(f"{path} is not readable; {_MEND}") from None
+        manifest["key"].keys(), manifest["shards"], manifest["tensors"], manifest["index_sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has changed since it was written; {_MEND}") from error
     key, absent = json.loads(json.dumps(dict(key))), object()  # as the manifest has it: lists for tuples
     parts = sorted(manifest["key"].keys() | key.keys())
     differing = [part for part in parts if manifest["key"].get(part, absent) != key.get(part, absent)]
@@ -280,7 +281,7 @@ def _write(folder: Path, shard: Shard, parts: list[dict[str, Tensor]], began: fl
     path = folder / f"{shard.name}.safetensors"
     entry_path = folder / f"{shard.name}.json"
     entry_path.unlink(missing_ok=True)
-    with atomic(path) as temporary:
+    with room_for(path, len(data)), atomic(path) as temporary:
         temporary.write_bytes(data)
     entry = {
         "name": shard.name,
@@ -289,10 +290,7 @@ def _write(folder: Path, shard: Shard, parts: list[dict[str, Tensor]], began: fl
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "seconds": time.perf_counter() - began,
-        "tensors": {
-            name: {"shape": list(t.shape[1:]), "dtype": str(t.dtype).removeprefix("torch.")}
-            for name, t in sorted(joined.items())
-        },
+        "tensors": _described(joined),
     }
     write_json(entry_path, entry)
     _flush_folder(folder)
@@ -304,14 +302,28 @@ def _entry(folder: Path, shard: Shard) -> dict[str, Any] | None:
     try:
         entry: dict[str, Any] = read_json(folder / f"{shard.name}.json")
         same = entry["key"] == shard.key and path.stat().st_size == entry["bytes"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return entry if same else None
 
 
 def _is_whole(folder: Path, shard: Shard) -> bool:
-    entry = _entry(folder, shard)
-    return entry is not None and sha256_file(folder / f"{shard.name}.safetensors") == entry["sha256"]
+    """Return whether a shard and all that its entry says of it are as they were written."""
+    path, entry = folder / f"{shard.name}.safetensors", _entry(folder, shard)
+    if entry is None or sha256_file(path) != entry.get("sha256"):
+        return False
+    with safe_open(path, framework="pt") as file:
+        held = _described({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+    said = (entry.get("name"), entry.get("rows"), entry.get("tensors"))
+    return said == (shard.name, shard.rows, held) and isinstance(entry.get("seconds"), float)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Name -> shape of a row and type."""
+    return {
+        name: {"shape": list(tensor.shape[1:]), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in sorted(tensors.items())
+    }
 
 
 def _seal(

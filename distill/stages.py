@@ -34,7 +34,7 @@ from distill.losses.objective import Objective, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
-from distill.runs import seed_everything, write_json
+from distill.runs import read_array, seed_everything, write_json
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
     BASELINE,
@@ -209,7 +209,7 @@ def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
     for name, part in config.inherit.items():
         given: dict[str, Any] = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
         if takes_tokens(work.inheritances[part.type]):
-            token_ids = np.load(work.path("vocabulary") / TOKENS_FILE, allow_pickle=False)
+            token_ids = read_array(work.path("vocabulary") / TOKENS_FILE)
             given |= {"project": teacher.necks[name].project, "token_ids": token_ids}
         build_part(work.inheritances, part, f"student.inherit.{name}", **given)
     save_weights(model, folder / WEIGHTS_FILE)

@@ -30,9 +30,14 @@ def load_tower(folder: Path, tower: Literal["text", "vision"]) -> nn.Module:
     from transformers import CLIPTextModel, CLIPVisionModel  # isort: skip
 
     try:
-        kind = read_json(folder / "config.json").get("model_type", "")
-    except ValueError as error:
+        content = read_json(folder / "config.json")
+        kind, own_code = content.get("model_type", ""), content.get("auto_map")
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{folder}: config.json is not readable as JSON: {error}") from error
+    if own_code:
+        raise UserError(
+            f"{folder}: config.json names code of its own (auto_map), which is never run; name other weights"
+        )
     if kind not in CONFIG_MAPPING:
         known = nearest(kind, CONFIG_MAPPING.keys())[:200]
         raise UserError(f"{folder}: transformers has no architecture {kind!r}; {known}")

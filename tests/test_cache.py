@@ -155,6 +155,27 @@ def test_a_fill_mends_damage_and_replaces_other_keys(tmp_path: Path) -> None:
     TeacherCache.open(tmp_path, KEY | {"seed": 1}).verify()
 
 
+def test_a_fill_mends_a_damaged_entry_and_a_damaged_manifest_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path)
+    entry, manifest = tmp_path / "shard-view1-00000.json", tmp_path / "cache.json"
+    calls: list[int] = []
+
+    def counted(ids: np.ndarray, view: int) -> Outputs:
+        calls.append(len(ids))
+        return teacher(ids, view)
+
+    for old, new in (('"float32"', '"float16"'), ('"seconds"', '"secondz"'), ('"rows": 4', '"rows": 5'), ("{", "[")):
+        entry.write_text(entry.read_text().replace(old, new))
+        calls.clear()
+        fill(tmp_path, produce=counted)
+        assert sum(calls) == 4
+        TeacherCache.open(tmp_path, KEY).verify()
+    for text in (manifest.read_text()[:-9], "[]", manifest.read_text().replace('"key"', '"kez"')):
+        manifest.write_text(text)
+        with pytest.raises(UserError, match=r"cache\.json has changed since it was written"):
+            TeacherCache.open(tmp_path, KEY)
+
+
 def test_a_refill_that_dies_leaves_no_old_manifest(tmp_path: Path) -> None:
     fill(tmp_path)
 

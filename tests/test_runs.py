@@ -1,5 +1,6 @@
 """Run folders: fingerprints, manifests that mean "done", atomic files, the lock, and seeds."""
 
+import errno
 import json
 import os
 import random
@@ -114,32 +115,49 @@ def test_starting_a_finished_stage_again_empties_it(tmp_path):
     assert not (tmp_path / "teacher" / "a.txt").exists() and find(tmp_path / "teacher", "teacher", "k1") is None
 
 
-def test_mending_keeps_the_whole_files_of_the_same_fingerprint_only(tmp_path):
+def test_a_stage_that_mends_keeps_its_damaged_folder_but_not_its_manifest(tmp_path):
     folder = tmp_path / "cache"
-    for key, mend, stays in [("k1", True, True), ("k2", True, False), ("k1", False, False)]:
-        made(folder)
-        (folder / "a.txt").write_text("two")
-        (folder / "sub" / "left.tmp").write_text("of a killed run")
-        whole = (folder / "sub" / "b.bin").stat()
-        start(folder, key, resume=True, mend=mend)
-        assert (folder / "sub" / "b.bin").exists() is stays
-        assert not (folder / "a.txt").exists() and not (folder / "sub" / "left.tmp").exists()
-        assert find(folder, "teacher", "k1") is None
     made(folder)
-    (folder / "a.txt").unlink()
-    start(folder, "k1", mend=True)
-    assert (folder / "sub" / "b.bin").stat().st_size == whole.st_size
-    start(folder, "k1", resume=True, mend=True)  # a run that was killed while it mended goes on
-    assert (folder / "sub" / "b.bin").exists()
+    start(folder, "k1", resume=True, mend=True)
+    assert (folder / "a.txt").exists() and find(folder, "teacher", "k1") is None and not (folder / MANIFEST).exists()
+    start(folder, "k2", resume=True, mend=True)
+    assert not (folder / "a.txt").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
-def test_a_folder_whose_manifest_is_damaged_is_not_mended(tmp_path, content):
-    made(tmp_path / "cache")
-    (tmp_path / "cache" / MANIFEST).write_text(content)
-    assert find(tmp_path / "cache", "teacher", "k1") is None
-    start(tmp_path / "cache", "k1", resume=True, mend=True)
-    assert not (tmp_path / "cache" / "a.txt").exists()
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"fingerprint": "k1", "stage": "teacher", "files": {"a.txt": 3}}', "1"]
+)
+def test_a_manifest_that_says_something_else_is_not_found(tmp_path, content):
+    made(tmp_path / "teacher")
+    (tmp_path / "teacher" / MANIFEST).write_text(content)
+    assert find(tmp_path / "teacher", "teacher", "k1") is None
+
+
+def test_a_full_disk_is_told_with_the_bytes_that_were_needed(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"old": 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(runs.DiskFullError, match=r"a\.json: the disk is full, 15 bytes are needed for it; make room"):
+        write_json(tmp_path / "a.json", {"new": 2})
+    assert read_json(tmp_path / "a.json") == {"old": 1} and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(PermissionError), runs.room_for(tmp_path, 1):
+        raise PermissionError
+
+
+def test_an_array_of_objects_or_half_an_array_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(9), allow_pickle=False)
+    assert runs.read_array(tmp_path / "a.npy").tolist() == list(range(9))
+    whole = (tmp_path / "a.npy").read_bytes()
+    np.save(tmp_path / "b.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "c.npy").write_bytes(whole[:-9])
+    (tmp_path / "d.npy").write_bytes(b"")
+    for name in ("b", "c", "d"):
+        for mode in (None, "r"):
+            with pytest.raises(UserError, match=rf"{name}\.npy is not an array of plain numbers"):
+                runs.read_array(tmp_path / f"{name}.npy", mode)
 
 
 def test_discarding_makes_a_stage_neither_done_nor_resumable(tmp_path):

@@ -219,6 +219,7 @@ def change(file, **values):
         (lambda folder: (folder / "model.safetensors").unlink(), "weights cannot be loaded: .*model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no tensors"), "weights cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not readable as JSON"),
+        (lambda folder: change(folder / "config.json", auto_map={"AutoModel": "a.B"}), r"code of its own \(auto_map\)"),
         (
             lambda folder: change(folder / "config.json", hidden_size=32),
             "weights have another shape than config.json says",

@@ -81,7 +81,7 @@ class PreparedData:
             split=_fixed_width(columns["split"]),
             groups=columns["group"].to_numpy(),
             texts=Texts(columns["text"]),
-            images=np.load(image_file, mmap_mode="r", allow_pickle=False) if image_file.is_file() else None,
+            images=runs.read_array(image_file, mmap_mode="r") if image_file.is_file() else None,
             present=_with_prefix(columns, "present."),
             targets=_with_prefix(columns, "target."),
             labels=runs.read_json(folder / LABELS_FILE),
