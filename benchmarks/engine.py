@@ -44,7 +44,6 @@ from distill.progress import progress
 from distill.recipe import load_recipe
 from distill.step import Trainee
 from distill.tasks import ClassificationHead
-from distill.workspace import Workspace
 
 FLOORS = {"cached": 0.93, "cached_augmented": 0.80, "live": 0.95, "quickstart": 0.95, "fill": 0.95}
 SIZE, CLASSES, BATCH = 28, 10, 128
@@ -207,8 +206,7 @@ def quickstart_arm(folder: Path) -> Arm:
     """The quick start's student on its cache, as the ``student`` stage trains it; one epoch."""
     recipe = load_recipe("quickstart", [f"output={folder}", *QUICK, "student.train.epochs=1"])
     done = pipeline.run(recipe, until="cache", quiet=True) | pipeline.run(recipe, until="inherit", quiet=True)
-    work = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, done, quiet=True)
-    job = replace(stages.student_job(work, folder), validate=constant)
+    job = replace(stages.student_job(pipeline.workspace(recipe, done), folder), validate=constant)
     assert job.teacher is not None
     first = next(job.loader.epoch(0))
     kept = job.teacher(first)

@@ -120,6 +120,27 @@ _stage_command("bench", "bench", "Measure latency, memory and size of every grap
 
 
 @app.command()
+def profile(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    teacher: TeacherOption = "",
+    student: StudentOption = "",
+    data: DataOption = "",
+    steps: Annotated[int, typer.Option(min=1, help="Steps to measure.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell where a step of the student's training goes; stages that it reads are run first."""
+    loaded = _load(recipe, overrides, teacher=teacher, student=student, data=data)
+    done = _run(loaded, "cache", [], as_json=as_json) | _run(loaded, "inherit", [], as_json=as_json)
+    from distill import pipeline
+    from distill.profile import profile_student, render
+
+    found = profile_student(pipeline.workspace(loaded, done), steps)
+    for line in [json.dumps(found)] if as_json else render(found):
+        typer.echo(line)
+
+
+@app.command()
 def validate(
     recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of a packaged one.")] = "",
     overrides: Overrides = None,

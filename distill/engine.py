@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from distill.losses.objective import Objective
 from distill.multimodal import Tapped
 from distill.progress import Progress, silent
 from distill.ranks import Ranks, join
-from distill.step import Stepper, Trainee
+from distill.step import Stepper, Trainee, Watch
 
 SELECT = "valid/accuracy"
 Teacher = Callable[[dict[str, Batch]], Outputs]
@@ -53,6 +53,7 @@ class Job:
         teacher: all batches of a step -> teacher outputs, cached or live; None without a teacher.
         validate: model -> metrics, among them ``valid/accuracy``, by which the best epoch is chosen.
         report: progress in steps.
+        watch: gives a context for each named part of a step, to take its time.
     """
 
     tapped: Tapped
@@ -65,6 +66,7 @@ class Job:
     validate: Callable[[nn.Module], dict[str, float]]
     teacher: Teacher | None = None
     report: Progress = silent
+    watch: Watch = nullcontext
 
 
 @dataclass
@@ -149,7 +151,7 @@ def fit(job: Job) -> dict[str, Any]:
     config, folder, ranks = job.config, job.folder, join()
     accelerator = _accelerator(config.precision)
     torch.manual_seed(job.seed + ranks.rank)  # dropout differs from rank to rank
-    trainee = Trainee(job.tapped, job.objective).to(accelerator.device)
+    trainee = Trainee(job.tapped, job.objective, job.watch).to(accelerator.device)
     if ranks.count > 1 and accelerator.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(trainee)
     optimizer = build_optimizer(trainee, config)
@@ -172,7 +174,8 @@ def fit(job: Job) -> dict[str, Any]:
         due = time.monotonic() - saved > 60 * config.checkpoint_minutes
         signum, due_somewhere = ranks.largest([received[0] if received else 0, due], accelerator.device)
         if signum or due_somewhere:
-            _save(place, trainee, optimizer, average, state, kept, ranks)
+            with job.watch("checkpoint"):
+                _save(place, trainee, optimizer, average, state, kept, ranks)
             saved = time.monotonic()
         if signum:
             raise InterruptedRunError(signum, folder)
@@ -180,7 +183,7 @@ def fit(job: Job) -> dict[str, Any]:
     with noted_signals() as received:
         while state.epoch < config.epochs and not ended and not _out_of_patience(state, config):
             trainee.train()
-            for batches in job.loader.epoch(state.epoch, start=state.batch):
+            for batches in _watched(job.loader.epoch(state.epoch, start=state.batch), job.watch):
                 began = time.monotonic()
                 factor = lr_factor(state.step, total, config)
                 for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -246,6 +249,16 @@ def _end_epoch(
     if join().first:
         _write_metrics(job.folder, state)
     return kept
+
+
+def _watched(batches: Iterator[dict[str, Batch]], watch: Watch) -> Iterator[dict[str, Batch]]:
+    """The same batches, with the time that each is waited for."""
+    while True:
+        with watch("data"):
+            found = next(batches, None)
+        if found is None:
+            return
+        yield found
 
 
 @contextmanager

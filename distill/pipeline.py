@@ -359,6 +359,11 @@ def run(
     return work.done
 
 
+def workspace(recipe: Recipe, done: dict[str, Artifact]) -> Workspace:
+    """Open the finished stages of a run."""
+    return Workspace(recipe, ENCODERS, students.INHERITANCES, done, quiet=True)
+
+
 def _silent(line: str) -> None:
     """Say nothing."""
 

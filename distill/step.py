@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_FINITE = "not_finite.json"
 MOST_SKIPPED = 10  # steps in a row
 
+Watch = Callable[[str], AbstractContextManager[Any]]
+"""Gives a context for a named part of a step, in which its time may be taken."""
+
 log = logging.getLogger(__name__)
 
 
@@ -33,16 +37,19 @@ class TrainingError(RuntimeError):
 class Trainee(nn.Module):
     """The trained model and its objective as one module: what is optimized, averaged and checkpointed."""
 
-    def __init__(self, tapped: Tapped, objective: Objective) -> None:
+    def __init__(self, tapped: Tapped, objective: Objective, watch: Watch = nullcontext) -> None:
         super().__init__()
-        self.model, self.objective = tapped.model, objective
+        self.model, self.objective, self.watch = tapped.model, objective, watch
         self._tapped = tapped
 
     def forward(
         self, batch: Batch, teacher: Outputs | None, shares: list[float] | None = None, ranks: Ranks | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and each term's value; see :meth:`Objective.forward`."""
-        return self.objective(self._tapped(batch), teacher, batch, shares, ranks)
+        with self.watch("student"):
+            outputs = self._tapped(batch)
+        with self.watch("loss"):
+            return self.objective(outputs, teacher, batch, shares, ranks)
 
 
 class Stepper:
@@ -91,9 +98,17 @@ class Stepper:
             TrainingError: the loss or its gradient is not finite, or the memory does not suffice for single rows.
         """
         batches = {name: batch.to(self.device) for name, batch in batches.items()}
-        teacher = ask(batches) if ask else None
+        with self.trainee.watch("teacher"):
+            teacher = ask(batches) if ask else None
         before = [buffer.clone() for buffer in self._buffers] if self.config.not_finite != "raise" else []
         rows, values = self._gradients(batches[reads], teacher)
+        with self.trainee.watch("optimizer"):
+            return self._update(batches[reads], teacher, rows, values, before)
+
+    def _update(
+        self, batch: Batch, teacher: Outputs | None, rows: int, values: dict[str, float], before: list[Tensor]
+    ) -> tuple[int, dict[str, float]]:
+        """Check, clip and apply the gradients."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -101,7 +116,7 @@ class Stepper:
         norm = float(total_norm)
         overflow = self.scaler is not None and not math.isfinite(norm)  # the scaler skips such a step and goes on
         if not math.isfinite(values["loss"]) or not (math.isfinite(norm) or overflow):
-            self._refuse(batches[reads], teacher, values, before)
+            self._refuse(batch, teacher, values, before)
             return 0, {}
         self.skipped = 0
         if self.config.clip_norm and norm > self.config.clip_norm and not overflow:
@@ -142,7 +157,8 @@ class Stepper:
             answer = teacher if len(rows) == 1 or teacher is None else take(teacher, some)
             with torch.autocast(self.device.type, PRECISIONS.get(self.config.precision), self.config.precision != "no"):
                 loss, values = self._forward(part, answer, share)
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            with self.trainee.watch("backward"):
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             names = ["loss", *values]
             scalars = [loss, *values.values(), loss.new_tensor(len(part.ids))]
             logged = logged + torch.stack([scalar.detach().to(loss.dtype) for scalar in scalars])

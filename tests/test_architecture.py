@@ -54,6 +54,7 @@ LEVELS = {
         "distill.results",
         "distill.check",
         "distill.estimate",
+        "distill.profile",
         "distill.pipeline",
     },
     6: {"distill.cli", "distill.cache_commands", "distill.__main__"},
