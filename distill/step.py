@@ -142,17 +142,17 @@ class Stepper:
                     raise
                 self._split(len(batch.ids), error)
         self.ranks.sum_gradients(self.parameters)
-        *sums, count = self.ranks.sum(logged).tolist()
-        return round(count), dict(zip(names, sums, strict=True))
+        rows = self.ranks.sum(batch.ids.new_tensor(len(batch.ids))).item() if together else len(batch.ids)
+        return int(rows), dict(zip(names, self.ranks.sum(logged).tolist(), strict=True))
 
     def _forward_backward(
         self, batch: Batch, teacher: Outputs | None, whole: Tensor | None
     ) -> tuple[list[str], Tensor]:
-        """Add up this rank's gradients, and its share in each logged value and in the number of rows."""
+        """Add up this rank's gradients, and its share in each logged value."""
         rows = self._micro_batches(batch)
         parts = [batch] if len(rows) == 1 else [take(batch, some) for some in rows]
         names: list[str] = []
-        logged: Any = 0.0
+        logged: Tensor | None = None
         for part, some, share in zip(parts, rows, self._shares(parts, whole), strict=True):
             answer = teacher if len(rows) == 1 or teacher is None else take(teacher, some)
             with torch.autocast(self.device.type, PRECISIONS.get(self.config.precision), self.config.precision != "no"):
@@ -160,8 +160,9 @@ class Stepper:
             with self.trainee.watch("backward"):
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             names = ["loss", *values]
-            scalars = [loss, *values.values(), loss.new_tensor(len(part.ids))]
-            logged = logged + torch.stack([scalar.detach().to(loss.dtype) for scalar in scalars])
+            scalars = torch.stack([scalar.detach().to(loss.dtype) for scalar in (loss, *values.values())])
+            logged = scalars if logged is None else logged + scalars
+        assert logged is not None
         return names, logged
 
     def _forward(self, *part: Any) -> tuple[Tensor, dict[str, Tensor]]:

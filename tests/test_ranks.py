@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,9 @@ TESTS = Path(__file__).parent
 
 def launch(count: int, *command: str | Path) -> subprocess.Popen:
     """Start processes as a user does, one thread each."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, *(launcher if count > 1 else []), *map(str, command)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    arguments = [sys.executable, *launcher, *map(str, command)]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -90,3 +92,32 @@ def test_a_recipe_runs_under_a_launcher_and_its_cache_is_the_same(tmp_path):
     assert shards(two / "cache") == shards(one / "cache") and len(shards(one / "cache")) > 1
     report = json.loads((two / "report" / "report.json").read_text())
     assert {model["name"] for model in report["models"]} >= {"teacher", "student", "onnx-int8"}
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(tmp_path):
+    recipe = make_project(tmp_path)
+    budget = ["teacher.train.epochs=100", "teacher.train.keep=last"]
+    whole = [recipe, *budget, f"output={tmp_path / 'whole'}"]
+    stopped = [recipe, *budget, f"output={tmp_path / 'stopped'}"]
+    finished(launch(2, "-m", "distill", "cache", *whole))
+    process = launch(2, "-m", "distill", "cache", *stopped)
+    marker = tmp_path / "stopped" / "tiny" / "teacher" / ".fingerprint"
+    wait_for(marker.is_file, process)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and err.count("stopped by SIGTERM; state saved in") == 2
+    assert (tmp_path / "stopped" / "tiny" / "teacher" / "checkpoint").is_dir()
+    finished(launch(2, "-m", "distill", "cache", *stopped))
+    one, two = (load_file(tmp_path / name / "tiny" / "teacher" / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def wait_for(happened, process):
+    for _ in range(1200):
+        if happened():
+            return
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.05)
+    raise AssertionError("it did not happen within a minute")
