@@ -206,7 +206,7 @@ STAGES = (
         results.quantize_bundle,
         ("data", "pruned", "export"),
         lambda r: r.export.model_dump(),
-        version=2,
+        version=3,
     ),
     Stage(
         "evaluate",

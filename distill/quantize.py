@@ -134,7 +134,7 @@ def quantize_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray
 
     The scale is rounded to float16 first, upwards, so that its rounding adds no error and nothing is clipped.
     """
-    exact = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
+    exact = np.abs(table).max(axis=1, keepdims=True).astype(np.float64) / 127  # of the smallest floats this is above 0
     scales = exact.astype(np.float16)
     scales = np.where(scales < exact, np.nextafter(scales, np.float16(np.inf)), scales)
     divisor = np.where(scales == 0, np.float32(1), scales.astype(np.float32))

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from export_models import as_feeds, rows, trained
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 from onnx import TensorProto, helper, numpy_helper
@@ -154,6 +154,7 @@ def test_looked_up_rows_that_are_activations_too(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(np.array([[1e-45]], np.float32))
 @given(
     hypothesis_numpy.arrays(
         np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=st.floats(-1000, 1000, width=32)
