@@ -143,7 +143,7 @@ def fitting(job: engine.Job, folder: Path) -> Callable[[], None]:
 
 
 def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
-    """The arms on 28 x 28 images: a student of about 24,000 parameters, a teacher of about 700,000."""
+    """The arms on 28 x 28 images: a student of about 24,000 parameters, a teacher of about 500,000."""
     data = write_data(folder / "data", rows, source)
     student, teacher = image_model([16, 32, 48], [0, 0, 0], 32), image_model([32, 64, 128], [1, 1, 1], 64)
     for name, model in (("student", student), ("teacher", teacher)):
