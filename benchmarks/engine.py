@@ -13,7 +13,6 @@ import argparse
 import gzip
 import json
 import os
-import resource
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -67,12 +66,6 @@ class Arm:
     images: int
     run: Callable[[], None]  # works through the images
     limit: Callable[[int], None]  # works through about that many
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and its finished children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def read_idx(folder: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,23 +206,21 @@ def quickstart_arm(folder: Path) -> Arm:
     return Arm("quickstart", rows, fitting(job, folder / "runs"), bare_steps(job, first[job.reads], lambda: kept))
 
 
+def seconds(work: Callable[..., None], *arguments: int) -> float:
+    """CPU time of a call, in all threads and children."""
+    began = pipeline.cpu_seconds()
+    work(*arguments)
+    return pipeline.cpu_seconds() - began
+
+
 def measure(arms: list[Arm], repetitions: int) -> list[dict[str, Any]]:
     """Let arms and limits take turns; return each arm's median ratio and rates."""
     rates: dict[str, list[tuple[float, float]]] = {arm.name: [] for arm in arms}
     for repetition in range(repetitions + 1):
         for arm in arms:
-            spent = taken = 0.0
-            for again in (
-                False,
-                True,
-            ):  # the limit before and behind, so that a machine that slows down favours neither
-                began = cpu_seconds()
-                arm.limit(arm.images // 2)
-                spent += cpu_seconds() - began
-                if not again:
-                    began = cpu_seconds()
-                    arm.run()
-                    taken = cpu_seconds() - began
+            before = seconds(arm.limit, arm.images // 2)  # and behind: a machine that slows down favours neither
+            taken = seconds(arm.run)
+            spent = before + seconds(arm.limit, arm.images // 2)
             if repetition:  # the first warms up
                 rates[arm.name].append((arm.images / taken, 2 * (arm.images // 2) / spent))
     results = []

@@ -374,9 +374,9 @@ def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
         start(folder, item.key, resume=stage.resumes, mend=stage.mends)
     ranks.wait()
     work.done[stage.name] = Artifact(stage.name, folder, item.key)
-    wall, cpu = time.monotonic(), _cpu_seconds()
+    wall, cpu = time.monotonic(), cpu_seconds()
     info = stage.run(work, folder) if stage.together or ranks.first else {}
-    cost = {"seconds": time.monotonic() - wall, "cpu_seconds": _cpu_seconds() - cpu}
+    cost = {"seconds": time.monotonic() - wall, "cpu_seconds": cpu_seconds() - cpu}
     ranks.wait()
     if ranks.first:
         finish(folder, stage.name, item.key, {**info, "cost": cost})
@@ -386,7 +386,7 @@ def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
     return found
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """CPU time of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)

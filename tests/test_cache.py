@@ -242,7 +242,10 @@ def test_check_names_the_worst_row_and_output(tmp_path: Path) -> None:
         cache.check(lambda ids, view: teacher(ids, view)._replace(embeddings={}))
 
 
-@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN or infinite"), (1e5, "range of float16")])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (1e5, "range of float16")],
+)
 def test_values_that_cannot_be_stored_are_refused(value: float, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"'logits.category' .*{message}"):
         fill(tmp_path, produce=lambda ids, view: Outputs({"category": torch.full((len(ids), 2), value)}, {}, {}),

@@ -86,18 +86,20 @@ def auto_map_of_an_unknown_architecture(project: Path) -> list[str]:
     return auto_map(project, model_type="evil")
 
 
-def pickle_in_token_ids(project: Path) -> list[str]:
-    file = project / "runs/tiny/vocabulary/token_ids.npy"
+def pickle_in_array(project: Path, name: str) -> None:
+    file = project / "runs/tiny" / name
     np.save(file, np.array([Payload(project.parent / MARKER)], dtype=object), allow_pickle=True)
     forge(file)
+
+
+def pickle_in_token_ids(project: Path) -> list[str]:
+    pickle_in_array(project, "vocabulary/token_ids.npy")
     redo(project, "inherit")
     return ["train", "recipe.yaml"]
 
 
 def pickle_in_images(project: Path) -> list[str]:
-    file = project / "runs/tiny/data/image.npy"
-    np.save(file, np.array([Payload(project.parent / MARKER)], dtype=object), allow_pickle=True)
-    forge(file)
+    pickle_in_array(project, "data/image.npy")
     redo(project, "teacher")
     return ["cache", "recipe.yaml"]
 
