@@ -103,6 +103,7 @@ class TrainConfig(Strict):
 
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1)  # global, over all ranks
+    group_by_length: bool = False  # a batch has texts of like length, which leaves little padding to compute
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     lr_scale: dict[str, float] = {}  # module-path prefix -> factor on lr; 0 freezes it
@@ -138,7 +139,7 @@ class ModelConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The teacher, and how it is fitted to the data before distillation."""
 
-    pretrain: dict[str, TrainConfig] = {}  # modality -> budget in which its encoder first learns alone, with its head
+    pretrain: dict[str, TrainConfig] = {}  # modality -> budget in which its encoder learns alone, a frozen one too
     train: TrainConfig = TrainConfig()
     objective: list[TermConfig] = Field(min_length=1)
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distill.build import build_model, example_batch, input_spec
 from distill.cache import default_shard_rows, flatten
-from distill.config import AugmentConfig, ModelConfig, Recipe
+from distill.config import AugmentConfig, ModelConfig, Recipe, TrainConfig
 from distill.contracts import SPLITS, TRAIN, Batch, Outputs, UserError
 from distill.data.rows import encode_targets, read_rows
 from distill.data.sources import open_source
 from distill.losses.objective import tap_paths
-from distill.multimodal import MultimodalModel, Tapped
+from distill.multimodal import MultimodalModel, OneModality, Tapped
 from distill.shards import DTYPES, shard_size
 from distill.towers import frozen_towers
 from distill.workspace import takes_tokenizer
@@ -59,7 +60,7 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         return {**found, "missing": str(error)}
     found["num_params"]["teacher"] = _num_params(teacher)
     views, train = (recipe.cache.views if recipe.data.augment != AugmentConfig() else 1), counts[TRAIN]
-    texts = recipe.transfer.texts
+    texts, pretrain = recipe.transfer.texts, recipe.teacher.pretrain
     encode, batch, tower_bytes = _encoded(teacher, recipe)
     tapped = Tapped(teacher.eval(), tap_paths(recipe.student.objective, "teacher"))
     with torch.no_grad():
@@ -73,15 +74,17 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     example = _encoded(student, recipe)[1]
     step["student"] = _seconds_a_row(student, example)
     mixed = step["student"] + (recipe.transfer.ratio * _seconds_a_row(student, _texts_alone(example)) if texts else 0)
-    fits = [*recipe.teacher.pretrain.values(), recipe.teacher.train]
     found["seconds"] = {
         "towers": inputs * encode,
-        "teacher": train * sum(part.epochs for part in fits) * step["teacher"],
+        "teacher": _trained(recipe.teacher.train, train) * step["teacher"],
         "cache": train * views * answer + texts * (encode + answer),
-        "baseline": train * recipe.student.train.epochs * step["student"],
-        "student": train * recipe.student.train.epochs * mixed,
-        "pruned": train * recipe.prune.train.epochs * mixed,
+        "baseline": _trained(recipe.student.train, train) * step["student"],
+        "student": _trained(recipe.student.train, train) * mixed,
+        "pruned": _trained(recipe.prune.train, train) * mixed,
     }
+    if pretrain:
+        alone = [_trained(part, train) * _alone(teacher, name, recipe) for name, part in pretrain.items()]
+        found["seconds"]["pretrain"] = sum(alone)
     return found
 
 
@@ -124,6 +127,20 @@ def _encoded(model: MultimodalModel, recipe: Recipe) -> tuple[float, Batch, floa
     return (time.perf_counter() - began) / ROWS, batch._replace(inputs=inputs), size
 
 
+def _trained(config: TrainConfig, rows: int) -> int:
+    """Rows that a budget trains on, each as often as it is read."""
+    return min(config.epochs * rows, (config.max_steps or config.epochs * rows) * config.batch_size)
+
+
+def _alone(model: MultimodalModel, modality: str, recipe: Recipe) -> float:
+    """Seconds a row of an encoder that learns alone."""
+    encoder: Any = model.encoders[modality]
+    encoder.thaw()
+    spec = input_spec(model)
+    batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
+    return _seconds_a_row(OneModality(model, modality), batch)
+
+
 def _texts_alone(batch: Batch) -> Batch:
     """The same rows as a transfer set has them: nobody has an image, and there is none in the inputs."""
     inputs = {name: value for name, value in batch.inputs.items() if name.startswith("text")}
@@ -152,6 +169,6 @@ def _least_seconds(work: Callable[[], Any]) -> float:
     return min(taken)
 
 
-def _seconds_a_row(model: MultimodalModel, batch: Batch) -> float:
+def _seconds_a_row(model: nn.Module, batch: Batch) -> float:
     """Seconds of forward and backward, the best of a few."""
     return _least_seconds(lambda: sum(v.sum() for v in model.train()(batch).logits.values()).backward()) / ROWS

@@ -50,6 +50,11 @@ class Encoder(nn.Module):
         """Encode a batch."""
         raise NotImplementedError
 
+    def thaw(self) -> None:
+        """Let all parameters learn, those of a frozen tower too."""
+        self.frozen = False
+        self.requires_grad_(True)
+
 
 class Neck(nn.Module):
     """Bring an encoder's width to the fusion's: normalise, project, activate."""

@@ -83,6 +83,21 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
+def _pretraining(recipe: Recipe) -> Any:
+    teacher = {name: value for name, value in _identity(recipe)["teacher"].items() if name != "train"}
+    return [teacher, recipe.data.augment.model_dump(), recipe.seed] if recipe.teacher.pretrain else []
+
+
+def _towers(recipe: Recipe) -> Any:
+    encoders = _identity(recipe)["teacher"]["encoders"]
+    return [encoders, recipe.data.augment.model_dump(), stages.tower_views(recipe), recipe.seed]
+
+
+def _transfer(recipe: Recipe) -> Any:
+    made = recipe.transfer.model_dump(include={"texts", "replace"})
+    return [made, _identity(recipe)["teacher"]["encoders"], recipe.seed] if recipe.transfer.texts else []
+
+
 def _data(recipe: Recipe) -> Any:
     fields = {name: value for name, value in _identity(recipe)["data"].items() if name != "augment"}
     return [fields, source_fingerprint(recipe.data, Path.cwd())]
@@ -95,24 +110,16 @@ def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
 
 STAGES = (
     Stage("data", "read, check and decode the rows", _prepare, (), _data),
+    Stage("vocabulary", "cut the teacher's vocabulary to the student's", stages.cut_vocabulary, ("data",), _vocabulary),
     Stage(
-        "vocabulary",
-        "cut the teacher's vocabulary to the student's size",
-        stages.cut_vocabulary,
-        ("data",),
-        _vocabulary,
+        "pretrain", "let encoders learn alone", stages.pretrain, ("data",), _pretraining, resumes=True, together=True
     ),
     Stage(
         "towers",
         "encode each distinct input of the frozen towers once",
         stages.keep_towers,
-        ("data",),
-        lambda r: [
-            _identity(r)["teacher"]["encoders"],
-            r.data.augment.model_dump(),
-            stages.tower_views(r),
-            r.seed,
-        ],
+        ("data", "pretrain"),
+        _towers,
         resumes=True,
         together=True,
         mends=True,
@@ -122,22 +129,14 @@ STAGES = (
         "make texts without labels for the teacher to answer",
         stages.make_transfer,
         ("data",),
-        lambda r: (
-            [
-                r.transfer.model_dump(include={"texts", "replace"}),
-                _identity(r)["teacher"]["encoders"],
-                r.seed,
-            ]
-            if r.transfer.texts
-            else []
-        ),
+        _transfer,
         version=2,
     ),
     Stage(
         "teacher",
         "fit the teacher",
         stages.fit_teacher,
-        ("data", "towers"),
+        ("data", "pretrain", "towers"),
         lambda r: [_identity(r)["teacher"], r.seed],
         resumes=True,
         together=True,

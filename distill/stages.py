@@ -42,36 +42,41 @@ from distill.workspace import (
     STUDENT,
     TEACHER,
     TEXTS_FILE,
+    WEIGHTS_FILE,
     Workspace,
     takes_tokens,
 )
 
 TOKENS_FILE = "token_ids.npy"
-WEIGHTS_FILE = "model.safetensors"
+
+
+def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Let encoders of the teacher learn alone, one after the other, by the terms of its objective on their heads.
+
+    A frozen tower learns here too, and is kept as it is from then on.
+    """
+    config = work.recipe.teacher
+    for modality, train in config.pretrain.items():
+        place = folder / modality
+        if (place / WEIGHTS_FILE).is_file():
+            continue
+        place.mkdir(exist_ok=True)
+        terms = [term for term in config.objective if (term.task or "").endswith(f".{modality}")]
+        whole = work.blank(TEACHER)
+        whole.encoders[modality].thaw()  # type: ignore[operator]
+        model: Any = OneModality(whole, modality)
+        loader = work.train_loader({TEACHER: input_spec(model)}, train, repeat=False)
+        _fit(work, _job(work, place, model, loader, TEACHER, train, terms), f"pretrain {modality}")
+    return {"learnt_alone": list(config.pretrain)}
 
 
 def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the teacher's free parts on the labels; a teacher without any is kept as it is."""
     config = work.recipe.teacher
-    model = work.blank(TEACHER)
-    for modality, train in config.pretrain.items():
-        load_weights(OneModality(model, modality), _pretrain(work, folder / f"pretrain-{modality}", modality, train))
+    model = work.pretrained_teacher()
     repeat = "image" in frozen_towers(model)
     loader = work.towers(work.train_loader({TEACHER: input_spec(model)}, config.train, repeat=repeat), model)
     return _fit(work, _job(work, folder, model, loader, TEACHER, config.train, config.objective), "fit teacher")
-
-
-def _pretrain(work: Workspace, folder: Path, modality: str, train: TrainConfig) -> Path:
-    """Let one encoder learn alone, by the terms of the teacher's objective on its heads; return the weights' file."""
-    weights = folder / "model.safetensors"
-    if weights.is_file():
-        return weights
-    folder.mkdir(exist_ok=True)
-    terms = [term for term in work.recipe.teacher.objective if (term.task or "").endswith(f".{modality}")]
-    model: Any = OneModality(work.blank(TEACHER), modality)
-    loader = work.train_loader({TEACHER: input_spec(model)}, train, repeat=modality in frozen_towers(model))
-    _fit(work, _job(work, folder, model, work.towers(loader, model), TEACHER, train, terms), f"pretrain {modality}")
-    return weights
 
 
 def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
     frozen text tower alone it reads new images in each epoch, and texts that repeat after ``augment.text.views``.
     """
     recipe = work.recipe
-    model = work.blank(TEACHER).eval()
+    model = work.pretrained_teacher().eval()
     frozen = frozen_towers(model)
     if not frozen:
         return {}

@@ -19,7 +19,7 @@ from distill.contracts import TRAIN, VALID, Artifact
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepare import PreparedData
 from distill.data.transfer import as_data
-from distill.multimodal import MultimodalModel
+from distill.multimodal import MultimodalModel, OneModality
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
 from distill.runs import read_json, seed_everything
@@ -31,6 +31,7 @@ TEACHER: Final = "teacher"
 STUDENT: Final = "student"
 BASELINE: Final = "baseline"
 TEXTS_FILE = "texts.json"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass
@@ -81,6 +82,13 @@ class Workspace:
         stage = "vocabulary" if name == BASELINE else "inherit"
         return {taker: {"tokenizer_file": self.path(stage) / TOKENIZER_FILE} for taker in self.takers(config)}
 
+    def pretrained_teacher(self) -> MultimodalModel:
+        """The teacher as its joint fit begins: encoders that learnt alone have what they learnt."""
+        model = self.blank(TEACHER)
+        for modality in self.recipe.teacher.pretrain:
+            load_weights(OneModality(model, modality), self.path("pretrain") / modality / WEIGHTS_FILE)
+        return model
+
     def teacher(self) -> MultimodalModel:
         """The fitted teacher, in eval mode and without gradients."""
         model = self.blank(TEACHER)
@@ -118,6 +126,7 @@ class Workspace:
             augment=recipe.data.augment,
             views=recipe.cache.views if repeat else None,
             shuffle=True,
+            group_by_length=config.group_by_length,
             **self._slices(),
         )
 
@@ -143,7 +152,7 @@ class Workspace:
             evaluate.validation_accuracy, batches=evaluate.clean_batches(loader, reads), total=self.ranks.sum
         )
 
-    def _slices(self) -> dict[str, int]:
+    def _slices(self) -> dict[str, Any]:
         """Which rows of each batch are this rank's."""
         return {"rank": self.ranks.rank, "world_size": self.ranks.count}
 

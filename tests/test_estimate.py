@@ -30,13 +30,15 @@ def test_time_of_the_transfer_set_is_part_of_the_estimate(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "_least_seconds", lambda work: [work(), 64.0][1])  # a second a row, whatever it does
     found = []
-    for overrides in ([], ["transfer.texts=40", "transfer.ratio=2"]):
+    alone = "teacher.pretrain.image={epochs: 5, batch_size: 10, max_steps: 7}"
+    for overrides in ([], ["transfer.texts=40", "transfer.ratio=2", alone]):
         answer = distill("run", "recipe.yaml", "--dry-run", "--json", *overrides)
         assert answer.code == 0, answer.err
         found.append(json.loads(answer.out)["seconds"])
     plain, mixed = found
     assert plain["student"] == plain["baseline"] == mixed["baseline"] == 72 * 2
     assert mixed["student"] == 3 * plain["student"] and mixed["pruned"] == 3 * plain["pruned"] == 3 * 72
+    assert mixed["pretrain"] == 70 and "pretrain" not in plain
     assert plain["cache"] == 72 * 2 and mixed["cache"] >= 72 * 2 + 40
 
 

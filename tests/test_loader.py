@@ -76,10 +76,13 @@ def assert_equal(one: Batch, other: Batch) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000), batch_size=st.integers(1, 50))
-def test_an_epoch_is_a_permutation_of_the_split(data, specs, seed, epoch, batch_size):
-    loader = make(data, specs, seed=seed, batch_size=batch_size)
+GROUPING = st.booleans()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000), batch_size=st.integers(1, 50), grouped=GROUPING)
+def test_an_epoch_is_a_permutation_of_the_split(data, specs, seed, epoch, batch_size, grouped):
+    loader = make(data, specs, seed=seed, batch_size=batch_size, group_by_length=grouped)
     assert sorted(ids_of(loader.epoch(epoch))) == sorted(data.ids[:NUM_TRAIN].tolist())
     assert len(list(loader.epoch(epoch))) == len(loader)
 
@@ -88,6 +91,27 @@ def test_order_depends_on_seed_and_epoch_only(data, specs):
     orders = [make(data, specs, seed=seed).order(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert make(data, specs, batch_size=3, rank=1, world_size=2).order(0).tolist() == orders[0]
+
+
+def test_grouped_batches_have_texts_of_like_length(data, specs, monkeypatch):
+    lengths = {}
+    for grouped in (False, True):
+        batches = make(data, specs, batch_size=4, augment=None, group_by_length=grouped).epoch(3)
+        lengths[grouped] = [batch["teacher"].inputs["text_mask"].sum(1) for batch in batches]
+    assert len(lengths[True][-1]) == len(lengths[False][-1]) == NUM_TRAIN % 4
+    padded = {grouped: sum(int(row.max() * len(row)) for row in rows) for grouped, rows in lengths.items()}
+    assert padded[True] < padded[False]  # a window holds them all here: sorted, their padding is the least there is
+    assert [int(row.max()) for row in lengths[True]] != sorted(int(row.max()) for row in lengths[True])  # but shuffled
+    monkeypatch.setattr(loader, "GROUPED", 1)  # each batch sorted by itself: the same batches, in the same order
+    alone = make(data, specs, batch_size=4, group_by_length=True)
+    plain = make(data, specs, batch_size=4)
+    for one, other in zip(alone.epoch(3), plain.epoch(3), strict=True):
+        assert sorted(one["teacher"].ids.tolist()) == sorted(other["teacher"].ids.tolist())
+
+
+def test_grouping_without_texts_is_refused(data):
+    with pytest.raises(UserError, match="group_by_length: student read no text"):
+        make(data, {"student": InputSpec(True, None, 0)}, group_by_length=True)
 
 
 def test_order_does_not_depend_on_how_the_source_was_sorted(data, specs):
@@ -108,9 +132,9 @@ def test_order_does_not_depend_on_how_the_source_was_sorted(data, specs):
 
 
 @settings(max_examples=15, deadline=None)
-@given(start=st.integers(0, 6), epoch=st.integers(0, 5), batch_size=st.integers(5, 20))
-def test_starting_at_a_batch_is_skipping_those_before(data, specs, start, epoch, batch_size):
-    loader = make(data, specs, batch_size=batch_size)
+@given(start=st.integers(0, 6), epoch=st.integers(0, 5), batch_size=st.integers(5, 20), grouped=GROUPING)
+def test_starting_at_a_batch_is_skipping_those_before(data, specs, start, epoch, batch_size, grouped):
+    loader = make(data, specs, batch_size=batch_size, group_by_length=grouped)
     expected = list(loader.epoch(epoch))[start:]
     resumed = list(loader.epoch(epoch, start))
     assert len(resumed) == len(expected)
@@ -119,12 +143,12 @@ def test_starting_at_a_batch_is_skipping_those_before(data, specs, start, epoch,
 
 
 @settings(max_examples=15, deadline=None)
-@given(world_size=st.integers(1, 6), batch_size=st.integers(1, 40), epoch=st.integers(0, 3))
-def test_slices_of_the_ranks_are_the_batch_of_one(data, specs, world_size, batch_size, epoch):
-    alone = list(make(data, specs, batch_size=batch_size).epoch(epoch))
+@given(world_size=st.integers(1, 6), batch_size=st.integers(1, 40), epoch=st.integers(0, 3), grouped=GROUPING)
+def test_slices_of_the_ranks_are_the_batch_of_one(data, specs, world_size, batch_size, epoch, grouped):
+    options = {"batch_size": batch_size, "group_by_length": grouped}
+    alone = list(make(data, specs, **options).epoch(epoch))
     ranks = [
-        list(make(data, specs, batch_size=batch_size, rank=rank, world_size=world_size).epoch(epoch))
-        for rank in range(world_size)
+        list(make(data, specs, **options, rank=rank, world_size=world_size).epoch(epoch)) for rank in range(world_size)
     ]
     for whole, *parts in zip(alone, *ranks, strict=True):
         sizes = [len(part["teacher"].ids) for part in parts]

@@ -9,17 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 from tiny_project import distill, distill_process, make_project, refusal, run_python, start_distill
 from tokenizers import Tokenizer
 
 from distill import engine, pipeline
+from distill.build import input_spec
+from distill.recipe import load_recipe
 from distill.runs import locked, read_json
 
 MODELS = ["teacher", "baseline", "student", "pruned", "onnx-fp32", "onnx-int8"]
 AFTER_STUDENT = ["pruned", "export", "quantize", "evaluate", "bench", "report"]
 AFTER_CACHE = ["student", *AFTER_STUDENT]
-AFTER_DATA = [name for name in pipeline.NAMES if name not in ("data", "transfer")]  # the recipe has no transfer set
+UNUSED = ("transfer", "pretrain")  # by the recipe
+AFTER_DATA = [name for name in pipeline.NAMES if name not in ("data", *UNUSED)]
 
 
 @pytest.fixture(scope="module")
@@ -368,9 +372,27 @@ def test_an_encoder_that_learns_alone_first_goes_on_where_it_was_stopped(copied,
             patched.setattr(engine, "_note", note)
             assert distill(*arguments, f"name=stopped{step}").code == 143
         assert distill(*arguments, f"name=stopped{step}").code == 0
-        for file in ("model.safetensors", "pretrain-image/model.safetensors"):
-            assert same_weights(f"runs/stopped{step}/teacher/{file}", f"runs/whole/teacher/{file}")
+        for file in ("teacher/model.safetensors", "pretrain/image/model.safetensors"):
+            assert same_weights(f"runs/stopped{step}/{file}", f"runs/whole/{file}")
     assert not same_weights("runs/whole/teacher/model.safetensors", "runs/tiny/teacher/model.safetensors")
+
+
+def test_a_frozen_tower_that_learns_alone_is_kept_as_it_is_then(copied):
+    tuned = ["teacher.pretrain.text={epochs: 1, batch_size: 16, lr: 0.003, group_by_length: true}"]
+    tuned += ["teacher.objective.2.task=shape.text", "name=tuned"]
+    recipe = load_recipe("recipe.yaml", tuned)
+    work = pipeline.workspace(recipe, pipeline.run(recipe, until="cache", quiet=True))
+    begun, fitted, blank = work.pretrained_teacher(), work.teacher(), work.blank("teacher")
+    before, after, never = (model.encoders["text"].tower.state_dict() for model in (begun, fitted, blank))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    changed = [name for name in before if not torch.equal(before[name], never[name])]
+    assert any("layer.0" in name for name in changed) and any("word_embeddings" in name for name in changed)
+    spec = {"teacher": input_spec(fitted)}
+    loader = work.clean_loader("test", spec["teacher"], "teacher")
+    for raw, kept in zip(loader.epoch(0), work.towers(loader, fitted).epoch(0), strict=True):
+        live = fitted(raw["teacher"]).logits["shape.text"]
+        assert torch.allclose(live, fitted(kept["teacher"]).logits["shape.text"], atol=2e-2)
+        assert not torch.allclose(live, begun(raw["teacher"]).logits["shape.text"], atol=2e-2)  # its head learnt on
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

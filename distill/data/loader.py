@@ -26,6 +26,7 @@ from distill.data.transforms import augment_images, drop_words
 from distill.preprocess import Tokenizer
 
 PREFETCH = 2  # batches made ahead by a background thread
+GROUPED = 16  # batches in which rows are sorted by the length of their text
 CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text
 
 
@@ -79,6 +80,7 @@ class Loader:
         views: int | None = None,
         view: int | None = None,
         shuffle: bool,
+        group_by_length: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -94,11 +96,13 @@ class Loader:
             views: number of views that repeat from epoch to epoch (a teacher cache has K); None: a new view an epoch.
             view: the one view of every epoch, augmented also where ``shuffle`` is False.
             shuffle: a new order each epoch. Without it rows come in order of id, and clean unless ``view`` is given.
+            group_by_length: shuffled batches have texts of like length.
             rank: this process, which takes its slice of each global batch.
             world_size: number of processes.
 
         Raises:
-            UserError: a model reads a modality that the data lacks, or its tokenizer is unusable.
+            UserError: a model reads a modality that the data lacks, its tokenizer is unusable, or no model reads the
+                texts that are to be grouped.
         """
         self.data, self.batch_size, self._seed, self._shuffle = data, batch_size, seed, shuffle
         self.augment = augment if augment != AugmentConfig() else None
@@ -113,6 +117,11 @@ class Loader:
             key = _text_key(spec)
             if spec.tokenizer is not None and key not in self._texts:
                 self._texts[key] = _TokenTable(data, self.row_positions, spec)
+        self._grouped = group_by_length
+        if group_by_length and not self._texts:
+            raise UserError(
+                f"group_by_length: {' and '.join(specs)} read no text whose length could be told; set it to false"
+            )
 
     def __len__(self) -> int:
         """Return the number of global batches an epoch; the last may be smaller."""
@@ -122,7 +131,20 @@ class Loader:
         """Return the positions in ``data`` of an epoch's rows, int64 [N], in the order they are read."""
         if not self._shuffle:
             return self.row_positions
-        return np.random.default_rng((self._seed, epoch)).permutation(self.row_positions)
+        order = np.random.default_rng((self._seed, epoch)).permutation(self.row_positions)
+        return self._by_length(order, epoch) if self._grouped else order
+
+    def _by_length(self, order: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Sort a few batches at a time by length of text, and shuffle them; a smaller last batch stays the last."""
+        generator, size = np.random.default_rng((self._seed, epoch, 1)), self.batch_size
+        lengths = next(iter(self._texts.values())).lengths(order)
+        parts = []
+        for start in range(0, len(order), GROUPED * size):
+            window = slice(start, start + GROUPED * size)
+            rows = order[window][np.argsort(lengths[window], kind="stable")]
+            whole = len(rows) // size * size
+            parts += [generator.permutation(rows[:whole].reshape(-1, size)).ravel(), rows[whole:]]
+        return np.concatenate(parts)
 
     def view(self, epoch: int) -> int:
         """Return the view that all rows of an epoch have."""
@@ -226,6 +248,10 @@ class _TokenTable:
             self._tokens[rows, : tokens.shape[1]], self._words[rows, : tokens.shape[1]] = tokens, words
         self._lengths = torch.cat([torch.zeros(0, dtype=torch.int64), *(lengths for _, _, lengths in parts)])
         self._pad_id = spec.pad_id
+
+    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of tokens of each row's text, int64 [N], before any are dropped."""
+        return self._lengths[self._text_of_row[torch.from_numpy(rows)]].numpy()
 
     def batch(
         self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, seed: int, dropping: TextAugment
