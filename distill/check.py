@@ -38,6 +38,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_inheritance(recipe, encoders, inheritances)
     _check_transfer(recipe)
     _check_pretraining(recipe.teacher)
+    _check_class_names(recipe)
     _check_terms(recipe.teacher.objective, [recipe.teacher], recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, [recipe.student], recipe, "student.baseline")
     _check_terms(recipe.student.objective, [recipe.student, recipe.teacher], recipe, "student.objective")
@@ -119,6 +120,16 @@ def _check_pretraining(teacher: TeacherConfig) -> None:
             )
         if not any((term.task or "").endswith(f".{modality}") for term in teacher.objective):
             raise UserError(f"{where}: no term of teacher.objective is on the head of {modality}; add TASK.{modality}")
+
+
+def _check_class_names(recipe: Recipe) -> None:
+    """Names of classes need tasks that are there, and a reader."""
+    where = "teacher.class_names.tasks"
+    for task in recipe.teacher.class_names.tasks:
+        if task not in recipe.data.targets:
+            raise UserError(f"{where}: the data has no task {task!r}; {nearest(task, recipe.data.targets)}")
+        if "text" not in recipe.teacher.encoders:
+            raise UserError(f"{where}: the teacher has no text encoder to read the names of {task!r}; leave it out")
 
 
 def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:

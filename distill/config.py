@@ -136,9 +136,17 @@ class ModelConfig(Strict):
     dropout: float = Field(0.0, ge=0, lt=1)  # of pooled and token features after their projection to the fusion's width
 
 
+class ClassNamesConfig(Strict):
+    """Names of classes as texts of their own: what a class is called says what belongs to it."""
+
+    tasks: list[str] = []  # whose names are read, each as a training text with this one label and no other modality
+    ratio: float = Field(0.15, gt=0)  # of them to the data's rows, in each batch
+
+
 class TeacherConfig(ModelConfig):
     """The teacher, and how it is fitted to the data before distillation."""
 
+    class_names: ClassNamesConfig = ClassNamesConfig()
     pretrain: dict[str, TrainConfig] = {}  # modality -> budget in which its encoder learns alone, a frozen one too
     train: TrainConfig = TrainConfig()
     objective: list[TermConfig] = Field(min_length=1)

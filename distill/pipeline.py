@@ -89,8 +89,9 @@ def _pretraining(recipe: Recipe) -> Any:
 
 
 def _towers(recipe: Recipe) -> Any:
-    encoders = _identity(recipe)["teacher"]["encoders"]
-    return [encoders, recipe.data.augment.model_dump(), stages.tower_views(recipe), recipe.seed]
+    teacher = _identity(recipe)["teacher"]
+    read = [teacher["encoders"], teacher["class_names"]["tasks"]]
+    return [read, recipe.data.augment.model_dump(), stages.tower_views(recipe), recipe.seed]
 
 
 def _transfer(recipe: Recipe) -> Any:

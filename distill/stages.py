@@ -21,14 +21,8 @@ from distill.checkpoint import load_weights, save_weights
 from distill.config import Recipe, TermConfig, TrainConfig, build_part
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
-from distill.data.transfer import (
-    LABELLED,
-    TRANSFER,
-    MixedLoader,
-    join_outputs,
-    replace_words,
-    whole_words,
-)
+from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
+from distill.data.transfer import replace_words, whole_words
 from distill.inventory import TRANSFER as TRANSFER_PART
 from distill.losses.objective import Objective, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
@@ -65,7 +59,7 @@ def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
         whole = work.blank(TEACHER)
         whole.encoders[modality].thaw()  # type: ignore[operator]
         model: Any = OneModality(whole, modality)
-        loader = work.train_loader({TEACHER: input_spec(model)}, train, repeat=False)
+        loader = _teachers_rows(work, model, train, repeat=False)
         _fit(work, _job(work, place, model, loader, TEACHER, train, terms), f"pretrain {modality}")
     return {"learnt_alone": list(config.pretrain)}
 
@@ -74,13 +68,20 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the teacher's free parts on the labels; a teacher without any is kept as it is."""
     config = work.recipe.teacher
     model = work.pretrained_teacher()
-    repeat = "image" in frozen_towers(model)
-    loader = work.towers(work.train_loader({TEACHER: input_spec(model)}, config.train, repeat=repeat), model)
+    loader = _teachers_rows(work, model, config.train, repeat="image" in frozen_towers(model))
     return _fit(work, _job(work, folder, model, loader, TEACHER, config.train, config.objective), "fit teacher")
 
 
+def _teachers_rows(work: Workspace, model: Any, train: TrainConfig, *, repeat: bool) -> Any:
+    """Training rows, with names of classes behind them if the teacher is to read any."""
+    spec = input_spec(model)
+    loader = work.towers(work.train_loader({TEACHER: spec}, train, repeat=repeat), model)
+    names = work.class_names_loader({TEACHER: spec}, train.batch_size) if spec.tokenizer else None
+    return loader if names is None else MixedLoader(loader, work.towers(names, model), TEACHER, spec.pad_id)
+
+
 def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Encode every distinct input of the teacher's frozen towers: clean rows of all splits, and training views.
+    """Encode each distinct input of the teacher's frozen towers: of rows, of their training views and of class names.
 
     Beside a frozen image tower the teacher's fit reads the K views of the cache, each of which is encoded. Beside a
     frozen text tower alone it reads new images in each epoch, and texts that repeat after ``augment.text.views``.
@@ -95,6 +96,9 @@ def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
     augmented = work.train_loader({TEACHER: spec}, recipe.teacher.train)
     views = tower_views(recipe) if augmented.augment else {}
     sources = {name: [*clean, *(Rows(augmented, view) for view in range(views.get(name, 0)))] for name in frozen}
+    names = work.class_names_loader({TEACHER: spec}, EVALUATION_BATCH)
+    if names is not None and "text" in frozen:
+        sources["text"].append(Rows(names, CLEAN_VIEW))
     key = {"towers": work.done["towers"].fingerprint}
     with progress("encode frozen towers", quiet=work.quiet) as report:
         return encode_towers(model, sources, folder, reads=TEACHER, key=key, report=report, ranks=work.ranks)

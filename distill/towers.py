@@ -157,6 +157,8 @@ class WithTowers:
         batch = batches[self.reads]
         inputs = dict(batch.inputs)
         for name, tower in self.towers.items():
+            if name not in inputs:
+                continue
             raw = inputs.pop(name)
             tokens = tower.lookup(batch)
             inputs[f"{name}_encoded"] = tokens[:, : raw.shape[1]] if name == "text" else tokens

@@ -16,9 +16,10 @@ from distill.build import build_model, input_spec
 from distill.checkpoint import load_weights
 from distill.config import ModelConfig, Recipe, TrainConfig
 from distill.contracts import TRAIN, VALID, Artifact
+from distill.data.class_names import class_names
 from distill.data.loader import InputSpec, Loader
+from distill.data.mixed import as_data
 from distill.data.prepare import PreparedData
-from distill.data.transfer import as_data
 from distill.multimodal import MultimodalModel, OneModality
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
@@ -135,10 +136,19 @@ class Workspace:
         if not self.recipe.transfer.texts:
             return None
         data = as_data(read_json(self.path("transfer") / TEXTS_FILE), self.data())
-        rows = max(1, round(batch_size * self.recipe.transfer.ratio))
+        return self._texts_loader(data, specs, batch_size * self.recipe.transfer.ratio)
+
+    def class_names_loader(self, specs: dict[str, InputSpec], batch_size: int) -> Loader | None:
+        """Names of classes as the teacher reads them, in the same way; None where the recipe has it read none."""
+        config = self.recipe.teacher.class_names
+        if not config.tasks:
+            return None
+        return self._texts_loader(class_names(self.data(), config.tasks), specs, batch_size * config.ratio)
+
+    def _texts_loader(self, data: PreparedData, specs: dict[str, InputSpec], num_rows: float) -> Loader:
+        size, seed = max(1, round(num_rows)), self.recipe.seed
         texts = {name: replace(spec, image=False) for name, spec in specs.items()}
-        seed = self.recipe.seed
-        return Loader(data, TRAIN, texts, batch_size=rows, seed=seed, augment=None, shuffle=True, **self._slices())
+        return Loader(data, TRAIN, texts, batch_size=size, seed=seed, augment=None, shuffle=True, **self._slices())
 
     def clean_loader(self, split: str, spec: InputSpec, reads: str, **changes: int) -> Loader:
         """Rows of a split in order of id, without augmentation; all of them, unless ``rank`` is given."""

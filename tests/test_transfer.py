@@ -16,16 +16,15 @@ from tiny_project import distill, make_project
 from distill.cache import flatten
 from distill.contracts import CLEAN_VIEW, IGNORE, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
-from distill.data.transfer import (
+from distill.data.mixed import (
     LABELLED,
     TRANSFER,
     MixedLoader,
     as_data,
     join_batches,
     join_outputs,
-    replace_words,
-    whole_words,
 )
+from distill.data.transfer import replace_words, whole_words
 from distill.multimodal import Tapped
 
 TEXTS = [f"{first} {second}, the moon" for first in ("cat", "dog", "sun") for second in ("dark", "light", "red")]
