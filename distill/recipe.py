@@ -111,7 +111,7 @@ def _anchored(recipe: Recipe, files: dict[str, Path], assigned: Iterable[str]) -
             return value
         return prefix + os.path.abspath(base(*location) / Path(value.removeprefix(prefix)).expanduser())
 
-    tree = recipe.model_dump()
+    tree = recipe.model_dump(exclude_unset=True)  # what the user wrote stays told apart from defaults
     source = tree["data"]["source"]
     for key in {"path", "root"} & source.keys():
         if not str(source[key]).startswith(SAMPLE):

@@ -16,8 +16,9 @@ from tiny import LABELS, make_loader, make_model, make_objective, terms
 from distill import checkpoint, engine, evaluate
 from distill.config import TrainConfig
 from distill.contracts import IGNORE, Outputs, UserError
-from distill.engine import Job, build_optimizer, fit, lr_factor
+from distill.engine import Job, fit
 from distill.interrupts import InterruptedRunError
+from distill.optimize import build_optimizer, lr_factor
 from distill.step import Trainee, TrainingError
 
 EPOCHS = 3
