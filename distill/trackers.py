@@ -7,11 +7,13 @@ A training that goes on after a stop goes on in the tracker's run, too.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,6 @@ class Trackers:
     names: list[str]
     folder: Path
     project: str
-    _opened: dict[str, Any] = field(default_factory=dict)
 
     def of(self, training: str, key: str, settings: Mapping[str, Any]) -> Tracking:
         """Return what tells the trackers about one training.
@@ -83,47 +84,46 @@ class Trackers:
 
         @contextmanager
         def tracking(step: int) -> Iterator[Note]:
-            self._open(training, key, step, settings)
+            opened: dict[str, Any] = {}
+            for name in [name for name in self.names if util.find_spec(name) is not None]:
+                self._try(opened, name, partial(self._open, opened, name, training, key, step, settings))
+
+            def tell(step: int, values: Mapping[str, float]) -> None:
+                named = {re.sub(r"[^\w./: -]", "_", name): value for name, value in values.items()}  # as MLflow wants
+                for name, tracker in list(opened.items()):
+                    self._try(opened, name, partial(tracker.log, named, step=step))
+
             try:
-                yield self._note
+                yield tell
             finally:
-                for name in list(self._opened):
-                    self._try(name, lambda tracker: tracker.finish())
-                self._opened.clear()
+                for name, tracker in list(opened.items()):
+                    self._try(opened, name, tracker.finish)
 
         return tracking
 
-    def _open(self, training: str, key: str, step: int, settings: Mapping[str, Any]) -> None:
+    def _open(
+        self, opened: dict[str, Any], name: str, training: str, key: str, step: int, settings: Mapping[str, Any]
+    ) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         folder = self.folder / training
-        for name in [name for name in self.names if util.find_spec(name) is not None]:
-            self._opened[name] = None  # so that one that fails on the way is left out like any other
+        run = _run(folder, name, key, new=step == 0)
+        tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, self.project, training, folder, run, step))
+        tracker.start()
+        if name == "mlflow":  # it makes the id itself
+            run["id"] = tracker.tracker.info.run_id
+        write_json(folder / name / RUN_FILE, run)
+        if step == 0 and name != "tensorboard":  # which would show them as a run of their own
+            tracker.store_init_configuration(dict(settings))
+        opened[name] = tracker
 
-            def start(_: Any, name: str = name) -> None:
-                run = _run(folder, name, key, new=step == 0)
-                tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, self.project, training, folder, run, step))
-                tracker.start()
-                self._opened[name] = tracker
-                if name == "mlflow":  # it makes the id itself
-                    run["id"] = tracker.tracker.info.run_id
-                write_json(folder / name / RUN_FILE, run)
-                if step == 0 and name != "tensorboard":  # which would show them as a run of their own
-                    tracker.store_init_configuration(dict(settings))
-
-            self._try(name, start)
-
-    def _note(self, step: int, values: Mapping[str, float]) -> None:
-        for name in list(self._opened):
-            self._try(name, lambda tracker: tracker.log(dict(values), step=step))
-
-    def _try(self, name: str, call: Callable[[Any], None]) -> None:
+    def _try(self, opened: dict[str, Any], name: str, call: Callable[[], object]) -> None:
         try:
-            call(self._opened[name])
+            call()
         except Exception as error:  # whatever a tracker does, training goes on
             log.warning("tracker %s failed and is left out from here on: %s", name, one_line(error))
             self.names.remove(name)
-            self._opened.pop(name)
+            opened.pop(name, None)
 
 
 def _run(folder: Path, name: str, key: str, *, new: bool) -> dict[str, Any]:

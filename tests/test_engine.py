@@ -10,62 +10,16 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import LABELS, make_loader, make_model, make_objective, terms
+from tiny import LABELS, make_loader, make_model, terms
+from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, weights, without_times
 
 from distill import checkpoint, engine, evaluate
 from distill.config import TrainConfig
 from distill.contracts import IGNORE, Outputs, UserError
-from distill.engine import Job, fit
+from distill.engine import fit
 from distill.interrupts import InterruptedRunError
 from distill.optimize import build_optimizer, lr_factor
 from distill.step import Trainee, TrainingError
-
-EPOCHS = 3
-BUDGET = {"epochs": EPOCHS, "batch_size": 16, "lr": 0.02}
-
-
-@pytest.fixture
-def make_job(prepared, wordpiece_file, tmp_path):
-    """A job in a folder of its own name; the same arguments give the same job."""
-
-    def make(name="run", *, objective=LABELS, model=None, loader=None, seed=0, teacher=None, example=None, **config):
-        loader = loader or make_loader(prepared, wordpiece_file)
-        model = model or make_model(wordpiece_file, dropout=0.2, modality_dropout=0.2)
-        tapped, made = make_objective(model, objective, next(loader.epoch(0))["student"], example)
-        valid = make_loader(prepared, wordpiece_file, split="valid", shuffle=False, augment=None)
-        validate = partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student"))
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        settings = TrainConfig.model_validate(BUDGET | config)
-        return Job(tapped, made, loader, "student", settings, folder, seed, validate, teacher)
-
-    return make
-
-
-def weights(job):
-    return load_file(job.folder / "model.safetensors")
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def lines(job):
-    return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(info):
-    return {name: value for name, value in info.items() if name != "seconds"}
-
-
-def interrupt_at(step, signum=signal.SIGINT):
-    def report(done, total, note):
-        if done == step:
-            os.kill(os.getpid(), signum)
-
-    return report
 
 
 def test_it_learns_and_writes_a_line_an_epoch(make_job):
