@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
-from distill.contracts import Batch, Outputs
+from distill.contracts import Batch, Outputs, UserError
 from distill.gradient_cache import backward_in_parts
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
@@ -58,7 +58,7 @@ class Trainee(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.objective, self.watch = tapped.model, objective, watch
-        self._tapped: Callable[[Batch], Outputs] = torch.compile(tapped.__call__) if compiled else tapped
+        self._call: Callable[[Batch], Outputs] = _compiled(tapped) if compiled else tapped
         self._channels_last = channels_last
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -72,13 +72,13 @@ class Trainee(nn.Module):
     def answer(self, batch: Batch) -> Outputs:
         """The model's outputs and taps."""
         with self.watch("student"):
-            if not self._channels_last:
-                return self._tapped(batch)
-            inputs = {
-                name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
-                for name, value in batch.inputs.items()
-            }
-            return self._tapped(batch._replace(inputs=inputs))
+            if self._channels_last:
+                moved = {
+                    name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+                    for name, value in batch.inputs.items()
+                }
+                batch = batch._replace(inputs=moved)
+            return self._call(batch)
 
     def loss(
         self, outputs: Outputs, teacher: Outputs | None, batch: Batch, shares: list[float] | None, ranks: Ranks | None
@@ -86,6 +86,20 @@ class Trainee(nn.Module):
         """The objective of outputs."""
         with self.watch("loss"):
             return self.objective(outputs, teacher, batch, shares, ranks)
+
+
+def _compiled(tapped: Tapped) -> Callable[[Batch], Outputs]:
+    torch.compiler.reset()  # code made for another model has not this one's taps, and nothing would check that
+    fast = torch.compile(tapped.__call__)
+
+    def call(batch: Batch) -> Outputs:
+        try:
+            return fast(batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = " ".join(str(error).splitlines()[:2])
+            raise UserError(f"train.compile: torch cannot compile the model here ({why}); set it to false") from error
+
+    return call
 
 
 class Stepper:
