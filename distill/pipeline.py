@@ -23,6 +23,7 @@ from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.objective import tap_paths
 from distill.progress import progress
 from distill.ranks import join
+from distill.recipe import as_yaml
 from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
 from distill.trackers import Trackers
 from distill.workspace import Workspace
@@ -344,11 +345,10 @@ def run(
             for name in descendants(force):
                 discard(folder / name)
             write_json(folder / "recipe.resolved.json", recipe.model_dump())
-            (folder / "recipe.resolved.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
+            (folder / "recipe.resolved.yaml").write_text(as_yaml(recipe), encoding="utf-8")
         trackers = Trackers(list(recipe.trackers) if ranks.first else [], folder / "trackers", recipe.name)
-        work = Workspace(
-            recipe, ENCODERS, students.INHERITANCES, quiet=quiet or not ranks.first, ranks=ranks, trackers=trackers
-        )
+        quiet = quiet or not ranks.first
+        work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet, ranks=ranks, trackers=trackers)
         for item in planned:
             if item.artifact is not None:
                 work.done[item.stage.name] = item.artifact
@@ -394,9 +394,3 @@ def cpu_seconds() -> float:
     """CPU time of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
-
-
-def _as_yaml(recipe: Recipe) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))

@@ -63,6 +63,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), parts: dict[str
     return _anchored(recipe, files, assigned)
 
 
+def as_yaml(recipe: Recipe) -> str:
+    """Return a recipe with all its defaults as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))
+
+
 def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
     if not equals or not all(key.split(".")):

@@ -162,9 +162,10 @@ class Workspace:
         """What tells the trackers of a training in a folder of a stage."""
         if self.trackers is None:
             return untracked
-        key = next(artifact.fingerprint for artifact in self.done.values() if folder.is_relative_to(artifact.path))
+        stage = next(artifact for artifact in self.done.values() if folder.is_relative_to(artifact.path))
+        training = "-".join(folder.relative_to(stage.path.parent).parts)  # "student", "pretrain-image"
         settings = {name: value for name, value in config.model_dump().items() if isinstance(value, str | int | float)}
-        return self.trackers.of(folder.name, key, {"seed": self.recipe.seed, **settings})
+        return self.trackers.of(training, stage.fingerprint, {"seed": self.recipe.seed, **settings})
 
     def _slices(self) -> dict[str, Any]:
         """Which rows of each batch are this rank's."""
