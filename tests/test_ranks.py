@@ -88,6 +88,7 @@ def test_a_recipe_runs_under_a_launcher_and_its_cache_is_the_same(tmp_path):
     assert out.count("cache: done") == out.count("student: done") == out.count("report: done") == 1
     assert "teacher: done" not in out
     assert shards(two / "cache") == shards(one / "cache") and len(shards(one / "cache")) > 1
+    assert len(list((two / "trackers" / "student" / "tensorboard").glob("events*"))) == 1  # the first rank's
     report = json.loads((two / "report" / "report.json").read_text())
     assert {model["name"] for model in report["models"]} >= {"teacher", "student", "onnx-int8"}
 
