@@ -39,6 +39,7 @@ from distill.data.prepare import PreparedData
 from distill.fusion import FUSIONS
 from distill.losses.objective import Objective
 from distill.multimodal import MultimodalModel, Tapped, evaluating
+from distill.optimize import build_optimizer
 from distill.progress import progress
 from distill.recipe import load_recipe
 from distill.step import Trainee
@@ -109,7 +110,7 @@ def constant(model: nn.Module) -> dict[str, float]:
 def bare_steps(job: engine.Job, batch: Batch, answer: Callable[[], Outputs]) -> Callable[[int], None]:
     """The limit: steps on one batch in memory; ``answer`` gives the teacher's outputs for it."""
     trainee = Trainee(job.tapped, job.objective)
-    optimizer = engine.build_optimizer(trainee, job.config)
+    optimizer = build_optimizer(trainee, job.config)
 
     def run(images: int) -> None:
         trainee.train()

@@ -10,6 +10,8 @@ from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, check
 from distill.contracts import UserError
 from distill.data.sources import SOURCES
 from distill.losses.objective import check_terms, needs_teacher
+from distill.optimize import check_optimizer
+from distill.trackers import check_trackers
 from distill.workspace import takes_tokenizer, takes_tokens
 
 Registry = Mapping[str, Callable[..., Any]]
@@ -26,6 +28,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     Raises:
         UserError: the first mistake found.
     """
+    check_trackers(recipe.trackers, asked_for="trackers" in recipe.model_fields_set)
     check_part(SOURCES, recipe.data.source, "data.source", ("base",))
     models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
     for where, model in models.items():
@@ -39,6 +42,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_transfer(recipe)
     _check_pretraining(recipe.teacher)
     _check_class_names(recipe)
+    _check_optimizers(recipe)
     _check_terms(recipe.teacher.objective, [recipe.teacher], recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, [recipe.student], recipe, "student.baseline")
     _check_terms(recipe.student.objective, [recipe.student, recipe.teacher], recipe, "student.objective")
@@ -130,6 +134,13 @@ def _check_class_names(recipe: Recipe) -> None:
             raise UserError(f"{where}: the data has no task {task!r}; {nearest(task, recipe.data.targets)}")
         if "text" not in recipe.teacher.encoders:
             raise UserError(f"{where}: the teacher has no text encoder to read the names of {task!r}; leave it out")
+
+
+def _check_optimizers(recipe: Recipe) -> None:
+    budgets = {f"teacher.pretrain.{modality}": train for modality, train in recipe.teacher.pretrain.items()}
+    budgets |= {"teacher.train": recipe.teacher.train, "student.train": recipe.student.train}
+    for where, train in (budgets | {"prune.train": recipe.prune.train}).items():
+        check_optimizer(train, where)
 
 
 def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:

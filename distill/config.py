@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
@@ -24,6 +25,12 @@ EXPECTED = {
 """Kind of pydantic's complaint -> what it says in a message."""
 SHOWN = 80
 """Characters of a wrong value that a message repeats."""
+
+
+OptimizerName = Literal[
+    "adamw", "sgd", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "adafactor", "rmsprop", "asgd", "muon"
+]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class Strict(BaseModel):
@@ -104,17 +111,22 @@ class TrainConfig(Strict):
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=1)  # global, over all ranks
     group_by_length: bool = False  # a batch has texts of like length, which leaves little padding to compute
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: OptimizerName = "adamw"
+    optimizer_params: dict[str, Any] = {}  # what else torch.optim's class of that name takes
     lr: float = Field(1e-3, gt=0)
     lr_scale: dict[str, float] = {}  # module-path prefix -> factor on lr; 0 freezes it
     weight_decay: float = Field(0.01, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd only
-    schedule: Literal["cosine", "constant", "onecycle"] = "cosine"
+    schedule: Literal["cosine", "constant", "onecycle", "step"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)  # fraction of all steps
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5, 0.75]  # "step" only: fractions of all steps
+    gamma: float = Field(0.1, gt=0, le=1)  # "step" only: factor on lr at each milestone
     clip_norm: float | None = Field(1.0, gt=0)
     accumulate: int = Field(1, ge=1)  # micro-batches a step; the effective batch stays batch_size
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights that are evaluated and kept
     precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False  # torch.compile of the trained model
+    channels_last: bool = False  # memory format of its convolutions and images; "convnet" always has it
     keep: Literal["best", "last"] = "best"  # weights of the best validated epoch, or of the last one
     patience: int | None = Field(None, ge=1)  # epochs without a better validation metric before stopping
     validate_every: int = Field(1, ge=1)  # epochs
@@ -226,6 +238,10 @@ class Recipe(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)
     seed: int = Field(0, ge=0, lt=2**31)
     output: str = "runs"
+    trackers: list[TrackerName] = [
+        "tensorboard"
+    ]  # who is told of each training beside metrics.jsonl; no result depends on it
+    workers: int = Field(1, ge=0, le=64)  # threads that make batches ahead, 0 for none; fingerprints leave it out
     data: DataConfig
     teacher: TeacherConfig
     student: StudentConfig
@@ -250,6 +266,8 @@ def shortened(value: Any) -> str:
 
 def complaint(problem: Mapping[str, Any]) -> str:
     """Return what pydantic found wrong in a value, in the words of YAML where pydantic speaks of Python."""
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        return nearest(problem["input"], re.findall("'(.*?)'", problem["ctx"]["expected"]))
     return EXPECTED.get(problem["type"], problem["msg"])
 
 

@@ -24,15 +24,17 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.averaging import Average, load_state, trained_state
-from distill.config import TrainConfig, nearest
+from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.loader import Batches
 from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
+from distill.optimize import build_optimizer, lr_factor
 from distill.progress import Progress, silent
 from distill.ranks import Ranks, join
 from distill.step import Stepper, Trainee, Watch
+from distill.trackers import EVERY, Tracking, untracked
 
 SELECT = "valid/accuracy"
 Teacher = Callable[[dict[str, Batch]], Outputs]
@@ -54,6 +56,7 @@ class Job:
         validate: model -> metrics, among them ``valid/accuracy``, by which the best epoch is chosen.
         report: progress in steps.
         watch: gives a context for each named part of a step, to take its time.
+        track: gives what is told of steps and epochs.
     """
 
     tapped: Tapped
@@ -67,6 +70,7 @@ class Job:
     teacher: Teacher | None = None
     report: Progress = silent
     watch: Watch = nullcontext
+    track: Tracking = untracked
 
 
 @dataclass
@@ -82,55 +86,6 @@ class State:
     rows: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-def lr_factor(step: int, total: int, config: TrainConfig) -> float:
-    """Factor on the learning rate at a step: linear warm-up, then the schedule.
-
-    Args:
-        step: 0-based.
-        total: number of steps of the whole run.
-        config: names the schedule: "constant", "cosine" (to 0; Loshchilov & Hutter 2017, arXiv 1608.03983) or
-            "onecycle" (cosine up over 30 %, then down to 0; Smith & Topin 2018, arXiv 1708.07120).
-
-    Returns:
-        A factor in [0, 1].
-    """
-    warmup = 0.3 * total if config.schedule == "onecycle" else config.warmup * total
-    if step < warmup:
-        done = (step + 1) / (warmup + 1)
-        return 0.5 - 0.5 * math.cos(math.pi * done) if config.schedule == "onecycle" else done
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1.0, total - warmup))
-
-
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Freeze what ``lr_scale`` sets to 0 and group the rest by learning rate and decay.
-
-    Biases, norms and other one-dimensional parameters are not decayed. A parameter takes the factor of the longest
-    prefix that names it, with or without the leading ``model.``.
-    """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    paths = [name.removeprefix("model.") for name, _ in module.named_parameters()]
-    for prefix in config.lr_scale:
-        if not any(f"{path}.".startswith(f"{prefix}.") for path in paths):
-            known = {".".join(path.split(".")[:length]) for path in paths for length in (1, 2)}
-            raise UserError(f"train.lr_scale: the model has no parameters under {prefix!r}; {nearest(prefix, known)}")
-    for path, parameter in zip(paths, module.parameters(), strict=True):
-        fitting = [prefix for prefix in config.lr_scale if path == prefix or path.startswith(f"{prefix}.")]
-        scale = config.lr_scale[max(fitting, key=len)] if fitting else 1.0
-        if scale == 0:
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
-    options = [
-        {"params": parameters, "lr": config.lr * scale, "weight_decay": config.weight_decay if decayed else 0.0}
-        for (scale, decayed), parameters in groups.items()
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(options, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(options, lr=config.lr)
 
 
 def fit(job: Job) -> dict[str, Any]:
@@ -151,7 +106,9 @@ def fit(job: Job) -> dict[str, Any]:
     config, folder, ranks = job.config, job.folder, join()
     accelerator = _accelerator(config.precision)
     torch.manual_seed(job.seed + ranks.rank)  # dropout differs from rank to rank
-    trainee = Trainee(job.tapped, job.objective, job.watch).to(accelerator.device)
+    trainee = Trainee(
+        job.tapped, job.objective, job.watch, compiled=config.compile, channels_last=config.channels_last
+    ).to(accelerator.device)
     if ranks.count > 1 and accelerator.device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(trainee)
     optimizer = build_optimizer(trainee, config)
@@ -180,7 +137,7 @@ def fit(job: Job) -> dict[str, Any]:
         if signum:
             raise InterruptedRunError(signum, folder)
 
-    with noted_signals() as received:
+    with noted_signals() as received, job.track(state.step) as tell:
         while state.epoch < config.epochs and not ended and not _out_of_patience(state, config):
             trainee.train()
             for batches in _watched(job.loader.epoch(state.epoch, start=state.batch), job.watch):
@@ -198,6 +155,8 @@ def fit(job: Job) -> dict[str, Any]:
                 state.rows += rows
                 state.step, state.batch = state.step + 1, state.batch + 1
                 state.seconds += time.monotonic() - began
+                if values and state.step % EVERY == 0:
+                    tell(state.step, {"step/lr": factor * config.lr, **{f"step/{n}": v for n, v in values.items()}})
                 job.report(state.step, total, _note(state))
                 ended = state.step >= total or _out_of_time(state, config, ranks, accelerator.device)
                 if ended:
@@ -206,6 +165,7 @@ def fit(job: Job) -> dict[str, Any]:
                     save_if_asked()
             ranks.average_buffers(trainee)
             kept = _end_epoch(job, trainee, average, state, kept, last=ended, lr=factor * config.lr)
+            tell(state.step, state.history[-1])
             save_if_asked()
     load_state(trainee, kept)
     if ranks.first:

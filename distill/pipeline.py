@@ -23,7 +23,9 @@ from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.objective import tap_paths
 from distill.progress import progress
 from distill.ranks import join
+from distill.recipe import as_yaml
 from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
+from distill.trackers import Trackers
 from distill.workspace import Workspace
 from teachers.weights import weights_identity
 
@@ -76,7 +78,8 @@ def _vocabulary(recipe: Recipe) -> Any:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as fingerprints see it: files count by their content, wherever they lie."""
-    tree = recipe.model_dump(exclude={"output": True, "data": {"source": {"path", "root"}}})
+    unrelated = {"output": True, "trackers": True, "workers": True}
+    tree = recipe.model_dump(exclude={**unrelated, "data": {"source": {"path", "root"}}})
     for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
         if "weights" in part:
             part["weights"] = weights_identity(part["weights"])
@@ -343,8 +346,10 @@ def run(
             for name in descendants(force):
                 discard(folder / name)
             write_json(folder / "recipe.resolved.json", recipe.model_dump())
-            (folder / "recipe.resolved.yaml").write_text(_as_yaml(recipe), encoding="utf-8")
-        work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet or not ranks.first, ranks=ranks)
+            (folder / "recipe.resolved.yaml").write_text(as_yaml(recipe), encoding="utf-8")
+        trackers = Trackers(list(recipe.trackers) if ranks.first else [], folder / "trackers", recipe.name)
+        quiet = quiet or not ranks.first
+        work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet, ranks=ranks, trackers=trackers)
         for item in planned:
             if item.artifact is not None:
                 work.done[item.stage.name] = item.artifact
@@ -390,9 +395,3 @@ def cpu_seconds() -> float:
     """CPU time of this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
-
-
-def _as_yaml(recipe: Recipe) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))

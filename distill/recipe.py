@@ -63,6 +63,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), parts: dict[str
     return _anchored(recipe, files, assigned)
 
 
+def as_yaml(recipe: Recipe) -> str:
+    """Return a recipe with all its defaults as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))
+
+
 def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -111,7 +116,7 @@ def _anchored(recipe: Recipe, files: dict[str, Path], assigned: Iterable[str]) -
             return value
         return prefix + os.path.abspath(base(*location) / Path(value.removeprefix(prefix)).expanduser())
 
-    tree = recipe.model_dump()
+    tree = recipe.model_dump(exclude_unset=True)  # what the user wrote stays told apart from defaults
     source = tree["data"]["source"]
     for key in {"path", "root"} & source.keys():
         if not str(source[key]).startswith(SAMPLE):

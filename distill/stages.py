@@ -319,7 +319,7 @@ def _live(work: Workspace, teacher: MultimodalModel) -> engine.Teacher:
 def _fit(work: Workspace, job: engine.Job, label: str) -> dict[str, Any]:
     """Run the engine once."""
     with progress(label, quiet=work.quiet) as report:
-        info = engine.fit(replace(job, report=report))
+        info = engine.fit(replace(job, report=report, track=work.tracking(job.folder, job.config)))
     num_params = sum(parameter.numel() for parameter in job.tapped.model.parameters())
     return {**info, "num_params": num_params, "seed": work.recipe.seed}
 

@@ -7,14 +7,15 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
-from distill.contracts import Batch, Outputs
+from distill.contracts import Batch, Outputs, UserError
+from distill.gradient_cache import backward_in_parts
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
 from distill.ranks import Ranks
@@ -24,6 +25,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_FINITE = "not_finite.json"
 MOST_SKIPPED = 10  # steps in a row
 
+Result = TypeVar("Result")
 Watch = Callable[[str], AbstractContextManager[Any]]
 """Gives a context for a named part of a step, in which its time may be taken."""
 
@@ -35,21 +37,69 @@ class TrainingError(RuntimeError):
 
 
 class Trainee(nn.Module):
-    """The trained model and its objective as one module: what is optimized, averaged and checkpointed."""
+    """The trained model and its objective as one module: what is optimized, averaged and checkpointed.
 
-    def __init__(self, tapped: Tapped, objective: Objective, watch: Watch = nullcontext) -> None:
+    Args:
+        tapped: the model, with its taps.
+        objective: the terms.
+        watch: takes the time of their parts.
+        compiled: let torch.compile make faster code of the model; names and evaluation stay.
+        channels_last: keep weights and inputs of convolutions with the channels innermost.
+    """
+
+    def __init__(
+        self,
+        tapped: Tapped,
+        objective: Objective,
+        watch: Watch = nullcontext,
+        *,
+        compiled: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self.model, self.objective, self.watch = tapped.model, objective, watch
-        self._tapped = tapped
+        self._call: Callable[[Batch], Outputs] = _compiled(tapped) if compiled else tapped
+        self._channels_last = channels_last
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
 
     def forward(
         self, batch: Batch, teacher: Outputs | None, shares: list[float] | None = None, ranks: Ranks | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and each term's value; see :meth:`Objective.forward`."""
+        return self.loss(self.answer(batch), teacher, batch, shares, ranks)
+
+    def answer(self, batch: Batch) -> Outputs:
+        """The model's outputs and taps."""
         with self.watch("student"):
-            outputs = self._tapped(batch)
+            if self._channels_last:
+                moved = {
+                    name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
+                    for name, value in batch.inputs.items()
+                }
+                batch = batch._replace(inputs=moved)
+            return self._call(batch)
+
+    def loss(
+        self, outputs: Outputs, teacher: Outputs | None, batch: Batch, shares: list[float] | None, ranks: Ranks | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of outputs."""
         with self.watch("loss"):
             return self.objective(outputs, teacher, batch, shares, ranks)
+
+
+def _compiled(tapped: Tapped) -> Callable[[Batch], Outputs]:
+    torch.compiler.reset()  # code made for another model has not this one's taps, and nothing would check that
+    fast = torch.compile(tapped.__call__)
+
+    def call(batch: Batch) -> Outputs:
+        try:
+            return fast(batch)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = " ".join(str(error).splitlines()[:2])
+            raise UserError(f"train.compile: torch cannot compile the model here ({why}); set it to false") from error
+
+    return call
 
 
 class Stepper:
@@ -151,19 +201,31 @@ class Stepper:
         """Add up this rank's gradients, and its share in each logged value."""
         rows = self._micro_batches(batch)
         parts = [batch] if len(rows) == 1 else [take(batch, some) for some in rows]
+        if len(parts) > 1 and any(self.trainee.objective.relational):
+            ((share,), student) = self._shares([batch], whole), self._precisely(self.trainee.answer)
+
+            def loss_backward(outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+                return self._backward(*self._precisely(self.trainee.loss)(outputs, teacher, batch, share, self.ranks))
+
+            return _logged(*backward_in_parts(parts, rows, student, loss_backward, self._buffers))
         names: list[str] = []
         logged: Tensor | None = None
         for part, some, share in zip(parts, rows, self._shares(parts, whole), strict=True):
             answer = teacher if len(rows) == 1 or teacher is None else take(teacher, some)
-            with torch.autocast(self.device.type, PRECISIONS.get(self.config.precision), self.config.precision != "no"):
-                loss, values = self._forward(part, answer, share)
-            with self.trainee.watch("backward"):
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            names = ["loss", *values]
-            scalars = torch.stack([scalar.detach().to(loss.dtype) for scalar in (loss, *values.values())])
+            names, scalars = _logged(*self._backward(*self._precisely(self._forward)(part, answer, share)))
             logged = scalars if logged is None else logged + scalars
         assert logged is not None
         return names, logged
+
+    def _precisely(self, call: Callable[..., Result]) -> Callable[..., Result]:
+        """The same call in the precision asked for."""
+        dtype, used = PRECISIONS.get(self.config.precision), self.config.precision != "no"
+        return torch.autocast(self.device.type, dtype, used)(call)
+
+    def _backward(self, loss: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.trainee.watch("backward"):
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        return loss, values
 
     def _forward(self, *part: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if len(part[0].ids):
@@ -174,11 +236,8 @@ class Stepper:
         return result
 
     def _micro_batches(self, batch: Batch) -> list[Tensor]:
-        """The rows of each micro-batch; as many on every rank where a term compares the rows of all."""
-        smallest = len(batch.ids)
-        if self._compares_ranks and self.micro_batches > 1:
-            smallest = -self.ranks.largest([-smallest], self.device)[0]
-        count = min(self.micro_batches, max(1, smallest))
+        """The rows of each micro-batch."""
+        count = min(self.micro_batches, max(1, len(batch.ids)))
         everything = torch.arange(len(batch.ids), device=batch.ids.device)
         return [everything[first::count] for first in range(count)]  # both kinds of rows of a mixed batch in each
 
@@ -234,6 +293,11 @@ def take(item: Any, rows: Tensor) -> Any:
         return {name: tensor[rows] for name, tensor in value.items()} if isinstance(value, dict) else value[rows]
 
     return type(item)(*(pick(value) for value in item))
+
+
+def _logged(loss: Tensor, values: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+    """Names, and values without their graph: of the loss, then of each term."""
+    return ["loss", *values], torch.stack([scalar.detach().to(loss.dtype) for scalar in (loss, *values.values())])
 
 
 def _culprit(teacher: Outputs | None) -> str | None:

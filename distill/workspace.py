@@ -25,6 +25,7 @@ from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
 from distill.runs import read_json, seed_everything
 from distill.towers import TowerOutputs, WithTowers, frozen_towers
+from distill.trackers import Trackers, Tracking, untracked
 
 Registry = Mapping[str, Callable[..., Any]]
 EVALUATION_BATCH = 128
@@ -46,6 +47,7 @@ class Workspace:
         done: finished stages by name.
         quiet: no progress is shown.
         ranks: the processes that share the work.
+        trackers: who is told of each training.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class Workspace:
     done: dict[str, Artifact] = field(default_factory=dict)
     quiet: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    trackers: Trackers | None = None
 
     def path(self, stage: str) -> Path:
         """The folder of a finished stage."""
@@ -129,6 +132,7 @@ class Workspace:
             shuffle=True,
             group_by_length=config.group_by_length,
             **self._slices(),
+            workers=recipe.workers,
         )
 
     def transfer_loader(self, specs: dict[str, InputSpec], batch_size: int) -> Loader | None:
@@ -146,13 +150,16 @@ class Workspace:
         return self._texts_loader(class_names(self.data(), config.tasks), specs, batch_size * config.ratio)
 
     def _texts_loader(self, data: PreparedData, specs: dict[str, InputSpec], num_rows: float) -> Loader:
-        size, seed = max(1, round(num_rows)), self.recipe.seed
+        size = max(1, round(num_rows))
         texts = {name: replace(spec, image=False) for name, spec in specs.items()}
-        return Loader(data, TRAIN, texts, batch_size=size, seed=seed, augment=None, shuffle=True, **self._slices())
+        options: dict[str, Any] = {"batch_size": size, "seed": self.recipe.seed, "workers": self.recipe.workers}
+        return Loader(data, TRAIN, texts, augment=None, shuffle=True, **options, **self._slices())
 
     def clean_loader(self, split: str, spec: InputSpec, reads: str, **changes: int) -> Loader:
         """Rows of a split in order of id, without augmentation; all of them, unless ``rank`` is given."""
-        options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "seed": self.recipe.seed, **changes}
+        recipe = self.recipe
+        options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "seed": recipe.seed, "workers": recipe.workers}
+        options |= changes
         return Loader(self.data(), split, {reads: spec}, augment=None, shuffle=False, **options)
 
     def validator(self, model: MultimodalModel, reads: str) -> Callable[[nn.Module], dict[str, float]]:
@@ -161,6 +168,15 @@ class Workspace:
         return partial(
             evaluate.validation_accuracy, batches=evaluate.clean_batches(loader, reads), total=self.ranks.sum
         )
+
+    def tracking(self, folder: Path, config: TrainConfig) -> Tracking:
+        """What tells the trackers of a training in a folder of a stage."""
+        if self.trackers is None:
+            return untracked
+        stage = next(artifact for artifact in self.done.values() if folder.is_relative_to(artifact.path))
+        training = "-".join(folder.relative_to(stage.path.parent).parts)  # "student", "pretrain-image"
+        settings = {name: value for name, value in config.model_dump().items() if isinstance(value, str | int | float)}
+        return self.trackers.of(training, stage.fingerprint, {"seed": self.recipe.seed, **settings})
 
     def _slices(self) -> dict[str, Any]:
         """Which rows of each batch are this rank's."""

@@ -1,10 +1,16 @@
 """Fixtures that several test files share: tiny checkpoints and tiny prepared data, made once a session."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
+from tiny_job import BUDGET
 
+from distill import evaluate
+from distill.config import TrainConfig
 from distill.data.prepare import PreparedData
+from distill.engine import Job
 
 torch.set_num_threads(1)
 
@@ -31,3 +37,23 @@ def wordpiece_file(tmp_path_factory):
 def prepared(tmp_path_factory):
     """Small learnable data, opened; a few of its rows lack an image, a text or a label."""
     return PreparedData.open(tiny.write_prepared(tmp_path_factory.mktemp("prepared")))
+
+
+@pytest.fixture
+def make_job(prepared, wordpiece_file, tmp_path):
+    """A job in a folder of its own name; the same arguments give the same job."""
+
+    def make(
+        name="run", *, objective=tiny.LABELS, model=None, loader=None, seed=0, teacher=None, example=None, **config
+    ):
+        loader = loader or tiny.make_loader(prepared, wordpiece_file)
+        model = model or tiny.make_model(wordpiece_file, dropout=0.2, modality_dropout=0.2)
+        tapped, made = tiny.make_objective(model, objective, next(loader.epoch(0))["student"], example)
+        valid = tiny.make_loader(prepared, wordpiece_file, split="valid", shuffle=False, augment=None)
+        validate = partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student"))
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        settings = TrainConfig.model_validate(BUDGET | config)
+        return Job(tapped, made, loader, "student", settings, folder, seed, validate, teacher)
+
+    return make

@@ -71,11 +71,10 @@ def main() -> None:
     tokenizer = folder / "tokenizer.json"
     slices = {"rank": ranks.rank, "world_size": ranks.count}
     rows = settings.pop("batch_size", 24)
-    used = TERMS if settings.pop("contrastive", True) else TERMS[:-1]
     loader = make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows, **slices)
     valid = make_loader(data, tokenizer, split="valid", shuffle=False, augment=None, **slices)
     student, teacher = make_model(8, 0), make_model(8, 1).eval().requires_grad_(False)
-    objective = terms(*used)
+    objective = terms(*TERMS)
     asked = Tapped(teacher, ["encoders.image.layer"])
 
     def ask(batches):

