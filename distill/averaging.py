@@ -33,17 +33,18 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = {name: value.detach().clone() for name, value in trained_state(module).items()}
+        self._present = trained_state(module)  # the weights themselves, which training changes in place
+        self.values = {name: value.clone() for name, value in self._present.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Move the average toward the module's present weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in trained_state(module).items():
-            if value.is_floating_point():
-                self.values[name].lerp_(value, 1 - decay)
-            else:
-                self.values[name].copy_(value)
+        moving = [name for name, value in self._present.items() if value.is_floating_point()]
+        present = [self._present[name] for name in moving]
+        torch._foreach_lerp_([self.values[name] for name in moving], present, 1 - decay)
+        for name in self._present.keys() - moving:
+            self.values[name].copy_(self._present[name])
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

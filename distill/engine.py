@@ -147,7 +147,7 @@ def fit(job: Job) -> dict[str, Any]:
                     group["lr"] = lr * factor
                 rows, values = step(batches, job.reads, job.teacher)
                 if average and values:
-                    average.update(trainee, state.step)
+                    average.update(state.step)
                 elif not values and config.not_finite == "rollback":
                     _restore(place, trainee, optimizer, average, ranks)
                 for name, value in values.items():
