@@ -116,7 +116,7 @@ def epoch(folder: Path) -> None:
     """Read one epoch of the prepared data, in batches of 1024."""
     from distill.config import AugmentConfig, TextAugment
     from distill.data.loader import InputSpec, Loader
-    from distill.data.prepare import PreparedData
+    from distill.data.prepared import PreparedData
 
     spec = InputSpec(False, folder / "tokenizer.json", 16)
     options: dict[str, Any] = {"seed": 0, "augment": AugmentConfig(text=TextAugment(word_dropout=0.1)), "shuffle": True}

@@ -17,7 +17,7 @@ from distill.checkpoint import load_weights
 from distill.config import ModelConfig, Recipe, TrainConfig
 from distill.contracts import TRAIN, VALID, Artifact
 from distill.data.loader import InputSpec, Loader
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 from distill.data.transfer import as_data
 from distill.multimodal import MultimodalModel
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
@@ -59,7 +59,7 @@ class Workspace:
 
     def data(self) -> PreparedData:
         """The prepared data."""
-        return PreparedData.open(self.path("data"))
+        return PreparedData.open(self.path("data"), self.recipe.data)
 
     def num_classes(self) -> dict[str, int]:
         """Task -> number of classes."""
@@ -118,6 +118,7 @@ class Workspace:
             augment=recipe.data.augment,
             views=recipe.cache.views if repeat else None,
             shuffle=True,
+            two_level_rows=recipe.data.two_level_order,
             **self._slices(),
         )
 

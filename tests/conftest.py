@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 
 torch.set_num_threads(1)
 

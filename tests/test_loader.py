@@ -12,9 +12,9 @@ from tokenizers import models, pre_tokenizers, processors
 
 from distill.config import AugmentConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, UserError
-from distill.data import loader
+from distill.data import tokens
 from distill.data.loader import InputSpec, Loader
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 from distill.preprocess import Preprocessor, Tokenizer
 
 WORDS = ["red", "green", "blue", "cat", "dog", "sun", "moon"]
@@ -140,7 +140,7 @@ def test_slices_of_the_ranks_are_the_batch_of_one(data, specs, world_size, batch
 
 def test_tokenizing_in_chunks_changes_nothing(data, specs, monkeypatch):
     whole = list(make(data, specs).epoch(1))
-    monkeypatch.setattr(loader, "CHUNK", 3)
+    monkeypatch.setattr(tokens, "CHUNK", 3)
     for one, other in zip(whole, make(data, specs).epoch(1), strict=True):
         for name in specs:
             assert_equal(one[name], other[name])

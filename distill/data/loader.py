@@ -20,13 +20,13 @@ from torch import Tensor
 
 from distill.config import AugmentConfig, TextAugment
 from distill.contracts import CLEAN_VIEW, Batch, UserError
-from distill.data.prepare import PreparedData
-from distill.data.texts import distinct_texts
-from distill.data.transforms import augment_images, drop_words
-from distill.preprocess import Tokenizer
+from distill.data.order import Order, TwoLevelOrder, shuffled
+from distill.data.prepared import PreparedData
+from distill.data.texts import Texts
+from distill.data.tokens import TokenTable
+from distill.data.transforms import augment_images
 
 PREFETCH = 2  # batches made ahead by a background thread
-CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Loader:
         shuffle: bool,
         rank: int = 0,
         world_size: int = 1,
+        two_level_rows: int = 10**8,
     ) -> None:
         """Tokenize the split's texts, once for each distinct tokenizer.
 
@@ -96,6 +97,7 @@ class Loader:
             shuffle: a new order each epoch. Without it rows come in order of id, and clean unless ``view`` is given.
             rank: this process, which takes its slice of each global batch.
             world_size: number of processes.
+            two_level_rows: rows of the split above which the order of an epoch has two levels.
 
         Raises:
             UserError: a model reads a modality that the data lacks, or its tokenizer is unusable.
@@ -106,23 +108,26 @@ class Loader:
         self._specs = specs
         self.row_positions = data.rows(split)
         self.num_rows = len(self.row_positions)
-        self._tensors = _RowTensors(data)
-        self._texts: dict[InputSpec, _TokenTable] = {}
+        self._two_level_rows = two_level_rows
+        texts = data.texts if isinstance(data.texts, Texts) else Texts.of(data.texts)
+        self._texts: dict[InputSpec, TokenTable] = {}
         for name, spec in specs.items():
             _check_modalities(name, spec, data)
             key = _text_key(spec)
             if spec.tokenizer is not None and key not in self._texts:
-                self._texts[key] = _TokenTable(data, self.row_positions, spec)
+                self._texts[key] = TokenTable(texts, self.row_positions, spec, data.folder)
 
     def __len__(self) -> int:
         """Return the number of global batches an epoch; the last may be smaller."""
         return -(-self.num_rows // self.batch_size)
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the positions in ``data`` of an epoch's rows, int64 [N], in the order they are read."""
+    def order(self, epoch: int) -> Order:
+        """Return the positions in ``data`` of an epoch's rows, in the order they are read."""
         if not self._shuffle:
             return self.row_positions
-        return np.random.default_rng((self._seed, epoch)).permutation(self.row_positions)
+        if self.num_rows > self._two_level_rows:
+            return TwoLevelOrder(self.row_positions, self._seed, epoch)
+        return shuffled(self.row_positions, self._seed, epoch, self.data.folder)
 
     def view(self, epoch: int) -> int:
         """Return the view that all rows of an epoch have."""
@@ -165,11 +170,10 @@ class Loader:
         Returns:
             Model name -> batch; ids, views, present, targets and images are the same tensors in all of them.
         """
-        index = torch.from_numpy(rows)
-        ids = self._tensors.ids[index]
-        present = {modality: values[index] for modality, values in self._tensors.present.items()}
-        targets = {task: values[index] for task, values in self._tensors.targets.items()}
-        images = self._images(rows, ids, views) if any(spec.image for spec in self._specs.values()) else None
+        ids = torch.from_numpy(self.data.ids[rows])
+        present = {modality: torch.from_numpy(values[rows]) for modality, values in self.data.present.items()}
+        targets = {task: torch.from_numpy(values[rows]) for task, values in self.data.targets.items()}
+        images = self._images(rows, ids, views, present) if any(spec.image for spec in self._specs.values()) else None
         dropping = self.augment.text if self.augment else TextAugment()
         texts = {key: table.batch(rows, ids, views, self._seed, dropping) for key, table in self._texts.items()}
         batches = {}
@@ -189,70 +193,14 @@ class Loader:
         first, last = (len(rows) * rank // self._world_size for rank in (self._rank, self._rank + 1))
         return rows[first:last]
 
-    def _images(self, rows: NDArray[np.int64], ids: Tensor, views: Tensor) -> Tensor:
+    def _images(self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, present: dict[str, Tensor]) -> Tensor:
         assert self.data.images is not None
         images = torch.from_numpy(self.data.images[rows])
         if self.augment is None:
             return images
         images = augment_images(images, ids, views, self._seed, self.augment.image)
-        present = self._tensors.present["image"][torch.from_numpy(rows)]
-        return images if bool(present.all()) else images * present.view(-1, 1, 1, 1)  # absent images stay zero
-
-
-class _RowTensors:
-    """The small columns of all rows, as tensors."""
-
-    def __init__(self, data: PreparedData) -> None:
-        self.ids = torch.tensor(data.ids)
-        self.present = {modality: torch.tensor(values) for modality, values in data.present.items()}
-        self.targets = {task: torch.tensor(values) for task, values in data.targets.items()}
-
-
-class _TokenTable:
-    """The tokens of a split's distinct texts, made once: tokenizing in every step would cost more than the step."""
-
-    def __init__(self, data: PreparedData, row_positions: NDArray[np.int64], spec: InputSpec) -> None:
-        assert spec.tokenizer is not None
-        texts, number = distinct_texts(data.texts, row_positions)
-        self._text_of_row = torch.full((len(data),), -1, dtype=torch.int32)
-        self._text_of_row[torch.from_numpy(row_positions)] = torch.tensor(number)
-        tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id)
-        parts = [_tokenized(tokenizer, texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
-        shape = len(texts), max((part[0].shape[1] for part in parts), default=1)
-        self._tokens = torch.full(shape, spec.pad_id, dtype=torch.int32)  # [distinct texts, longest]
-        self._words = torch.full(shape, -1, dtype=torch.int32)
-        for start, (tokens, words, _) in zip(range(0, len(texts), CHUNK), parts, strict=True):
-            rows = slice(start, start + len(tokens))
-            self._tokens[rows, : tokens.shape[1]], self._words[rows, : tokens.shape[1]] = tokens, words
-        self._lengths = torch.cat([torch.zeros(0, dtype=torch.int64), *(lengths for _, _, lengths in parts)])
-        self._pad_id = spec.pad_id
-
-    def batch(
-        self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, seed: int, dropping: TextAugment
-    ) -> tuple[Tensor, Tensor]:
-        """Return tokens int64 [B, L] and mask bool [B, L] after word dropout, moved left; L is the longest row."""
-        text = self._text_of_row[torch.from_numpy(rows)]
-        assert bool((text >= 0).all()), "rows of another split"
-        tokens, mask = self._trim(self._tokens[text], self._lengths[text])
-        if not dropping.word_dropout or not bool((views != CLEAN_VIEW).any()):
-            return tokens, mask
-        if dropping.views:
-            views = torch.where(views == CLEAN_VIEW, views, views % dropping.views)
-        words = self._words[text, : mask.shape[1]]
-        keep = mask & drop_words(words, ids, views, seed, dropping.word_dropout)
-        kept_first = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        return self._trim(tokens.gather(1, kept_first), keep.sum(dim=1))
-
-    def _trim(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        longest = max(lengths.tolist(), default=0) or 1
-        mask = torch.arange(longest) < lengths[:, None]
-        return tokens[:, :longest].to(torch.int64).masked_fill_(~mask, self._pad_id), mask
-
-
-def _tokenized(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and words, int32 [B, L], and lengths, int64 [B]."""
-    ids, mask, words = tokenizer.words(texts)
-    return torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(words.astype(np.int32)), torch.tensor(mask.sum(1))
+        there = present["image"]
+        return images if bool(there.all()) else images * there.view(-1, 1, 1, 1)  # absent images stay zero
 
 
 def _text_key(spec: InputSpec) -> InputSpec:

@@ -6,6 +6,7 @@ drop a file's pages from memory at any time, but not those of an ordinary array.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from distill import runs
 
 CHUNK = 1 << 15  # rows at a time
 IN_MEMORY = 1 << 20  # bytes up to which a file is not worth it
@@ -31,6 +34,9 @@ def scratch(folder: Path, shape: int | tuple[int, ...], dtype: DTypeLike, fill: 
     if size <= IN_MEMORY:
         return np.full(shape, fill, dtype)
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
+            with runs.room_for(folder, size):
+                os.posix_fallocate(file.fileno(), 0, size)
         array = np.asarray(np.memmap(file, dtype, "w+", shape=shape))
     if fill:
         for rows in chunks(len(array)):
@@ -41,6 +47,25 @@ def scratch(folder: Path, shape: int | tuple[int, ...], dtype: DTypeLike, fill: 
 def chunks(num_rows: int) -> Iterator[slice]:
     """Yield slices that cover so many rows, in order."""
     return (slice(start, min(start + CHUNK, num_rows)) for start in range(0, num_rows, CHUNK))
+
+
+def take(array: NDArray[Any], rows: NDArray[np.int64], folder: Path) -> NDArray[Any]:
+    """Return the entries of these rows, in this order, on disk where they are many."""
+    taken = scratch(folder, (len(rows), *array.shape[1:]), array.dtype)
+    for part in chunks(len(rows)):
+        taken[part] = array[rows[part]]
+    return taken
+
+
+def positions_where(flags: NDArray[np.bool_], folder: Path, *, flag: bool = True) -> NDArray[np.int64]:
+    """Return the positions of the flags that are so, int64 [N], on disk where they are many."""
+    total = sum(int(np.count_nonzero(flags[rows] == flag)) for rows in chunks(len(flags)))
+    positions, done = scratch(folder, total, np.int64), 0
+    for rows in chunks(len(flags)):
+        found = rows.start + np.flatnonzero(flags[rows] == flag)
+        positions[done : done + len(found)] = found
+        done += len(found)
+    return positions
 
 
 def first_rows(keys: NDArray[np.uint64], folder: Path) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.contracts import IGNORE, TRAIN, Batch, Outputs, UserError
 from distill.data.loader import Batches, Loader
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 
 SHORTEST = 3  # letters of a word; shorter entries of a vocabulary are mostly no words
 LABELLED, TRANSFER = ".labelled", ".transfer"  # behind a model's name: its batch of those rows alone
