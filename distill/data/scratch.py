@@ -17,8 +17,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from distill import runs
 
-CHUNK = 1 << 15  # rows at a time
-IN_MEMORY = 1 << 20  # bytes up to which a file is not worth it
+CHUNK = 1 << 13  # rows at a time
+IN_MEMORY = 1 << 16  # bytes up to which a file is not worth it
 
 
 def scratch(folder: Path, shape: int | tuple[int, ...], dtype: DTypeLike, fill: int = 0) -> NDArray[Any]:

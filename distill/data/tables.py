@@ -133,8 +133,10 @@ class _Group:
         if self.number is None:
             yield from pieces(self.content.select(list(columns)))
         else:
-            batches = self.content.iter_batches(PIECE, row_groups=[self.number], columns=list(columns))
-            yield from (Piece(batch) for batch in batches)
+            batches = self.content.iter_batches(PIECE, [self.number], list(columns), use_threads=False)
+            for batch in batches:
+                yield Piece(batch)
+                pa.default_memory_pool().release_unused()  # else it grows with the row groups read
 
     def column(self, name: str) -> pa.ChunkedArray:
         table = self.content if self.number is None else self.content.read_row_group(self.number, columns=[name])
