@@ -161,7 +161,7 @@ class _Cells:
         """A column whose values have a type; the bad rows' are null."""
         array = self.plain(column)
         missing = _nulls(array)
-        wrong = ~missing if not fits(array.type) else missing & (not optional)
+        wrong = (~missing & (not fits(array.type))) | (missing & (not optional))
         wrong[list(self.bad)] = False
         if wrong.any():
             row = int(wrong.argmax())
@@ -239,6 +239,8 @@ def _nulls(array: Any) -> NDArray[np.bool_]:
 
 def _encoded(array: Any) -> tuple[list[Any], NDArray[np.int64]]:
     """The distinct values of a column, without null, and the number of each row's; that of null is theirs."""
+    if pa.types.is_null(array.type):
+        return [], np.zeros(len(array), np.int64)
     encoded = array.dictionary_encode()
     values = encoded.dictionary.to_pylist()
     return values, encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -247,7 +249,7 @@ def _encoded(array: Any) -> tuple[list[Any], NDArray[np.int64]]:
 def _integers(cells: _Cells, column: str) -> NDArray[np.int64]:
     array = cells.typed(column, pa.types.is_integer, "an integer id")
     try:
-        plain = array.cast(pa.int64()).fill_null(0)
+        plain = array.cast(pa.int64()).fill_null(MISSING)
     except pa.ArrowInvalid as error:
         raise UserError(f"{cells.source}: column {column!r} holds an id beyond 64 bits; give smaller ids") from error
     return np.asarray(plain.to_numpy(zero_copy_only=False), np.int64)

@@ -145,7 +145,8 @@ class TarShardSource:
 
     def _values(self, sample: dict[str, Any], columns: Sequence[str], fields: Sequence[str]) -> dict[str, Any]:
         shard = self._shards[sample["shard"]]
-        values: dict[str, Any] = {"key": sample["key"], "shard": shard.place.name, "split": shard.split or None}
+        values: dict[str, Any] = {"key": sample["key"], "shard": shard.place.name}
+        values |= {"split": shard.split} if shard.split else {}
         for name in {TEXT, LABEL}.intersection(columns):
             values[name] = _decoded(self._bytes(sample, name), name)
         if fields and (content := self._bytes(sample, JSON)) is not None:
