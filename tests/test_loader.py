@@ -14,6 +14,7 @@ from distill.config import AugmentConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, UserError
 from distill.data import tokens
 from distill.data.loader import InputSpec, Loader
+from distill.data.order import TwoLevelOrder
 from distill.data.prepared import PreparedData
 from distill.preprocess import Preprocessor, Tokenizer
 
@@ -88,6 +89,19 @@ def test_order_depends_on_seed_and_epoch_only(data, specs):
     orders = [make(data, specs, seed=seed).order(epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert make(data, specs, batch_size=3, rank=1, world_size=2).order(0).tolist() == orders[0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(world_size=st.integers(1, 4), batch_size=st.integers(1, 20), start=st.integers(0, 3))
+def test_orders_of_two_levels_are_orders(data, specs, world_size, batch_size, start):
+    few = {"batch_size": batch_size, "two_level_rows": NUM_TRAIN - 1}
+    loader = make(data, specs, **few)
+    order = loader.order(2)[:].tolist()
+    assert isinstance(loader.order(2), TwoLevelOrder) and sorted(order) == sorted(loader.row_positions.tolist())
+    start = min(start, len(loader) - 1)
+    ranks = [make(data, specs, **few, rank=rank, world_size=world_size).epoch(2, start) for rank in range(world_size)]
+    read = [row for parts in zip(*ranks, strict=True) for part in parts for row in part["teacher"].ids.tolist()]
+    assert read == data.ids[order[start * batch_size :]].tolist()
 
 
 def test_order_does_not_depend_on_how_the_source_was_sorted(data, specs):

@@ -247,5 +247,5 @@ def test_wrong_parameters(tmp_path, params, message):
 def test_a_field_of_two_types_is_refused(tmp_path):
     files = [("0.json", b'{"tone": 1}'), ("1.json", b'{"tone": "dark"}')]
     source = TarShardSource("t.tar", base=write_tar(tmp_path / "t.tar", files).parent)
-    with pytest.raises(UserError, match="field 'tone' of .json has values of several types"):
+    with pytest.raises(UserError, match=r"field 'tone' of \.json has values of several types"):
         column(source, "tone")
