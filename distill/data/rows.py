@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,8 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
     )
     image = config.modalities.get("image")
     wanted = [name for name in dict.fromkeys(named) if name != image or named.count(name) > 1]
-    start = 0
-    for piece in source.read(wanted):
-        _read_piece(config, rows, _Cells(source.name, piece.table, piece.bad, start))
-        start += piece.table.num_rows
-    assert start == total
+    for cells in _cells(source, wanted):
+        _read_piece(config, rows, cells)
     _check_ids(config, rows)
     return rows
 
@@ -171,6 +168,15 @@ class _Cells:
     def refuse(self, column: str, row: int, why: str) -> None:
         """Complain about one cell."""
         raise UserError(f"{self.source}: column {column!r}, row {self.start + row}: {why}")
+
+
+def _cells(source: Source, columns: Sequence[str]) -> Iterator[_Cells]:
+    start = 0
+    for piece in source.read(columns):
+        yield _Cells(source.name, piece.table, piece.bad, start)
+        start += piece.table.num_rows
+        pa.default_memory_pool().release_unused()  # else what it holds grows with what was read
+    assert start == len(source)
 
 
 def _read_piece(config: DataConfig, rows: Rows, cells: _Cells) -> None:
@@ -212,10 +218,9 @@ def texts_of(config: DataConfig, source: Source) -> Iterable[tuple[int, list[str
     if "text" not in config.modalities:
         yield 0, [""] * len(source)
         return
-    column, start = config.modalities["text"], 0
-    for piece in source.read([column]):
-        yield start, _texts(_Cells(source.name, piece.table, piece.bad, start), column)
-        start += piece.table.num_rows
+    column = config.modalities["text"]
+    for cells in _cells(source, [column]):
+        yield cells.start, _texts(cells, column)
 
 
 def hashes(values: Iterable[str]) -> Keys:

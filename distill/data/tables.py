@@ -134,9 +134,7 @@ class _Group:
             yield from pieces(self.content.select(list(columns)))
         else:
             batches = self.content.iter_batches(PIECE, [self.number], list(columns), use_threads=False)
-            for batch in batches:
-                yield Piece(batch)
-                pa.default_memory_pool().release_unused()  # else it grows with the row groups read
+            yield from (Piece(batch) for batch in batches)
 
     def column(self, name: str) -> pa.ChunkedArray:
         table = self.content if self.number is None else self.content.read_row_group(self.number, columns=[name])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -101,13 +102,13 @@ def _samples(number: int, place: Place) -> Iterator[_Sample]:
     seen: set[str] = set()
     other: Counter[str] = Counter()
     for member in _members(place):
-        path = PurePosixPath(member.name)
-        name, _, extension = path.name.partition(".")
+        parent, base = posixpath.split(member.name)
+        name, _, extension = base.partition(".")
         kind = EXTENSIONS.get(extension.lower())
         if member.isdir() or not name or kind is None:
             other[extension] += not member.isdir()
             continue
-        key = str(path.with_name(name))
+        key = posixpath.join(parent, name)
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
@@ -130,7 +131,7 @@ def _refused(member: tarfile.TarInfo) -> str | None:
     """Why a member's bytes are not read."""
     if member.issparse() or not member.isfile():
         return f"{member.name!r} is a link, a device or sparse; shards hold plain files"
-    if PurePosixPath(member.name).is_absolute() or ".." in PurePosixPath(member.name).parts:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
         return f"{member.name!r} is not a relative name"
     return None
 
