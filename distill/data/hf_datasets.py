@@ -29,12 +29,13 @@ class HFDatasetSource:
     that says them; one that has such a column keeps it.
     """
 
-    def __init__(self, path: str, config: str | None = None, *, base: Path) -> None:
+    def __init__(self, path: str, config: str | None = None, root: str | None = None, *, base: Path) -> None:
         """Open the data set.
 
         Args:
             path: the folder, relative to ``base``, or ``hub:ID``.
             config: name of the Hub data set's configuration.
+            root: folder that relative image paths start from; the data set's folder by default.
             base: folder that relative paths start from.
 
         Raises:
@@ -55,7 +56,7 @@ class HFDatasetSource:
                     f"{self.name}: split {name!r} has other columns than {self._names[0]!r}; make them alike"
                 )
         self._adds_split = self._names != [""] and SPLIT not in self._features
-        self._root = Place(self._folder or Path.cwd())
+        self._root = Place(root or self._folder or "", base)
 
     @property
     def columns(self) -> list[str]:
