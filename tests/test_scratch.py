@@ -1,5 +1,6 @@
 """Arrays on disk and what is done with them a chunk at a time: the same as the plain way in memory."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_positions_are_in_order_of_id(tmp_path, ids, random):
 def test_repeated_values(values):
     found, (_, most) = repeated(np.array(values)), Counter(values).most_common(1)[0]
     assert found is None if most == 1 else found[1] == most == values.count(found[0])
+
+
+def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(tmp_path))
+    gone = tmp_path / "gone"  # a folder that is not even there: only the other one can have been used
+    assert scratch.scratch(gone, 100, np.int64, fill=3).sum() == 300
 
 
 def test_arrays_start_with_their_value_and_leave_no_file(tmp_path):

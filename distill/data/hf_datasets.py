@@ -56,6 +56,7 @@ class HFDatasetSource:
                     f"{self.name}: split {name!r} has other columns than {self._names[0]!r}; make them alike"
                 )
         self._adds_split = self._names != [""] and SPLIT not in self._features
+        self._images: dict[str, list[Any]] = {}  # column -> the parts with it alone: selecting takes a millisecond
         self._root = Place(root or self._folder or "", base)
 
     @property
@@ -83,11 +84,12 @@ class HFDatasetSource:
 
     def image(self, row: int, column: str) -> bytes | Path | None:
         """Return an image's file bytes or its path, None where missing; BadInput on any other value."""
-        check_columns(self, [column])
+        if column not in self._images:
+            check_columns(self, [column])
+            self._images[column] = [part.select_columns([column]) for part in self._parts]
         number = bisect_right(self._ends, row)
-        part = self._parts[number]
-        at = row - self._ends[number] + len(part)
-        return image_cell(part.select_columns([column])[at].column(column)[0].as_py(), self._root)
+        part = self._images[column][number]
+        return image_cell(part[row - self._ends[number] + len(part)].column(column)[0].as_py(), self._root)
 
     def where(self, row: int, column: str) -> str:
         """Return an image's path, or its column and row."""

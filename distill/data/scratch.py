@@ -21,6 +21,11 @@ CHUNK = 1 << 13  # rows at a time
 IN_MEMORY = 1 << 16  # bytes up to which a file is not worth it
 
 
+def unnamed_file(folder: Path) -> Any:
+    """Return an open file that vanishes with what maps it: in ``folder``, or elsewhere if that cannot be written."""
+    return tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None)
+
+
 def scratch(folder: Path, shape: int | tuple[int, ...], dtype: DTypeLike, fill: int = 0) -> NDArray[Any]:
     """Return a new array, on the disk of ``folder`` where it is large.
 
@@ -33,7 +38,7 @@ def scratch(folder: Path, shape: int | tuple[int, ...], dtype: DTypeLike, fill: 
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if size <= IN_MEMORY:
         return np.full(shape, fill, dtype)
-    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
+    with unnamed_file(folder) as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later it would kill the process
             with runs.room_for(folder, size):
                 os.posix_fallocate(file.fileno(), 0, size)

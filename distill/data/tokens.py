@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from distill import runs
 from distill.config import TextAugment
 from distill.contracts import CLEAN_VIEW
-from distill.data.scratch import chunks, scratch
+from distill.data.scratch import chunks, scratch, unnamed_file
 from distill.data.texts import Texts
 from distill.data.transforms import drop_words
 from distill.preprocess import Tokenizer
@@ -60,7 +59,7 @@ class TokenTable:
             count += int(np.count_nonzero(used[part]))
         tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id)
         self._ends, done, total = scratch(folder, count + 1, np.int64), 1, 0
-        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps it
+        with unnamed_file(folder) as file:
             for strings in texts.distinct(used, CHUNK):
                 ids, mask, words = tokenizer.words(strings)
                 self._ends[done : done + len(ids)] = total + np.cumsum(mask.sum(1))
@@ -71,7 +70,7 @@ class TokenTable:
             file.flush()
             self._pairs: NDArray[np.int32] = np.zeros((1, 2), np.int32)  # [tokens of all texts, token and word]
             if total:
-                self._pairs = np.asarray(np.memmap(cast(BinaryIO, file), np.int32, "r", shape=(total, 2)))
+                self._pairs = np.asarray(np.memmap(file, np.int32, "r", shape=(total, 2)))
 
     def batch(
         self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, seed: int, dropping: TextAugment
