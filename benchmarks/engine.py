@@ -24,8 +24,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pa_parquet
 import torch
 from torch import nn
 
@@ -35,7 +33,7 @@ from distill.cache import TeacherCache
 from distill.config import AugmentConfig, TermConfig, TrainConfig
 from distill.contracts import CLEAN_VIEW, Batch, Outputs
 from distill.data.loader import InputSpec, Loader
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData, write_prepared
 from distill.fusion import FUSIONS
 from distill.losses.objective import Objective
 from distill.multimodal import MultimodalModel, Tapped, evaluating
@@ -85,12 +83,16 @@ def write_data(folder: Path, rows: int, source: Path | None) -> PreparedData:
         images, labels = random.integers(0, 256, (rows, SIZE, SIZE), np.uint8), random.integers(0, CLASSES, rows)
     else:
         images, labels = read_idx(source, rows)
-    folder.mkdir(parents=True)
-    np.save(folder / "image.npy", np.repeat(images[:, None], 3, axis=1), allow_pickle=False)
-    columns: dict[str, Any] = {"id": np.arange(rows), "split": ["train"] * rows, "group": np.arange(rows)}
-    columns |= {"text": [""] * rows, "present.image": np.ones(rows, bool), "target.label": labels}
-    pa_parquet.write_table(pa.table(columns), folder / "rows.parquet")
-    (folder / "labels.json").write_text(json.dumps({"label": [str(code) for code in range(CLASSES)]}))
+    write_prepared(
+        folder,
+        ids=np.arange(rows),
+        split=["train"] * rows,
+        texts=[""] * rows,
+        present={"image": np.ones(rows, bool)},
+        targets={"label": labels},
+        labels={"label": [str(code) for code in range(CLASSES)]},
+        images=np.repeat(images[:, None], 3, axis=1),
+    )
     return PreparedData.open(folder)
 
 

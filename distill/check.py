@@ -8,7 +8,7 @@ from typing import Any
 from distill.build import check_model
 from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, check_part, nearest
 from distill.contracts import UserError
-from distill.data.sources import SOURCES
+from distill.data.sources import GIVEN, SOURCES
 from distill.losses.objective import check_terms, needs_teacher
 from distill.optimize import check_optimizer
 from distill.trackers import check_trackers
@@ -29,7 +29,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
         UserError: the first mistake found.
     """
     check_trackers(recipe.trackers, asked_for="trackers" in recipe.model_fields_set)
-    check_part(SOURCES, recipe.data.source, "data.source", ("base",))
+    check_part(SOURCES, recipe.data.source, "data.source", GIVEN)
     models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
     for where, model in models.items():
         for modality in model.encoders:

@@ -84,6 +84,10 @@ class DataConfig(Strict):
     group: str | None = None  # column whose values stay together in bootstrap intervals
     id: str | None = None  # column of stable integer ids; row numbers where absent
     working_size: int = Field(64, ge=8, le=1024)  # pixels; every image is resized to it before augmentation
+    decode_once: bool = (
+        True  # keep the images at working size on disk; false: decode them from the source in each epoch
+    )
+    two_level_order: int = Field(10**8, ge=1)  # training rows above which an epoch's order is blocks, then windows
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     augment: AugmentConfig = AugmentConfig()
 

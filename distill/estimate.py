@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from torch import nn
 from distill.build import build_model, example_batch, input_spec
 from distill.cache import default_shard_rows, flatten
 from distill.config import AugmentConfig, ModelConfig, Recipe, TrainConfig
-from distill.contracts import SPLITS, TRAIN, Batch, Outputs, UserError
-from distill.data.rows import encode_targets, read_rows
+from distill.contracts import TRAIN, Batch, Outputs, UserError
+from distill.data.rows import count_splits, number_classes, read_rows
 from distill.data.sources import open_source
 from distill.losses.objective import tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped
@@ -45,12 +45,12 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     Raises:
         UserError: the data cannot be read.
     """
-    rows = read_rows(recipe.data, open_source(recipe.data.source, Path.cwd()))
-    _, labels = encode_targets(rows)
-    counts = Counter(rows.split)
-    found: dict[str, Any] = {"rows": {split: counts[split] for split in SPLITS}, "num_params": {}}
+    rows = read_rows(recipe.data, open_source(recipe.data.source, Path.cwd()), Path(tempfile.gettempdir()))
+    _, labels = number_classes(rows)
+    counts = count_splits(rows)
+    found: dict[str, Any] = {"rows": counts, "num_params": {}}
     pixels = 3 * recipe.data.working_size**2 if "image" in recipe.data.modalities else 0
-    found["disk_bytes"] = {"data": len(rows.ids) * pixels}
+    found["disk_bytes"] = {"data": len(rows.ids) * pixels if recipe.data.decode_once else 0}
     num_classes = {task: len(names) for task, names in labels.items()}
     student = _build(recipe.student, "student", encoders, num_classes)
     found["num_params"]["student"] = _num_params(student)

@@ -79,7 +79,8 @@ def _vocabulary(recipe: Recipe) -> Any:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as fingerprints see it: files count by their content, wherever they lie."""
     unrelated = {"output": True, "trackers": True, "workers": True}
-    tree = recipe.model_dump(exclude={**unrelated, "data": {"source": {"path", "root"}}})
+    places = {"path", "root", "train", "valid", "test"}
+    tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}})
     for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
         if "weights" in part:
             part["weights"] = weights_identity(part["weights"])
@@ -113,7 +114,7 @@ def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("data", "read, check and decode the rows", _prepare, (), _data),
+    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=2),
     Stage("vocabulary", "cut the teacher's vocabulary to the student's", stages.cut_vocabulary, ("data",), _vocabulary),
     Stage(
         "pretrain", "let encoders learn alone", stages.pretrain, ("data",), _pretraining, resumes=True, together=True

@@ -25,7 +25,7 @@ PARTS = {"data": "data", "teacher": "teachers", "student": "students"}
 """Part -> folder of its packaged files."""
 LOCAL = "path:"
 """Begins the name of weights that lie in a folder."""
-SAMPLE = "sample:"
+SAMPLE, HUB = "sample:", "hub:"
 """Begins the name of packaged data."""
 
 
@@ -118,8 +118,8 @@ def _anchored(recipe: Recipe, files: dict[str, Path], assigned: Iterable[str]) -
 
     tree = recipe.model_dump(exclude_unset=True)  # what the user wrote stays told apart from defaults
     source = tree["data"]["source"]
-    for key in {"path", "root"} & source.keys():
-        if not str(source[key]).startswith(SAMPLE):
+    for key in {"path", "root", "train", "valid", "test"} & source.keys():
+        if not str(source[key]).startswith((SAMPLE, HUB)) and "://" not in str(source[key]):
             source[key] = absolute(source[key], "data", "source", key)
     for model in ("teacher", "student"):
         for name, part in tree[model]["encoders"].items():

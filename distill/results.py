@@ -236,4 +236,4 @@ def _example(work: Workspace, row_id: int) -> dict[str, Any]:
         buffer = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(data.images[row].transpose(1, 2, 0))).save(buffer, "PNG")
         picture = buffer.getvalue()
-    return {"image_png": picture, "text": data.texts[row]}
+    return {"image_png": picture, "text": data.texts[int(row)]}

@@ -19,7 +19,7 @@ from distill.contracts import TRAIN, VALID, Artifact
 from distill.data.class_names import class_names
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import as_data
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 from distill.multimodal import MultimodalModel, OneModality
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
@@ -64,7 +64,7 @@ class Workspace:
 
     def data(self) -> PreparedData:
         """The prepared data."""
-        return PreparedData.open(self.path("data"))
+        return PreparedData.open(self.path("data"), self.recipe.data)
 
     def num_classes(self) -> dict[str, int]:
         """Task -> number of classes."""
@@ -131,6 +131,7 @@ class Workspace:
             views=recipe.cache.views if repeat else None,
             shuffle=True,
             group_by_length=config.group_by_length,
+            two_level_rows=recipe.data.two_level_order,
             **self._slices(),
             workers=recipe.workers,
         )

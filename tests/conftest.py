@@ -9,7 +9,7 @@ from tiny_job import BUDGET
 
 from distill import evaluate
 from distill.config import TrainConfig
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 from distill.engine import Job
 
 torch.set_num_threads(1)

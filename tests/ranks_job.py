@@ -15,7 +15,7 @@ from torch import nn
 
 from distill import engine, evaluate
 from distill.config import TrainConfig
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 from distill.engine import Job, fit
 from distill.multimodal import Encoded, Encoder, Tapped
 from distill.ranks import join

@@ -12,9 +12,10 @@ from tokenizers import models, pre_tokenizers, processors
 
 from distill.config import AugmentConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, UserError
-from distill.data import loader
+from distill.data import tokens
 from distill.data.loader import InputSpec, Loader
-from distill.data.prepare import PreparedData
+from distill.data.order import TwoLevelOrder
+from distill.data.prepared import PreparedData
 from distill.preprocess import Preprocessor, Tokenizer
 
 WORDS = ["red", "green", "blue", "cat", "dog", "sun", "moon"]
@@ -93,7 +94,7 @@ def test_order_depends_on_seed_and_epoch_only(data, specs):
     assert make(data, specs, batch_size=3, rank=1, world_size=2).order(0).tolist() == orders[0]
 
 
-def test_grouped_batches_have_texts_of_like_length(data, specs, monkeypatch):
+def test_grouped_batches_have_texts_of_like_length(data, specs):
     lengths = {}
     for grouped in (False, True):
         batches = make(data, specs, batch_size=4, augment=None, group_by_length=grouped).epoch(3)
@@ -102,16 +103,24 @@ def test_grouped_batches_have_texts_of_like_length(data, specs, monkeypatch):
     padded = {grouped: sum(int(row.max() * len(row)) for row in rows) for grouped, rows in lengths.items()}
     assert padded[True] < padded[False]  # a window holds them all here: sorted, their padding is the least there is
     assert [int(row.max()) for row in lengths[True]] != sorted(int(row.max()) for row in lengths[True])  # but shuffled
-    monkeypatch.setattr(loader, "GROUPED", 1)  # each batch sorted by itself: the same batches, in the same order
-    alone = make(data, specs, batch_size=4, group_by_length=True)
-    plain = make(data, specs, batch_size=4)
-    for one, other in zip(alone.epoch(3), plain.epoch(3), strict=True):
-        assert sorted(one["teacher"].ids.tolist()) == sorted(other["teacher"].ids.tolist())
 
 
 def test_grouping_without_texts_is_refused(data):
     with pytest.raises(UserError, match="group_by_length: student read no text"):
         make(data, {"student": InputSpec(True, None, 0)}, group_by_length=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(world_size=st.integers(1, 4), batch_size=st.integers(1, 20), start=st.integers(0, 3))
+def test_orders_of_two_levels_are_orders(data, specs, world_size, batch_size, start):
+    few = {"batch_size": batch_size, "two_level_rows": NUM_TRAIN - 1}
+    loader = make(data, specs, **few)
+    order = loader.order(2)[:].tolist()
+    assert isinstance(loader.order(2), TwoLevelOrder) and sorted(order) == sorted(loader.row_positions.tolist())
+    start = min(start, len(loader) - 1)
+    ranks = [make(data, specs, **few, rank=rank, world_size=world_size).epoch(2, start) for rank in range(world_size)]
+    read = [row for parts in zip(*ranks, strict=True) for part in parts for row in part["teacher"].ids.tolist()]
+    assert read == data.ids[order[start * batch_size :]].tolist()
 
 
 def test_order_does_not_depend_on_how_the_source_was_sorted(data, specs):
@@ -164,7 +173,7 @@ def test_slices_of_the_ranks_are_the_batch_of_one(data, specs, world_size, batch
 
 def test_tokenizing_in_chunks_changes_nothing(data, specs, monkeypatch):
     whole = list(make(data, specs).epoch(1))
-    monkeypatch.setattr(loader, "CHUNK", 3)
+    monkeypatch.setattr(tokens, "CHUNK", 3)
     for one, other in zip(whole, make(data, specs).epoch(1), strict=True):
         for name in specs:
             assert_equal(one[name], other[name])

@@ -89,7 +89,8 @@ def test_everything_is_written(tmp_path):
         "data_report.json",
         "image.npy",
         "labels.json",
-        "rows.parquet",
+        "rows.npy",
+        "text.arrow",
     ]
 
 
@@ -134,7 +135,7 @@ def test_too_many_bad_rows_stop_with_the_first_example(tmp_path):
     with pytest.raises(UserError, match=r"2 of 10 rows .*max_bad_fraction 0\.1 .* id 98 .*not a readable"):
         run(tmp_path, rows, max_bad_fraction=0.1)
     assert report_of(tmp_path)["bad_rows"]["count"] == 2
-    assert not (tmp_path / "data" / "rows.parquet").exists()
+    assert not (tmp_path / "data" / "rows.npy").exists()
 
 
 def test_missing_targets(tmp_path):

@@ -2,17 +2,25 @@
 
 import csv
 import json
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 import pytest
+from datasets import Dataset
 
 from distill.config import Part
 from distill.contracts import UserError
-from distill.data.sources import SOURCES, ImageFolderSource, TableSource, open_source
+from distill.data.folders import ImageFolderSource
+from distill.data.sources import SOURCES, open_source
+from distill.data.tables import TableSource
 from distill.preprocess import BadInput
 
 ROWS = [{"id": n, "image": f"images/{n}.png", "label": "ab"[n % 2], "text": f"text {n}"} for n in range(5)]
+
+
+def column(source, name):
+    return [value for piece in source.read([name]) for value in piece.table.column(name).to_pylist()]
 
 
 def write_table(folder, suffix):
@@ -33,8 +41,8 @@ def write_table(folder, suffix):
 def test_every_format_gives_the_same_rows(tmp_path, suffix):
     source = TableSource(write_table(tmp_path, suffix).name, base=tmp_path)
     assert len(source) == 5 and source.columns == ["id", "image", "label", "text"]
-    assert source.column("id") == [0, 1, 2, 3, 4]
-    assert source.column("text")[3] == "text 3"
+    assert column(source, "id") == [0, 1, 2, 3, 4]
+    assert column(source, "text")[3] == "text 3"
     assert [source.image(row, "image") for row in (4, 0)] == [tmp_path / "images/4.png", tmp_path / "images/0.png"]
 
 
@@ -42,8 +50,8 @@ def test_folder_of_parquet_files_is_read_in_order_of_name(tmp_path):
     for name, rows in (("b", ROWS[3:]), ("a", ROWS[:3])):
         pa_parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
     source = TableSource(".", base=tmp_path)
-    assert source.column("id") == [0, 1, 2, 3, 4]
-    assert list(source.files(None)) == ["a.parquet", "b.parquet"]
+    assert column(source, "id") == [0, 1, 2, 3, 4]
+    assert list(source.identity(None)) == ["a.parquet", "b.parquet"]
 
 
 def test_files_of_a_folder_have_the_same_columns(tmp_path):
@@ -84,12 +92,12 @@ def test_root_is_where_image_paths_start(tmp_path):
     write_table(tmp_path / "tables", ".csv")
     source = TableSource("tables/table.csv", root=".", base=tmp_path)
     assert source.image(1, "image") == tmp_path / "images/1.png"
-    assert list(source.files("image"))[:2] == ["table.csv", "images/0.png"]
+    assert list(source.identity("image"))[:2] == ["table.csv", "images/0.png"]
 
 
 def test_embedded_images_need_no_files(tmp_path):
     pa_parquet.write_table(pa.table({"image": [b"x"]}), tmp_path / "t.parquet")
-    assert list(TableSource("t.parquet", base=tmp_path).files("image")) == ["t.parquet"]
+    assert list(TableSource("t.parquet", base=tmp_path).identity("image")) == ["t.parquet"]
 
 
 def test_packaged_sample(tmp_path):
@@ -124,7 +132,7 @@ def test_empty_folder_is_no_table(tmp_path):
 def test_missing_column_names_the_nearest(tmp_path):
     source = TableSource(write_table(tmp_path, ".csv").name, base=tmp_path)
     with pytest.raises(UserError, match=r"table\.csv has no column 'labels'; did you mean 'label'"):
-        source.column("labels")
+        column(source, "labels")
 
 
 def touch(folder, *names):
@@ -137,21 +145,21 @@ def test_image_folder_with_classes(tmp_path):
     touch(tmp_path, "dog/2.JPG", "cat/1.png", "cat/notes.txt", ".hidden/x/y.png", "readme.md")
     source = ImageFolderSource(".", base=tmp_path)
     assert source.columns == ["image", "label"] and len(source) == 2
-    assert source.column("label") == ["cat", "dog"]
+    assert column(source, "label") == ["cat", "dog"]
     assert source.image(1, "image") == tmp_path / "dog/2.JPG"
 
 
 def test_image_folder_with_splits(tmp_path):
     touch(tmp_path, "train/cat/1.png", "train/dog/1.png", "val/cat/3.png")
     source = ImageFolderSource(".", base=tmp_path)
-    assert source.column("split") == ["train", "train", "val"]
-    assert source.column("label") == ["cat", "dog", "cat"]
-    assert list(source.files("image")) == source.column("image")
+    assert column(source, "split") == ["train", "train", "val"]
+    assert column(source, "label") == ["cat", "dog", "cat"]
+    assert list(source.identity("image")) == column(source, "image")
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
     touch(tmp_path, "train/1.png", "bus/1.png")
-    assert ImageFolderSource(".", base=tmp_path).column("label") == ["bus", "train"]
+    assert column(ImageFolderSource(".", base=tmp_path), "label") == ["bus", "train"]
 
 
 @pytest.mark.parametrize(("path", "message"), [("gone", "no folder"), (".", "holds no image at class/file")])
@@ -178,6 +186,8 @@ def test_wrong_parts(tmp_path, part, message):
 def test_parts_open_their_sources(tmp_path):
     touch(tmp_path, "cat/1.png")
     write_table(tmp_path, ".csv")
-    paths = {"table": "table.csv", "image_folder": "."}
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        paths = {"table": "table.csv", "image_folder": ".", "hf_dataset": "set", "tar_shards": "a.tar"}
     for kind, builder in SOURCES.items():
         assert isinstance(open_source(Part(type=kind, path=paths[kind]), tmp_path), builder)

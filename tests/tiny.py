@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pa_parquet
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from distill.config import AugmentConfig, TermConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch
+from distill.data import prepared
 from distill.data.loader import InputSpec, Loader
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 from distill.fusion import FUSIONS
 from distill.losses.objective import Objective, tap_paths
 from distill.multimodal import MultimodalModel, Tapped, evaluating
@@ -108,7 +107,6 @@ def write_clip(folder: Path, *, seed: int = 0) -> Path:
 
 def write_prepared(folder: Path) -> Path:
     """Prepared data on disk that can be learned: colour and words name the classes; a few rows lack something."""
-    folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     split = [name for name, count in SPLIT_ROWS.items() for _ in range(count)]
     total = len(split)
@@ -125,13 +123,17 @@ def write_prepared(folder: Path) -> Path:
     texts[NO_TEXT], present["text"][NO_TEXT] = "", False
     images[NO_IMAGE], present["image"][NO_IMAGE] = 0, False
     targets["kind"][NO_KIND] = IGNORE
-    columns = {"id": np.arange(total) * 3 + 7, "split": split, "group": np.arange(total) // 2, "text": texts}
-    columns |= {f"present.{name}": values for name, values in present.items()}
-    columns |= {f"target.{name}": values.astype(np.int64) for name, values in targets.items()}
-    np.save(folder / "image.npy", images.clip(0, 255).astype(np.uint8), allow_pickle=False)
-    pa_parquet.write_table(pa.table(columns), folder / "rows.parquet")
-    (folder / "labels.json").write_text(json.dumps({"kind": KINDS, "tone": TONES}))
-    return folder
+    return prepared.write_prepared(
+        folder,
+        ids=np.arange(total) * 3 + 7,
+        split=split,
+        groups=np.arange(total) // 2,
+        texts=texts,
+        present=present,
+        targets=targets,
+        labels={"kind": KINDS, "tone": TONES},
+        images=images.clip(0, 255).astype(np.uint8),
+    )
 
 
 def make_model(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from distill.data.mixed import as_data
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 
 
 def class_names(data: PreparedData, tasks: Sequence[str]) -> PreparedData:

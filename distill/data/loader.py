@@ -20,14 +20,13 @@ from torch import Tensor
 
 from distill.config import AugmentConfig, TextAugment
 from distill.contracts import CLEAN_VIEW, Batch, UserError
-from distill.data.prepare import PreparedData
-from distill.data.texts import distinct_texts
-from distill.data.transforms import augment_images, drop_words
-from distill.preprocess import Tokenizer
+from distill.data.order import GroupedOrder, Order, TwoLevelOrder, shuffled
+from distill.data.prepared import PreparedData
+from distill.data.texts import Texts
+from distill.data.tokens import TokenTable
+from distill.data.transforms import augment_images
 
 PREFETCH = 2  # batches made ahead by each worker
-GROUPED = 16  # batches in which rows are sorted by the length of their text
-CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 1,
+        two_level_rows: int = 10**8,
     ) -> None:
         """Tokenize the split's texts, once for each distinct tokenizer.
 
@@ -101,6 +101,7 @@ class Loader:
             rank: this process, which takes its slice of each global batch.
             world_size: number of processes.
             workers: threads that make batches ahead; with 0 each is made when it is asked for.
+            two_level_rows: rows of the split above which the order of an epoch has two levels.
 
         Raises:
             UserError: a model reads a modality that the data lacks, its tokenizer is unusable, or no model reads the
@@ -112,13 +113,14 @@ class Loader:
         self._specs, self._workers = specs, workers
         self.row_positions = data.rows(split)
         self.num_rows = len(self.row_positions)
-        self._tensors = _RowTensors(data)
-        self._texts: dict[InputSpec, _TokenTable] = {}
+        self._two_level_rows = two_level_rows
+        texts = data.texts if isinstance(data.texts, Texts) else Texts.of(data.texts)
+        self._texts: dict[InputSpec, TokenTable] = {}
         for name, spec in specs.items():
             _check_modalities(name, spec, data)
             key = _text_key(spec)
             if spec.tokenizer is not None and key not in self._texts:
-                self._texts[key] = _TokenTable(data, self.row_positions, spec)
+                self._texts[key] = TokenTable(texts, self.row_positions, spec, data.folder)
         self._grouped = group_by_length
         if group_by_length and not self._texts:
             raise UserError(
@@ -129,24 +131,19 @@ class Loader:
         """Return the number of global batches an epoch; the last may be smaller."""
         return -(-self.num_rows // self.batch_size)
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the positions in ``data`` of an epoch's rows, int64 [N], in the order they are read."""
+    def order(self, epoch: int) -> Order:
+        """Return the positions in ``data`` of an epoch's rows, in the order they are read."""
         if not self._shuffle:
             return self.row_positions
-        order = np.random.default_rng((self._seed, epoch)).permutation(self.row_positions)
-        return self._by_length(order, epoch) if self._grouped else order
-
-    def _by_length(self, order: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Sort a few batches at a time by length of text, and shuffle them; a smaller last batch stays the last."""
-        generator, size = np.random.default_rng((self._seed, epoch, 1)), self.batch_size
-        lengths = next(iter(self._texts.values())).lengths(order)
-        parts = []
-        for start in range(0, len(order), GROUPED * size):
-            window = slice(start, start + GROUPED * size)
-            rows = order[window][np.argsort(lengths[window], kind="stable")]
-            whole = len(rows) // size * size
-            parts += [generator.permutation(rows[:whole].reshape(-1, size)).ravel(), rows[whole:]]
-        return np.concatenate(parts)
+        two_levels = self.num_rows > self._two_level_rows
+        order: Order = (
+            TwoLevelOrder(self.row_positions, self._seed, epoch)
+            if two_levels
+            else shuffled(self.row_positions, self._seed, epoch, self.data.folder)
+        )
+        if not self._grouped:
+            return order
+        return GroupedOrder(order, next(iter(self._texts.values())).lengths, self.batch_size, self._seed, epoch)
 
     def view(self, epoch: int) -> int:
         """Return the view that all rows of an epoch have."""
@@ -196,11 +193,10 @@ class Loader:
         Returns:
             Model name -> batch; ids, views, present, targets and images are the same tensors in all of them.
         """
-        index = torch.from_numpy(rows)
-        ids = self._tensors.ids[index]
-        present = {modality: values[index] for modality, values in self._tensors.present.items()}
-        targets = {task: values[index] for task, values in self._tensors.targets.items()}
-        images = self._images(rows, ids, views) if any(spec.image for spec in self._specs.values()) else None
+        ids = torch.from_numpy(self.data.ids[rows])
+        present = {modality: torch.from_numpy(values[rows]) for modality, values in self.data.present.items()}
+        targets = {task: torch.from_numpy(values[rows]) for task, values in self.data.targets.items()}
+        images = self._images(rows, ids, views, present) if any(spec.image for spec in self._specs.values()) else None
         dropping = self.augment.text if self.augment else TextAugment()
         texts = {key: table.batch(rows, ids, views, self._seed, dropping) for key, table in self._texts.items()}
         batches = {}
@@ -220,74 +216,14 @@ class Loader:
         first, last = (len(rows) * rank // self._world_size for rank in (self._rank, self._rank + 1))
         return rows[first:last]
 
-    def _images(self, rows: NDArray[np.int64], ids: Tensor, views: Tensor) -> Tensor:
+    def _images(self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, present: dict[str, Tensor]) -> Tensor:
         assert self.data.images is not None
         images = torch.from_numpy(self.data.images[rows])
         if self.augment is None:
             return images
         images = augment_images(images, ids, views, self._seed, self.augment.image)
-        present = self._tensors.present["image"][torch.from_numpy(rows)]
-        return images if bool(present.all()) else images * present.view(-1, 1, 1, 1)  # absent images stay zero
-
-
-class _RowTensors:
-    """The small columns of all rows, as tensors."""
-
-    def __init__(self, data: PreparedData) -> None:
-        self.ids = torch.tensor(data.ids)
-        self.present = {modality: torch.tensor(values) for modality, values in data.present.items()}
-        self.targets = {task: torch.tensor(values) for task, values in data.targets.items()}
-
-
-class _TokenTable:
-    """The tokens of a split's distinct texts, made once: tokenizing in every step would cost more than the step."""
-
-    def __init__(self, data: PreparedData, row_positions: NDArray[np.int64], spec: InputSpec) -> None:
-        assert spec.tokenizer is not None
-        texts, number = distinct_texts(data.texts, row_positions)
-        self._text_of_row = torch.full((len(data),), -1, dtype=torch.int32)
-        self._text_of_row[torch.from_numpy(row_positions)] = torch.tensor(number)
-        tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id)
-        parts = [_tokenized(tokenizer, texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
-        shape = len(texts), max((part[0].shape[1] for part in parts), default=1)
-        self._tokens = torch.full(shape, spec.pad_id, dtype=torch.int32)  # [distinct texts, longest]
-        self._words = torch.full(shape, -1, dtype=torch.int32)
-        for start, (tokens, words, _) in zip(range(0, len(texts), CHUNK), parts, strict=True):
-            rows = slice(start, start + len(tokens))
-            self._tokens[rows, : tokens.shape[1]], self._words[rows, : tokens.shape[1]] = tokens, words
-        self._lengths = torch.cat([torch.zeros(0, dtype=torch.int64), *(lengths for _, _, lengths in parts)])
-        self._pad_id = spec.pad_id
-
-    def lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the number of tokens of each row's text, int64 [N], before any are dropped."""
-        return self._lengths[self._text_of_row[torch.from_numpy(rows)]].numpy()
-
-    def batch(
-        self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, seed: int, dropping: TextAugment
-    ) -> tuple[Tensor, Tensor]:
-        """Return tokens int64 [B, L] and mask bool [B, L] after word dropout, moved left; L is the longest row."""
-        text = self._text_of_row[torch.from_numpy(rows)]
-        assert bool((text >= 0).all()), "rows of another split"
-        tokens, mask = self._trim(self._tokens[text], self._lengths[text])
-        if not dropping.word_dropout or not bool((views != CLEAN_VIEW).any()):
-            return tokens, mask
-        if dropping.views:
-            views = torch.where(views == CLEAN_VIEW, views, views % dropping.views)
-        words = self._words[text, : mask.shape[1]]
-        keep = mask & drop_words(words, ids, views, seed, dropping.word_dropout)
-        kept_first = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        return self._trim(tokens.gather(1, kept_first), keep.sum(dim=1))
-
-    def _trim(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        longest = max(lengths.tolist(), default=0) or 1
-        mask = torch.arange(longest) < lengths[:, None]
-        return tokens[:, :longest].to(torch.int64).masked_fill_(~mask, self._pad_id), mask
-
-
-def _tokenized(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and words, int32 [B, L], and lengths, int64 [B]."""
-    ids, mask, words = tokenizer.words(texts)
-    return torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(words.astype(np.int32)), torch.tensor(mask.sum(1))
+        there = present["image"]
+        return images if bool(there.all()) else images * there.view(-1, 1, 1, 1)  # absent images stay zero
 
 
 def _text_key(spec: InputSpec) -> InputSpec:

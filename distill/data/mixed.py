@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.contracts import IGNORE, TRAIN, Batch, Outputs
 from distill.data.loader import Batches
-from distill.data.prepare import PreparedData
+from distill.data.prepared import PreparedData
 
 LABELLED, TRANSFER = ".labelled", ".transfer"  # behind a model's name: its batch of those rows alone
 

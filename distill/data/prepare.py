@@ -1,7 +1,7 @@
 """From a source to prepared data: checked rows, images at working size, labels as integers, and a report.
 
-The folder holds ``image.npy`` (uint8 [N, 3, S, S]), ``rows.parquet``, ``labels.json`` and ``data_report.json``.
-Whatever a user can have wrong in the data stops here, with a sentence, before any model is built.
+Whatever a user can have wrong in the data stops here, with a sentence, before any model is built. Rows come a piece at
+a time and go to disk, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -9,31 +9,39 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pa_parquet
 from numpy.typing import NDArray
 
 from distill import runs
 from distill.config import DataConfig
 from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
-from distill.data.rows import Rows, encode_targets, read_rows
-from distill.data.sources import Source, open_source
-from distill.data.texts import Texts
+from distill.data.columns import Source
+from distill.data.prepared import (
+    IMAGE_FILE,
+    LABELS_FILE,
+    PRESENT,
+    ROWS_FILE,
+    TARGET,
+    TEXT_FILE,
+    PreparedData,
+    record_type,
+)
+from distill.data.rows import EMPTY, NO_TARGET, Keys, Rows, number_classes, read_rows, row_keys, texts_of
+from distill.data.scratch import chunks, dense_codes, first_rows, positions_where, scratch, take
+from distill.data.sources import open_source
+from distill.data.texts import TextWriter
 from distill.preprocess import BadInput, decode_image
 
-IMAGE_FILE, ROWS_FILE, LABELS_FILE, REPORT_FILE = "image.npy", "rows.parquet", "labels.json", "data_report.json"
-NUM_LISTED = 1000  # bad rows listed in the report; all are counted
+REPORT_FILE = "data_report.json"
 NUM_EXAMPLES = 10
 CHUNK = 256  # images in flight, so that memory does not grow with the data
-NO_TARGET, EMPTY = "no target", "every modality is missing"
 WARNINGS = {
     "duplicate_images_across_splits": "images occur in more than one split, byte by byte",
     "groups_across_splits": "groups have rows in more than one split",
@@ -42,81 +50,13 @@ WARNINGS = {
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedData:
-    """Prepared data, opened; row ``i`` is the same row in every attribute.
-
-    Attributes:
-        folder: where it lies.
-        ids: int64 [N], unique.
-        split: str [N], train / valid / test.
-        groups: int64 [N], dense codes; rows of one group stay together in bootstrap intervals.
-        texts: N strings, empty where absent.
-        images: uint8 [N, 3, S, S], memory-mapped; zeros where absent; None without an image modality.
-        present: modality -> bool [N].
-        targets: task -> int64 [N], IGNORE where missing.
-        labels: task -> class names, in order of label.
-    """
-
-    folder: Path
-    ids: NDArray[np.int64]
-    split: NDArray[np.str_]
-    groups: NDArray[np.int64]
-    texts: Texts | list[str]
-    images: NDArray[np.uint8] | None
-    present: dict[str, NDArray[np.bool_]]
-    targets: dict[str, NDArray[np.int64]]
-    labels: dict[str, list[str]]
-
-    @classmethod
-    def open(cls, folder: str | Path) -> PreparedData:
-        """Open a folder that :func:`prepare` wrote."""
-        folder = Path(folder)
-        table = pa_parquet.read_table(folder / ROWS_FILE)
-        columns = {name: table.column(name) for name in table.column_names}
-        image_file = folder / IMAGE_FILE
-        return cls(
-            folder=folder,
-            ids=columns["id"].to_numpy(),
-            split=_fixed_width(columns["split"]),
-            groups=columns["group"].to_numpy(),
-            texts=Texts(columns["text"]),
-            images=runs.read_array(image_file, mmap_mode="r") if image_file.is_file() else None,
-            present=_with_prefix(columns, "present."),
-            targets=_with_prefix(columns, "target."),
-            labels=runs.read_json(folder / LABELS_FILE),
-        )
-
-    def __len__(self) -> int:
-        """Return the number of rows of all splits."""
-        return len(self.ids)
-
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Return the positions of a split's rows, in order of id."""
-        positions = np.flatnonzero(self.split == split)
-        return positions[np.argsort(self.ids[positions], kind="stable")]
-
-
-def _fixed_width(column: pa.ChunkedArray) -> NDArray[np.str_]:
-    """Return a column of few distinct strings as an array, without a Python string a row."""
-    encoded = column.combine_chunks().dictionary_encode()
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    return np.array(encoded.dictionary.to_pylist(), dtype=np.str_)[encoded.indices.to_numpy()]
-
-
-def _with_prefix(columns: dict[str, pa.ChunkedArray], prefix: str) -> dict[str, NDArray[Any]]:
-    return {name.removeprefix(prefix): c.to_numpy() for name, c in columns.items() if name.startswith(prefix)}
-
-
 def source_fingerprint(config: DataConfig, base: Path) -> str:
-    """Return a hash of the bytes of every file that the rows come from (tables and images), by relative name.
+    """Return a hash of what the rows come from: of the bytes of tables and images, of the state of larger stores.
 
     Raises:
         UserError: the source cannot be opened.
     """
-    files = open_source(config.source, base).files(config.modalities.get("image"))
-    hashes = {name: runs.sha256_file(path) if path.is_file() else None for name, path in files.items()}
-    return runs.fingerprint(hashes)
+    return runs.fingerprint(open_source(config.source, base).identity(config.modalities.get("image")))
 
 
 def prepare(
@@ -124,8 +64,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Read, check and write the data of a recipe.
 
-    A row is bad, and left out, if its image cannot be decoded, if it has no target of any task, or if all its
-    modalities are missing. A row that lacks some targets or some modalities is kept.
+    A row is bad, and left out, if the source cannot read it, if its image cannot be decoded, if it has no target of
+    any task, or if all its modalities are missing. A row that lacks some targets or some modalities is kept.
 
     Args:
         config: the recipe's ``data``.
@@ -140,62 +80,82 @@ def prepare(
         UserError: a column is missing or of a wrong type, an id is used twice, a split is unknown or empty, a
             class was never seen in training, or more than ``max_bad_fraction`` of the rows cannot be used.
     """
-    source = open_source(config.source, base)
-    rows = read_rows(config, source)
-    encode_targets(rows)  # its complaints should not wait until all images are decoded
+    source = open_source(config.source, base, folder)
+    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    rows = read_rows(config, source, disk)
+    number_classes(rows)  # its complaints should not wait until all images are decoded
     folder.mkdir(parents=True, exist_ok=True)
-    bad = {row: NO_TARGET for row, given in enumerate(zip(*rows.targets.values(), strict=True)) if set(given) == {None}}
-    digests: list[bytes | None] = [None] * len(rows.ids)
+    digests = None
     if "image" in config.modalities:
-        runs.check_disk(folder, len(rows.ids) * 3 * config.working_size**2)
-        digests = _write_images(config, source, rows.present.get("text"), bad, folder / IMAGE_FILE, progress)
-        rows.present["image"] = np.array([digest is not None for digest in digests], dtype=bool)
-    else:
-        bad |= {row: EMPTY for row in np.flatnonzero(~rows.present["text"]).tolist() if row not in bad}
-    report: dict[str, Any] = {"source": Path(source.name).name, "bad_rows": _describe_bad(config, source, rows, bad)}
+        if config.decode_once:
+            runs.check_disk(folder, len(source) * 3 * config.working_size**2)
+        digests = _check_images(config, source, rows, folder / IMAGE_FILE, progress)
+    report: dict[str, Any] = {"source": Path(source.name).name, "bad_rows": _describe_bad(config, source, rows)}
     runs.write_json(folder / REPORT_FILE, report)
     _check_bad(config, source, report["bad_rows"], folder / REPORT_FILE)
-    kept = np.array([row for row in range(len(rows.ids)) if row not in bad], dtype=np.int64)
-    rows = rows.take(kept)
-    targets, labels = encode_targets(rows)
-    groups = _dense_codes(rows.groups)
-    _write_rows(folder / ROWS_FILE, rows, groups, targets)
+    classes, labels = number_classes(rows)
+    kept = positions_where(rows.bad.flags, disk, flag=False)
+    groups = None if rows.groups is None else take(rows.groups, kept, disk)
+    numbers = _write_texts(folder / TEXT_FILE, config, source, kept, take(rows.texts, kept, disk), disk)
+    _write_rows(folder / ROWS_FILE, rows, kept, numbers, groups, classes)
     runs.write_json(folder / LABELS_FILE, labels)
-    report |= _describe(rows, targets, labels)
-    report["duplicate_images_across_splits"] = _across_splits(rows, [digests[row] for row in kept])
-    report["groups_across_splits"] = _across_splits(rows, rows.groups)
+    data = PreparedData.open(folder)
+    report |= _describe(data)
+    images = None if digests is None else take(digests, kept, disk)
+    report["duplicate_images_across_splits"] = _across_splits(data, images)
+    report["groups_across_splits"] = _across_splits(data, groups)
     runs.write_json(folder / REPORT_FILE, report)
     return _summarize(report)
 
 
-def _write_images(
-    config: DataConfig,
-    source: Source,
-    has_other: NDArray[np.bool_] | None,
-    bad: dict[int, str],
-    path: Path,
-    progress: Callable[[int, int], None] | None,
-) -> list[bytes | None]:
-    """Write the images of usable rows and add to ``bad``; return a hash of each image file, None where absent."""
+def _check_images(
+    config: DataConfig, source: Source, rows: Rows, path: Path, progress: Callable[[int, int], None] | None
+) -> Keys:
+    """Decode the images of usable rows, mark those that are present or bad, and write them if the recipe says so.
+
+    Returns:
+        A hash of each image file, [N, 2]; of absent ones, of their row.
+    """
+    path.unlink(missing_ok=True)
     size, total = config.working_size, len(source)
-    usable = [row for row in range(total) if row not in bad]
-    digests: list[bytes | None] = [None] * total
-    blank = np.zeros((3, size, size), dtype=np.uint8)
-    with runs.atomic(path) as temporary, open(temporary, "wb") as file:
-        header_bytes = _write_header(file, total, size)
+    others = [values for modality, values in rows.present.items() if modality != "image"]
+    digests = scratch(rows.folder, (total, 2), np.uint64)
+    usable = (row for part in chunks(total) for row in (part.start + np.flatnonzero(~rows.bad.flags[part])).tolist())
+    to_do = total - rows.bad.count()
+    with _image_file(path, total, size) if config.decode_once else nullcontext(_unwritten) as write:
         for done, (row, image) in enumerate(_decoded(source, config.modalities["image"], size, usable), start=1):
             if isinstance(image, str):
-                bad[row] = image
-            elif image is None and (has_other is None or not has_other[row]):
-                bad[row] = EMPTY
+                rows.bad.add(row, image)
+            elif image is None and not any(values[row] for values in others):
+                rows.bad.add(row, EMPTY)
             else:
-                pixels, digests[row] = image or (blank, None)
-                file.write(pixels.tobytes())
-            if progress and (done % CHUNK == 0 or done == len(usable)):
-                progress(done, len(usable))
-        file.seek(0)
-        assert _write_header(file, total - len(bad), size) == header_bytes
+                pixels, digests[row] = image or (np.zeros((3, size, size), np.uint8), row_keys([row])[0])
+                rows.present["image"][row] = image is not None
+                write(pixels)
+            if progress and (done % CHUNK == 0 or done == to_do):
+                progress(done, to_do)
     return digests
+
+
+def _unwritten(pixels: NDArray[np.uint8]) -> None:
+    """Keep nothing of an image that will be decoded again when it is read."""
+
+
+@contextmanager
+def _image_file(path: Path, most: int, size: int) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
+    """A function that appends an image to a ``.npy`` file, which will hold ``most`` of them or fewer."""
+    written = 0
+
+    def write(pixels: NDArray[np.uint8]) -> None:
+        nonlocal written
+        file.write(pixels.tobytes())
+        written += 1
+
+    with runs.atomic(path) as temporary, open(temporary, "wb") as file:
+        header_bytes = _write_header(file, most, size)
+        yield write
+        file.seek(0)
+        assert _write_header(file, written, size) == header_bytes
 
 
 def _write_header(file: BinaryIO, num_rows: int, size: int) -> int:
@@ -206,8 +166,8 @@ def _write_header(file: BinaryIO, num_rows: int, size: int) -> int:
 
 
 def _decoded(
-    source: Source, column: str, size: int, rows: list[int]
-) -> Iterator[tuple[int, tuple[NDArray[np.uint8], bytes] | str | None]]:
+    source: Source, column: str, size: int, rows: Iterator[int]
+) -> Iterator[tuple[int, tuple[NDArray[np.uint8], Keys] | str | None]]:
     """Yield (row, its pixels and the hash of its file | the reason why it is bad | None if absent), in order."""
 
     def read(row: int) -> bytes | Path | BadInput | None:
@@ -216,37 +176,38 @@ def _decoded(
         except BadInput as error:
             return error
 
-    def decode(value: bytes | Path | BadInput | None) -> tuple[NDArray[np.uint8], bytes] | str | None:
+    def decode(value: bytes | Path | BadInput | None) -> tuple[NDArray[np.uint8], Keys] | str | None:
         if value is None or isinstance(value, BadInput):
             return None if value is None else str(value)
         try:
             content = value.read_bytes() if isinstance(value, Path) else value
-            return decode_image(content, size), hashlib.blake2b(content, digest_size=16).digest()
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            return decode_image(content, size), np.frombuffer(digest, "<u8")
         except BadInput as error:
             return str(error)
         except OSError as error:
             return f"the file cannot be read: {error.strerror}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
+        while chunk := list(islice(rows, CHUNK)):
             yield from zip(chunk, pool.map(decode, [read(row) for row in chunk]), strict=True)
 
 
-def _describe_bad(config: DataConfig, source: Source, rows: Rows, bad: dict[int, str]) -> dict[str, Any]:
+def _describe_bad(config: DataConfig, source: Source, rows: Rows) -> dict[str, Any]:
     column = config.modalities.get("image")
 
-    def where(row: int) -> str:
-        if column is None or bad[row] in (NO_TARGET, EMPTY):
-            return f"row {row}"
-        try:
-            value = source.image(row, column)
-        except BadInput:
-            value = None
-        return str(value) if isinstance(value, Path) else f"column {column!r}, row {row}"
+    def where(row: int, reason: str) -> str:
+        return f"row {row}" if column is None or reason in (NO_TARGET, EMPTY) else source.where(row, column)
 
-    listed = [{"id": rows.ids[row], "where": where(row), "reason": bad[row]} for row in sorted(bad)[:NUM_LISTED]]
-    return {"count": len(bad), "of": len(rows.ids), "max_fraction": config.max_bad_fraction, "rows": listed}
+    listed = [
+        {"id": int(rows.ids[row]), "where": where(row, reason), "reason": reason} for row, reason in rows.bad.listed
+    ]
+    return {
+        "count": rows.bad.count(),
+        "of": len(rows.ids),
+        "max_fraction": config.max_bad_fraction,
+        "rows": listed,
+    }
 
 
 def _check_bad(config: DataConfig, source: Source, bad: dict[str, Any], report_file: Path) -> None:
@@ -260,53 +221,83 @@ def _check_bad(config: DataConfig, source: Source, bad: dict[str, Any], report_f
     )
 
 
-def _dense_codes(values: list[Any]) -> NDArray[np.int64]:
-    """Number the distinct values in order of first appearance; each None is a group of its own."""
-    codes: dict[Any, int] = {}
-    keys = [(row, None) if value is None else value for row, value in enumerate(values)]
-    return np.array([codes.setdefault(key, len(codes)) for key in keys], dtype=np.int64)
+def _write_texts(
+    path: Path, config: DataConfig, source: Source, kept: NDArray[np.int64], keys: Keys, disk: Path
+) -> NDArray[np.int64]:
+    """Write the distinct texts of the kept rows and return the number of each row's, int64 [kept]."""
+    numbers, _ = dense_codes(keys, disk)
+    with runs.atomic(path) as temporary, TextWriter(temporary) as writer:
+        for start, texts in texts_of(config, source):
+            first, last = np.searchsorted(kept, [start, start + len(texts)])
+            for row, number in zip(kept[first:last].tolist(), numbers[first:last].tolist(), strict=True):
+                if number == writer.count:  # numbers are in order of first appearance
+                    writer.add(texts[row - start])
+    return numbers
 
 
-def _write_rows(path: Path, rows: Rows, groups: NDArray[np.int64], targets: dict[str, NDArray[np.int64]]) -> None:
-    columns: dict[str, Any] = {
-        "id": np.array(rows.ids, dtype=np.int64),
-        "split": pa.array(rows.split, pa.string()),
-        "group": groups,
-        "text": pa.array(rows.texts, pa.string()),
+def _write_rows(
+    path: Path,
+    rows: Rows,
+    kept: NDArray[np.int64],
+    texts: NDArray[np.int64],
+    groups: Keys | None,
+    classes: dict[str, NDArray[np.int64]],
+) -> None:
+    """Write a record for each of the kept rows."""
+    kind = record_type(rows.present, rows.labels)
+    codes = None if groups is None else dense_codes(groups, rows.folder)[0]
+    with runs.room_for(path, len(kept) * kind.itemsize), runs.atomic(path) as temporary, open(temporary, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(kept),)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in chunks(len(kept)):
+            at = kept[part]
+            records = np.zeros(len(at), kind)
+            records["id"], records["source_row"], records["text"] = rows.ids[at], at, texts[part]
+            records["split"] = np.array(SPLITS)[rows.split[at]]
+            records["group"] = np.arange(part.start, part.stop) if codes is None else codes[part]
+            for modality, values in rows.present.items():
+                records[PRESENT + modality] = values[at]
+            for task, labels in rows.labels.items():
+                records[TARGET + task] = classes[task][labels.codes[at]]  # MISSING is -1: the last entry
+            file.write(records.tobytes())
+
+
+def _describe(data: PreparedData) -> dict[str, Any]:
+    rows = dict.fromkeys(SPLITS, 0)
+    present = {modality: dict.fromkeys(SPLITS, 0) for modality in data.present}
+    counts = {(task, split): np.zeros(len(names), np.int64) for task, names in data.labels.items() for split in SPLITS}
+    missing = dict.fromkeys(data.targets, 0)
+    for part in chunks(len(data)):
+        for split in SPLITS:
+            here = data.split[part] == split
+            rows[split] += int(here.sum())
+            for modality, there in data.present.items():
+                present[modality][split] += int(there[part][here].sum())
+            for task, values in data.targets.items():
+                given = values[part][here]
+                missing[task] += int((given == IGNORE).sum())
+                counts[task, split] += np.bincount(given[given != IGNORE], minlength=len(data.labels[task]))
+    classes = {
+        task: {split: dict(zip(names, counts[task, split].tolist(), strict=True)) for split in SPLITS}
+        for task, names in data.labels.items()
     }
-    columns |= {f"present.{modality}": values for modality, values in rows.present.items()}
-    columns |= {f"target.{task}": values for task, values in targets.items()}
-    with runs.atomic(path) as temporary:
-        pa_parquet.write_table(pa.table(columns), temporary)
+    return {"rows": rows, "present": present, "missing_targets": missing, "classes": classes}
 
 
-def _describe(rows: Rows, targets: dict[str, NDArray[np.int64]], labels: dict[str, list[str]]) -> dict[str, Any]:
-    split = np.array(rows.split)
-    return {
-        "rows": {name: int((split == name).sum()) for name in SPLITS},
-        "present": {
-            modality: {name: int(values[split == name].sum()) for name in SPLITS}
-            for modality, values in rows.present.items()
-        },
-        "missing_targets": {task: int((values == IGNORE).sum()) for task, values in targets.items()},
-        "classes": {
-            task: {
-                name: {label: int((values[split == name] == code).sum()) for code, label in enumerate(labels[task])}
-                for name in SPLITS
-            }
-            for task, values in targets.items()
-        },
-    }
-
-
-def _across_splits(rows: Rows, keys: Sequence[Any]) -> dict[str, Any]:
-    """Count the keys (not None) that occur in more than one split, with the first row of each as examples."""
-    seen: dict[Any, dict[str, int]] = defaultdict(dict)
-    for row, key in enumerate(keys):
-        if key is not None:
-            seen[key].setdefault(rows.split[row], rows.ids[row])
-    shared = [first_ids for first_ids in seen.values() if len(first_ids) > 1]
-    return {"count": len(shared), "examples": shared[:NUM_EXAMPLES]}
+def _across_splits(data: PreparedData, keys: Keys | None) -> dict[str, Any]:
+    """Count the keys that occur in more than one split, with the first row of each as examples."""
+    if keys is None:
+        return {"count": 0, "examples": []}
+    first = first_rows(keys, data.folder)
+    shared: NDArray[np.bool_] = scratch(data.folder, len(data), np.bool_)
+    for part in chunks(len(data)):
+        shared[first[part][data.split[part] != data.split[first[part]]]] = True
+    leaders = positions_where(shared, data.folder)
+    examples: dict[int, dict[str, int]] = {row: {} for row in leaders[:NUM_EXAMPLES].tolist()}
+    for part in chunks(len(data)):
+        for row in (part.start + np.flatnonzero(np.isin(first[part], list(examples)))).tolist():
+            examples[int(first[row])].setdefault(str(data.split[row]), int(data.ids[row]))
+    return {"count": len(leaders), "examples": list(examples.values())}
 
 
 def _summarize(report: dict[str, Any]) -> dict[str, Any]:

@@ -1,60 +1,106 @@
-"""The columns of a source, read as a recipe says and checked; no image is touched here."""
+"""The columns of a source, read as a recipe says and checked, a piece at a time; no image is touched here."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+import hashlib
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from distill.config import DataConfig, nearest
 from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
-from distill.data.sources import Source
+from distill.data.columns import Source
+from distill.data.scratch import chunks, positions_where, repeated, scratch, take
 from distill.preprocess import has_text
 
 MODALITIES = ("image", "text")
 SPLIT_ALIASES = {"val": "valid", "validation": "valid"}
+NO_TARGET, EMPTY = "no target", "every modality is missing"
+NUM_LISTED = 1000  # bad rows whose reasons are kept; all are counted
+MISSING = -1  # code of a missing label
+
+Keys = NDArray[np.uint64]
+
+
+class BadRows:
+    """Rows that cannot be used: all are marked, and the first ones have their reasons.
+
+    Attributes:
+        flags: bool [N].
+        listed: the first bad rows with their reasons, in order.
+    """
+
+    def __init__(self, num_rows: int, folder: Path) -> None:
+        self.flags: NDArray[np.bool_] = scratch(folder, num_rows, np.bool_)
+        self.listed: list[tuple[int, str]] = []
+
+    def add(self, row: int, reason: str) -> None:
+        """Mark a row, which was not marked before."""
+        self.flags[row] = True
+        insort(self.listed, (row, reason))
+        del self.listed[NUM_LISTED:]
+
+    def count(self) -> int:
+        """How many there are."""
+        return sum(int(np.count_nonzero(self.flags[rows])) for rows in chunks(len(self.flags)))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One task's labels as the source has them.
+
+    Attributes:
+        codes: int32 [N], numbers of the values in order of first appearance; MISSING where there is none.
+        values: the distinct values -> their numbers.
+    """
+
+    codes: NDArray[np.int32]
+    values: dict[Any, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The columns of a source as a recipe reads them, images aside; all of one length N.
+    """The columns of a source as a recipe reads them, images aside; all of one length N, large ones on disk.
 
     Attributes:
         source: the source's name, for messages.
-        ids: unique integers.
-        split: train, valid or test.
-        groups: values of the group column; None where there is none.
-        texts: empty where absent.
+        folder: where large arrays are.
+        ids: int64 [N], unique but for those of bad rows.
+        split: uint8 [N], positions in SPLITS.
+        groups: [N, 2], hashes of the group column's values; None where each row is its own group.
+        texts: [N, 2], hashes of the texts.
         present: modality -> bool [N].
-        targets: task -> class names or numbers; None where missing.
+        labels: task -> labels.
+        bad: rows to leave out.
     """
 
     source: str
-    ids: list[int]
-    split: list[str]
-    groups: list[Any]
-    texts: list[str]
+    folder: Path
+    ids: NDArray[np.int64]
+    split: NDArray[np.uint8]
+    groups: Keys | None
+    texts: Keys
     present: dict[str, NDArray[np.bool_]]
-    targets: dict[str, list[Any]]
-
-    def take(self, kept: NDArray[np.int64]) -> Rows:
-        """Return the rows at these positions."""
-        return replace(
-            self,
-            ids=[self.ids[row] for row in kept],
-            split=[self.split[row] for row in kept],
-            groups=[self.groups[row] for row in kept],
-            texts=[self.texts[row] for row in kept],
-            present={modality: values[kept] for modality, values in self.present.items()},
-            targets={task: [values[row] for row in kept] for task, values in self.targets.items()},
-        )
+    labels: dict[str, Labels]
+    bad: BadRows
 
 
-def read_rows(config: DataConfig, source: Source) -> Rows:
+def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
     """Read the columns that a recipe names.
+
+    A row is bad if the source cannot read it, if it has no target of any task, or if its text is missing where there
+    is no other modality.
+
+    Args:
+        config: the recipe's ``data``.
+        source: the rows.
+        folder: an existing folder, on whose disk large arrays are kept.
 
     Raises:
         UserError: a modality is unknown, a column is missing or of a wrong type, an id is used twice, or a split
@@ -63,89 +109,245 @@ def read_rows(config: DataConfig, source: Source) -> Rows:
     for modality in config.modalities:
         if modality not in MODALITIES:
             raise UserError(f"unknown modality {modality!r} in data.modalities; {nearest(modality, MODALITIES)}")
-    for column in [*config.modalities.values(), *config.targets.values(), config.split]:
+    optional = [config.group, config.id]
+    named = [*config.modalities.values(), *config.targets.values(), config.split, *filter(None, optional)]
+    for column in named:
         if column not in source.columns:
             raise UserError(f"{source.name} has no column {column!r}; {nearest(column, source.columns)}")
-    texts = [""] * len(source)
-    if "text" in config.modalities:
-        column = config.modalities["text"]
-        texts = [text if has_text(text) else "" for text in _typed(source, column, str, "a text", optional=True)]
-    return Rows(
+    total = len(source)
+    rows = Rows(
         source=source.name,
-        ids=_read_ids(config, source),
-        split=_read_split(config, source),
-        groups=source.column(config.group) if config.group else [None] * len(source),
-        texts=texts,
-        present={"text": np.array([text != "" for text in texts], dtype=bool)} if "text" in config.modalities else {},
-        targets={task: _read_labels(source, column) for task, column in config.targets.items()},
+        folder=folder,
+        ids=scratch(folder, total, np.int64),
+        split=scratch(folder, total, np.uint8),
+        groups=scratch(folder, (total, 2), np.uint64) if config.group else None,
+        texts=scratch(folder, (total, 2), np.uint64),
+        present={name: scratch(folder, total, np.bool_) for name in config.modalities},
+        labels={task: Labels(scratch(folder, total, np.int32)) for task in config.targets},
+        bad=BadRows(total, folder),
     )
+    image = config.modalities.get("image")
+    wanted = [name for name in dict.fromkeys(named) if name != image or named.count(name) > 1]
+    for cells in _cells(source, wanted):
+        _read_piece(config, rows, cells)
+    _check_ids(config, rows)
+    return rows
 
 
-def _typed(source: Source, column: str, kind: type, what: str, *, optional: bool) -> list[Any]:
-    values = source.column(column)
-    for row, value in enumerate(values):
-        if not (isinstance(value, kind) and not isinstance(value, bool)) and not (optional and value is None):
-            raise UserError(
-                f"{source.name}: column {column!r}, row {row}: {value!r} is not {what}; mend it or name another column"
-            )
-    return values
+@dataclass(frozen=True)
+class _Cells:
+    """The cells of one piece."""
+
+    source: str
+    table: Any
+    bad: Any
+    start: int
+
+    @property
+    def rows(self) -> slice:
+        """Where the piece's rows are among all."""
+        return slice(self.start, self.start + self.table.num_rows)
+
+    def plain(self, column: str) -> Any:
+        """A column as one Arrow array, without dictionaries."""
+        array = self.table.column(column)
+        array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+        return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+    def typed(self, column: str, fits: Callable[[Any], bool], what: str, *, optional: bool = False) -> Any:
+        """A column whose values have a type; the bad rows' are null."""
+        array = self.plain(column)
+        missing = _nulls(array)
+        wrong = (~missing & (not fits(array.type))) | (missing & (not optional))
+        wrong[list(self.bad)] = False
+        if wrong.any():
+            row = int(wrong.argmax())
+            self.refuse(column, row, f"{array[row].as_py()!r} is not {what}; mend it or name another column")
+        return array
+
+    def refuse(self, column: str, row: int, why: str) -> None:
+        """Complain about one cell."""
+        raise UserError(f"{self.source}: column {column!r}, row {self.start + row}: {why}")
 
 
-def _read_ids(config: DataConfig, source: Source) -> list[int]:
+def _cells(source: Source, columns: Sequence[str]) -> Iterator[_Cells]:
+    start = 0
+    for piece in source.read(columns):
+        yield _Cells(source.name, piece.table, piece.bad, start)
+        start += piece.table.num_rows
+        pa.default_memory_pool().release_unused()  # else what it holds grows with what was read
+    assert start == len(source)
+
+
+def _read_piece(config: DataConfig, rows: Rows, cells: _Cells) -> None:
+    here = cells.rows
     if config.id is None:
-        return list(range(len(source)))
-    ids: list[int] = _typed(source, config.id, int, "an integer id", optional=False)
-    repeated, count = Counter(ids).most_common(1)[0] if ids else (0, 0)
-    if count > 1:
-        raise UserError(f"{source.name}: column {config.id!r} has id {repeated} {count} times; give each row its own")
-    return ids
+        rows.ids[here] = np.arange(here.start, here.stop)
+    else:
+        rows.ids[here] = _integers(cells, config.id)
+    rows.split[here] = _split_codes(cells, config.split)
+    if config.group and rows.groups is not None:
+        rows.groups[here] = _group_keys(cells, config.group)
+    targets = [_label_codes(cells, column, rows.labels[task]) for task, column in config.targets.items()]
+    for task, codes in zip(config.targets, targets, strict=True):
+        rows.labels[task].codes[here] = codes
+    usable = np.ones(here.stop - here.start, bool)
+    if "text" in config.modalities:
+        texts = _texts(cells, config.modalities["text"])
+        rows.texts[here] = hashes(texts)
+        rows.present["text"][here] = has = np.array([text != "" for text in texts], bool)
+        usable = has | ("image" in config.modalities)
+    labelled = np.any([codes != MISSING for codes in targets], axis=0)
+    for row in np.flatnonzero(~(usable & labelled) | _marked(cells)).tolist():
+        rows.bad.add(here.start + row, cells.bad.get(row) or (EMPTY if labelled[row] else NO_TARGET))
 
 
-def _read_split(config: DataConfig, source: Source) -> list[str]:
-    names = _typed(source, config.split, str, f"one of {', '.join(SPLITS)}", optional=False)
-    names = [SPLIT_ALIASES.get(name, name) for name in names]
-    for row, name in enumerate(names):
-        if name not in SPLITS:
-            raise UserError(
-                f"{source.name}: column {config.split!r}, row {row}: unknown split {name!r}; {nearest(name, SPLITS)}"
-            )
-    return names
+def _marked(cells: _Cells) -> NDArray[np.bool_]:
+    marked = np.zeros(cells.table.num_rows, bool)
+    marked[list(cells.bad)] = True
+    return marked
 
 
-def _read_labels(source: Source, column: str) -> list[str | int | bool | None]:
-    values = source.column(column)
-    kinds = {type(value) for value in values if value is not None}
+def _texts(cells: _Cells, column: str) -> list[str]:
+    values = cells.typed(column, _is_text, "a text", optional=True).to_pylist()
+    return [text if has_text(text) else "" for text in values]
+
+
+def texts_of(config: DataConfig, source: Source) -> Iterable[tuple[int, list[str]]]:
+    """Yield the texts of all rows, empty where absent: the first row, and those from it on."""
+    if "text" not in config.modalities:
+        yield 0, [""] * len(source)
+        return
+    column = config.modalities["text"]
+    for cells in _cells(source, [column]):
+        yield cells.start, _texts(cells, column)
+
+
+def hashes(values: Iterable[str]) -> Keys:
+    """Return hashes of strings, [N, 2]: different ones have different hashes, as far as anybody will see."""
+    digests = (hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest() for value in values)
+    return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+
+
+def row_keys(rows: Iterable[int]) -> Keys:
+    """Return hashes of row numbers, [N, 2], for rows that have no value: each is unlike all others."""
+    return hashes(f"row {row}" for row in rows)
+
+
+def _is_text(kind: Any) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _nulls(array: Any) -> NDArray[np.bool_]:
+    return np.array(array.is_null().to_numpy(zero_copy_only=False), bool)
+
+
+def _encoded(array: Any) -> tuple[list[Any], NDArray[np.int64]]:
+    """The distinct values of a column, without null, and the number of each row's; that of null is theirs."""
+    if pa.types.is_null(array.type):
+        return [], np.zeros(len(array), np.int64)
+    encoded = array.dictionary_encode()
+    values = encoded.dictionary.to_pylist()
+    return values, encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _integers(cells: _Cells, column: str) -> NDArray[np.int64]:
+    array = cells.typed(column, pa.types.is_integer, "an integer id")
+    try:
+        plain = array.cast(pa.int64()).fill_null(MISSING)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{cells.source}: column {column!r} holds an id beyond 64 bits; give smaller ids") from error
+    return np.asarray(plain.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _split_codes(cells: _Cells, column: str) -> NDArray[np.uint8]:
+    values, numbers = _encoded(cells.typed(column, _is_text, f"one of {', '.join(SPLITS)}"))
+    names = [SPLIT_ALIASES.get(name, name) for name in values]
+    known = np.array([name in SPLITS for name in names] + [True])[numbers]
+    if not known.all():
+        row = int((~known).argmax())
+        name = names[numbers[row]]
+        cells.refuse(column, row, f"unknown split {name!r}; {nearest(name, SPLITS)}")
+    return np.array([SPLITS.index(name) for name in names] + [0], np.uint8)[numbers]
+
+
+def _group_keys(cells: _Cells, column: str) -> Keys:
+    array = cells.plain(column)
+    if pa.types.is_nested(array.type):
+        raise UserError(f"{cells.source}: column {column!r} holds {array.type}; groups are strings or numbers")
+    values, numbers = _encoded(array)
+    keys = np.concatenate([hashes(f"value {value!r}" for value in values), np.zeros((1, 2), np.uint64)])[numbers]
+    alone = np.flatnonzero(numbers == len(values))
+    keys[alone] = row_keys((cells.start + alone).tolist())
+    return keys
+
+
+def _label_codes(cells: _Cells, column: str, labels: Labels) -> NDArray[np.int32]:
+    array = cells.plain(column)
+    nested = pa.types.is_nested(array.type)
+    values, numbers = ([array.type], np.zeros(0, np.int64)) if nested else _encoded(array)
+    kinds = {type(value) for value in [*values, *list(labels.values)[:1]]}
     if len(kinds) > 1 or not kinds <= {str, int, bool}:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise UserError(f"{source.name}: column {column!r} holds {found}; labels are all strings or all integers")
-    return [None if value == "" else value for value in values]
+        found = str(array.type) if nested else ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise UserError(f"{cells.source}: column {column!r} holds {found}; labels are all strings or all integers")
+    codes = [MISSING if value == "" else labels.values.setdefault(value, len(labels.values)) for value in values]
+    return np.array([*codes, MISSING], np.int32)[numbers]
 
 
-def encode_targets(rows: Rows) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
+def _check_ids(config: DataConfig, rows: Rows) -> None:
+    if config.id is None:
+        return
+    good = positions_where(rows.bad.flags, rows.folder, flag=False)
+    if worst := repeated(take(rows.ids, good, rows.folder)):
+        value, count = worst
+        raise UserError(f"{rows.source}: column {config.id!r} has id {value} {count} times; give each row its own")
+
+
+def count_labels(rows: Rows, task: str) -> NDArray[np.int64]:
+    """Return how many usable rows of each split have each value of a task's labels, int64 [splits, values]."""
+    labels = rows.labels[task]
+    counts = np.zeros((len(SPLITS), len(labels.values)), np.int64)
+    for part in chunks(len(rows.ids)):
+        usable = ~rows.bad.flags[part] & (labels.codes[part] != MISSING)
+        np.add.at(counts, (rows.split[part][usable], labels.codes[part][usable]), 1)
+    return counts
+
+
+def count_splits(rows: Rows) -> dict[str, int]:
+    """Return the number of usable rows a split."""
+    counts = np.zeros(len(SPLITS), np.int64)
+    for part in chunks(len(rows.ids)):
+        counts += np.bincount(rows.split[part][~rows.bad.flags[part]], minlength=len(SPLITS))
+    return dict(zip(SPLITS, counts.tolist(), strict=True))
+
+
+def number_classes(rows: Rows) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
     """Number each task's classes, in the sorted order of those that the training split has.
 
     Returns:
-        Task -> labels int64 [N], IGNORE where missing; task -> class names in order of label.
+        Task -> label of each of the source's values, IGNORE for MISSING at its end; task -> class names in order of
+        label.
 
     Raises:
         UserError: a split is empty, a class occurs in evaluation only, or a task has fewer than two classes.
     """
-    for split in SPLITS:
-        if split not in rows.split:
+    for split, count in count_splits(rows).items():
+        if not count:
             raise UserError(f"{rows.source} has no usable row of split {split!r}; train, valid and test each need some")
-    targets, labels = {}, {}
-    for task, values in rows.targets.items():
-        pairs = list(zip(rows.split, values, strict=True))
-        known = sorted({value for split, value in pairs if split == TRAIN and value is not None})
-        code = {value: label for label, value in enumerate(known)}
-        for split, value in pairs:
-            if value is not None and value not in code:
+    tables, names = {}, {}
+    for task, labels in rows.labels.items():
+        counts = count_labels(rows, task)
+        known = sorted(value for value, code in labels.values.items() if counts[SPLITS.index(TRAIN), code])
+        for value, code in labels.values.items():
+            if counts[:, code].any() and not counts[SPLITS.index(TRAIN), code]:
+                split = SPLITS[int(counts[:, code].argmax())]
                 raise UserError(
                     f"{rows.source}: task {task!r}: class {str(value)!r} of split {split!r} never occurs in train; "
                     f"move some of its rows to train, or leave the class out"
                 )
         if len(known) < 2:
             raise UserError(f"{rows.source}: task {task!r} has {len(known)} class(es) in train; at least 2 are needed")
-        targets[task] = np.array([IGNORE if value is None else code[value] for value in values], dtype=np.int64)
-        labels[task] = [str(value) for value in known]
-    return targets, labels
+        label = {value: number for number, value in enumerate(known)}
+        tables[task] = np.array([label.get(value, IGNORE) for value in labels.values] + [IGNORE], np.int64)
+        names[task] = [str(value) for value in known]
+    return tables, names

@@ -235,4 +235,6 @@ def test_nothing_in_the_product_unpacks_archives() -> None:
     assert len(sources) > 40
     for path in sources:
         text = path.read_text(encoding="utf-8")
-        assert not any(word in text for word in ("tarfile", "zipfile", "unpack_archive", "extractall")), path
+        words = ["zipfile", "unpack_archive", "extractall", "extractfile", ".extract("]
+        words += ["tarfile"] if path.name != "tar_index.py" else []  # it reads the headers of data shards, no more
+        assert not any(word in text for word in words), path

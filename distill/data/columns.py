@@ -1,0 +1,86 @@
+"""What all sources of rows have in common: the contract, and what image cells may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from distill.config import nearest
+from distill.contracts import UserError
+from distill.data.remote import Place
+from distill.preprocess import BadInput
+
+PIECE = 1 << 13  # rows that a source reads together, at most
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that follow each other.
+
+    Attributes:
+        table: their columns, as a table or a record batch.
+        bad: row within the piece -> why it cannot be read; its cells are null.
+    """
+
+    table: Any
+    bad: Mapping[int, str] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Rows with named columns; row ``i`` is the same row in every column."""
+
+    name: str  # for messages: the file or folder
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def read(self, columns: Sequence[str]) -> Iterator[Piece]:
+        """Yield all rows in order, a limited number at a time; UserError if there is no such column."""
+
+    def image(self, row: int, column: str) -> bytes | Path | None:
+        """Return an image's file bytes or its path, None where missing. Raises BadInput on any other value."""
+
+    def where(self, row: int, column: str) -> str:
+        """Return where an image comes from, for messages."""
+
+    def identity(self, image_column: str | None) -> dict[str, str | None]:
+        """Return what tells other content apart, a file: by a name that does not depend on where the folder lies."""
+
+
+def check_columns(source: Source, names: Sequence[str]) -> None:
+    """Refuse names of columns that a source lacks."""
+    for name in names:
+        if name not in source.columns:
+            raise UserError(f"{source.name} has no column {name!r}; {nearest(name, source.columns)}")
+
+
+def pieces(table: pa.Table) -> Iterator[Piece]:
+    """Yield the rows of a table in memory."""
+    return (Piece(batch) for batch in table.to_batches(max_chunksize=PIECE))
+
+
+def image_cell(value: Any, root: Place) -> bytes | Path | None:
+    """Return what an image cell stands for: file bytes, a path below ``root`` or an absolute one, None where missing.
+
+    Args:
+        value: bytes, a path, or the struct ``{bytes, path}`` of Hugging Face data sets.
+        root: folder that relative paths start from; files of a remote one are read.
+
+    Raises:
+        BadInput: another value, a path that leaves the folder, or a remote file that cannot be read.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None or isinstance(value, bytes):
+        return value or None
+    if not isinstance(value, str):
+        raise BadInput(f"the image cell is a {type(value).__name__}; expected image bytes or a path")
+    return root.below(value) if value else None

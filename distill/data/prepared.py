@@ -1,0 +1,182 @@
+"""Prepared data: a record a row, texts and images, all memory-mapped, so that opening them takes hardly any memory.
+
+The folder holds ``rows.npy`` (one record a row), ``text.arrow`` (the distinct texts), ``labels.json`` and, unless
+images are decoded when they are read, ``image.npy`` (uint8 [N, 3, S, S]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill import runs
+from distill.config import DataConfig
+from distill.contracts import UserError
+from distill.data.columns import Source
+from distill.data.scratch import positions_by_id
+from distill.data.sources import open_source
+from distill.data.texts import Texts, TextWriter
+from distill.preprocess import BadInput, decode_image
+
+IMAGE_FILE, ROWS_FILE, TEXT_FILE, LABELS_FILE = "image.npy", "rows.npy", "text.arrow", "labels.json"
+PRESENT, TARGET = "present.", "target."
+
+
+class SourceImages:
+    """Images that are decoded when they are asked for, as :func:`~distill.data.prepare.prepare` would have.
+
+    Args:
+        source: where they are.
+        column: which column.
+        rows: integers [N], the source's row of each image.
+        size: side, pixels.
+    """
+
+    def __init__(self, source: Source, column: str, rows: NDArray[np.int64], size: int) -> None:
+        self._source, self._column, self._rows = source, column, rows
+        self.shape = (len(rows), 3, size, size)
+
+    def __getitem__(self, rows: SupportsIndex | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return one image, uint8 [3, S, S], or some, uint8 [B, 3, S, S]; zeros where absent.
+
+        Raises:
+            UserError: an image that could be decoded cannot be any more.
+        """
+        if not isinstance(rows, np.ndarray):
+            return self._decoded(int(self._rows[rows]))
+        images = np.zeros((len(self._rows[rows]), *self.shape[1:]), np.uint8)
+        for place, row in enumerate(self._rows[rows].tolist()):
+            images[place] = self._decoded(row)
+        return images
+
+    def _decoded(self, row: int) -> NDArray[np.uint8]:
+        try:
+            value = self._source.image(row, self._column)
+            return np.zeros(self.shape[1:], np.uint8) if value is None else decode_image(value, self.shape[-1])
+        except BadInput as error:
+            where = self._source.where(row, self._column)
+            raise UserError(
+                f"{where} changed since the data was prepared: {error}; run again with --force=data"
+            ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """Prepared data, opened; row ``i`` is the same row in every attribute.
+
+    Attributes:
+        folder: where it lies, and large arrays of its readers too.
+        ids: int64 [N], unique.
+        split: str [N], train / valid / test.
+        groups: int64 [N], dense codes; rows of one group stay together in bootstrap intervals.
+        texts: N strings, empty where absent.
+        images: uint8 [N, 3, S, S], memory-mapped or decoded when read; zeros where absent; None without an image
+            modality.
+        present: modality -> bool [N].
+        targets: task -> int64 [N], IGNORE where missing.
+        labels: task -> class names, in order of label.
+    """
+
+    folder: Path
+    ids: NDArray[np.int64]
+    split: NDArray[np.str_]
+    groups: NDArray[np.int64]
+    texts: Texts | Sequence[str]
+    images: NDArray[np.uint8] | SourceImages | None
+    present: dict[str, NDArray[np.bool_]]
+    targets: dict[str, NDArray[np.int64]]
+    labels: dict[str, list[str]]
+
+    @classmethod
+    def open(cls, folder: str | Path, config: DataConfig | None = None, base: Path = Path()) -> PreparedData:
+        """Open a folder that :func:`~distill.data.prepare.prepare` wrote.
+
+        Args:
+            folder: the folder.
+            config: the recipe's ``data``, needed where images are decoded when they are read.
+            base: folder that its relative paths start from.
+
+        Raises:
+            UserError: a file is damaged, or the source has gone or changed.
+        """
+        folder = Path(folder)
+        records = runs.read_array(folder / ROWS_FILE, mmap_mode="r")
+        return cls(
+            folder=folder,
+            ids=np.asarray(records["id"]),
+            split=np.asarray(records["split"]),
+            groups=np.asarray(records["group"]),
+            texts=Texts.open(folder / TEXT_FILE, np.asarray(records["text"])),
+            images=_open_images(folder, np.asarray(records["source_row"]), config, base),
+            present=_with_prefix(records, PRESENT),
+            targets=_with_prefix(records, TARGET),
+            labels=runs.read_json(folder / LABELS_FILE),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of rows of all splits."""
+        return len(self.ids)
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Return the positions of a split's rows, in order of id."""
+        return positions_by_id(self.ids, self.split, split, self.folder)
+
+
+def _open_images(folder: Path, rows: NDArray[np.int64], config: DataConfig | None, base: Path) -> Any:
+    if (folder / IMAGE_FILE).is_file():
+        return runs.read_array(folder / IMAGE_FILE, mmap_mode="r")
+    if config is None or "image" not in config.modalities:
+        return None
+    return SourceImages(open_source(config.source, base, folder), config.modalities["image"], rows, config.working_size)
+
+
+def _with_prefix(records: NDArray[Any], prefix: str) -> dict[str, NDArray[Any]]:
+    names = [name for name in records.dtype.names or () if name.startswith(prefix)]
+    return {name.removeprefix(prefix): np.asarray(records[name]) for name in names}
+
+
+def record_type(modalities: Iterable[str], tasks: Iterable[str]) -> np.dtype[np.void]:
+    """Return the type of a row's record: id, text, group, source_row, split, presences and targets."""
+    fields: list[tuple[str, str]] = [(name, "<i8") for name in ("id", "text", "group", "source_row")]
+    fields += [
+        *((TARGET + task, "<i8") for task in tasks),
+        ("split", "<U5"),
+        *((PRESENT + m, "|b1") for m in modalities),
+    ]
+    return np.dtype(fields, align=True)
+
+
+def write_prepared(
+    folder: Path,
+    *,
+    ids: NDArray[np.int64],
+    split: Sequence[str],
+    texts: Sequence[str],
+    present: Mapping[str, NDArray[np.bool_]],
+    targets: Mapping[str, NDArray[np.int64]],
+    labels: Mapping[str, Sequence[str]],
+    images: NDArray[np.uint8] | None = None,
+    groups: NDArray[np.int64] | None = None,
+) -> Path:
+    """Write rows that are in memory as prepared data: for benchmarks and tests; return the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoded = Texts.of(texts)
+    records = np.zeros(len(ids), record_type(present, targets))
+    records["id"], records["split"], records["source_row"] = ids, split, np.arange(len(ids))
+    records["text"], records["group"] = encoded.numbers, np.arange(len(ids)) if groups is None else groups
+    for prefix, columns in ((PRESENT, present), (TARGET, targets)):
+        for name, values in columns.items():
+            records[prefix + name] = values
+    np.save(folder / ROWS_FILE, records, allow_pickle=False)
+    with TextWriter(folder / TEXT_FILE) as writer:
+        for text in dict.fromkeys(texts):
+            writer.add(text)
+    if images is not None:
+        np.save(folder / IMAGE_FILE, images, allow_pickle=False)
+    runs.write_json(folder / LABELS_FILE, {task: list(names) for task, names in labels.items()})
+    return folder
