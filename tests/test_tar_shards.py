@@ -137,7 +137,6 @@ def test_the_fingerprint_follows_each_of_two_shards_of_one_name(tmp_path):
         assert source_fingerprint(config(source=source), tmp_path) != before
 
 
-
 def bad_rows(tmp_path, files):
     """Reasons of the bad rows among good shards and one more."""
     write_shards(tmp_path)
