@@ -187,6 +187,10 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], state:
         optimizer.load_state_dict(_decode(state["state_dict"], tensors))
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer does not fit this one: {error}; start a new run") from error
+    for parameter, kept in optimizer.state.items():  # files hold no strides, and fused kernels expect equal ones
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def rng_state() -> dict[str, Tensor]:

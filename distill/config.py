@@ -118,7 +118,7 @@ class TrainConfig(Strict):
     optimizer: OptimizerName = "adamw"
     optimizer_params: dict[str, Any] = {}  # what else torch.optim's class of that name takes
     lr: float = Field(1e-3, gt=0)
-    lr_scale: dict[str, float] = {}  # module-path prefix -> factor on lr; 0 freezes it
+    lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}  # module-path prefix -> factor on lr; 0 freezes it
     weight_decay: float = Field(0.01, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd only
     schedule: Literal["cosine", "constant", "onecycle", "step"] = "cosine"

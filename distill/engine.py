@@ -37,6 +37,7 @@ from distill.step import Stepper, Trainee, Watch
 from distill.trackers import EVERY, Tracking, untracked
 
 SELECT = "valid/accuracy"
+CHECKPOINT = "checkpoint"
 Teacher = Callable[[dict[str, Batch]], Outputs]
 
 
@@ -116,7 +117,7 @@ def fit(job: Job) -> dict[str, Any]:
     average = Average(trainee, config.ema) if config.ema else None
     kept: dict[str, Tensor] = {}
     state = State()
-    place = folder / "checkpoint"
+    place = folder / CHECKPOINT
     if checkpoint.exists(place):
         state, kept = _restore(place, trainee, optimizer, average, ranks)
     elif config.not_finite == "rollback":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ class MuonAndAdamW(Optimizer):
         """The groups of both."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """What both keep of each parameter."""
+        return {parameter: kept for part in self.parts.values() for parameter, kept in part.state.items()}
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make a step of both."""
         assert closure is None
@@ -106,13 +112,16 @@ step, so no schedule)."""
 
 
 def check_optimizer(config: TrainConfig, where: str) -> None:
-    """Check the optimizer's name and parameters, by building it for one weight.
+    """Check the optimizer's name and parameters, by building it for one weight and making a step.
 
     Raises:
         UserError: a parameter that the optimizer lacks, or a value that it refuses.
     """
-    decay = {"weight_decay": config.weight_decay}
-    _built([{"params": [nn.Parameter(torch.zeros(2, 2))], "matrices": True, **decay}], config, where)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = _built([{"params": [weight], "matrices": True, "weight_decay": config.weight_decay}], config, where)
+    with _refusals(f"{where}.optimizer_params: {config.optimizer} cannot make a step"):
+        optimizer.step()
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
@@ -183,9 +192,18 @@ def _built(groups: list[Group], config: TrainConfig, where: str) -> Optimizer:
     name = config.optimizer
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in config.optimizer_params.items()}
     place = f"{where}.optimizer_params"
+    if "type" in given:  # which a part's parameters cannot hold
+        raise UserError(f"{place}: {name} has no parameter 'type'; {where}.optimizer names the optimizer")
     check_part(OPTIMIZERS, Part.model_validate({"type": name, **given}), place, RESERVED)
     params = {"momentum": config.momentum, **given} if name == "sgd" else given
-    try:
+    with _refusals(f"{place}: {name} cannot be built"):
         return OPTIMIZERS[name](groups, lr=config.lr, **params)  # type: ignore[call-arg]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{place}: {name} cannot be built: {one_line(error)}") from error
+
+
+@contextmanager
+def _refusals(what: str) -> Generator[None]:
+    """Say in one sentence what an optimizer refuses."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # the last: betas of one number
+        raise UserError(f"{what}: {one_line(error)}") from error

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill import engine, prune
+from distill import checkpoint, engine, prune
 from distill.build import example_batch, input_spec
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights, save_weights
@@ -52,8 +52,8 @@ def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
     config = work.recipe.teacher
     for modality, train in config.pretrain.items():
         place = folder / modality
-        if (place / WEIGHTS_FILE).is_file():
-            continue
+        if (place / WEIGHTS_FILE).is_file() and not checkpoint.exists(place / engine.CHECKPOINT):
+            continue  # ended; with its checkpoint it was killed on the way there
         place.mkdir(exist_ok=True)
         terms = [term for term in config.objective if (term.task or "").endswith(f".{modality}")]
         whole = work.blank(TEACHER)

@@ -64,14 +64,18 @@ class Trackers:
 
     Attributes:
         names: which; a rank that does not write has none.
-        folder: where they keep their files, a folder for each training. It lies outside of the stages' folders, which
-            manifests describe.
+        folder: where runs are noted, and TensorBoard and wandb keep their files, a folder for each training. It lies
+            outside of the stages' folders, which manifests describe.
         project: under what they list the trainings.
     """
 
     names: list[str]
     folder: Path
     project: str
+
+    def __post_init__(self) -> None:
+        """Ask a tracker once that is named twice: two of a kind would write over each other."""
+        self.names = list(dict.fromkeys(self.names))
 
     def of(self, training: str, key: str, settings: Mapping[str, Any]) -> Tracking:
         """Return what tells the trackers about one training.
@@ -107,13 +111,16 @@ class Trackers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         folder = self.folder / training
-        run = _run(folder, name, key, new=step == 0)
+        run = None if step == 0 else _noted_run(folder, name, key)
+        begins = run is None  # also where a training goes on that this tracker was not told of
+        if run is None:
+            run = _new_run(folder, name, key)
         tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, self.project, training, folder, run, step))
         tracker.start()
         if name == "mlflow":  # it makes the id itself
             run["id"] = tracker.tracker.info.run_id
         write_json(folder / name / RUN_FILE, run)
-        if step == 0 and name != "tensorboard":  # which would show them as a run of their own
+        if begins and name != "tensorboard":  # which would show them as a run of their own
             tracker.store_init_configuration(dict(settings))
         opened[name] = tracker
 
@@ -126,13 +133,15 @@ class Trackers:
             opened.pop(name, None)
 
 
-def _run(folder: Path, name: str, key: str, *, new: bool) -> dict[str, Any]:
-    """The run in which a training goes on, or a new one, whose files replace those of the one before."""
+def _noted_run(folder: Path, name: str, key: str) -> dict[str, Any] | None:
+    """The run in which a training goes on, if there is one."""
     file = folder / name / RUN_FILE
-    if not new and file.is_file():
-        run: dict[str, Any] = read_json(file)
-        if run["key"] == key:
-            return run
+    run: dict[str, Any] | None = read_json(file) if file.is_file() else None
+    return run if run is not None and run["key"] == key else None
+
+
+def _new_run(folder: Path, name: str, key: str) -> dict[str, Any]:
+    """A run whose files replace those of the one before."""
     shutil.rmtree(folder / name, ignore_errors=True)
     (folder / name).mkdir(parents=True)
     return {"key": key, "id": None if name == "mlflow" else uuid.uuid4().hex}

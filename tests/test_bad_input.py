@@ -64,6 +64,7 @@ def change_rows(folder, change):
             "teacher.train.optimizer_params.eps=small",
             r"train\.optimizer_params\.eps is 'small': Input should be a valid",
         ),
+        ("student.train.lr_scale={fusion: -1}", r"'student\.train\.lr_scale\.fusion' is -1: Input should be greater"),
         ("student.train.milestones=[0.5,2]", r"'student\.train\.milestones\.1' is 2: Input should be less than 1"),
         ("teacher.encoders=3", r"'teacher\.encoders' is 3: Input should be a mapping of keys"),
         ("teacher.objective=kd", r"'teacher\.objective' is 'kd': Input should be a list"),

@@ -43,6 +43,21 @@ def test_a_run_stopped_and_continued_with_any_optimizer_gives_the_same_weights(m
     assert_same(weights(again), weights(whole))
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad"])
+def test_fused_steps_go_on_alike(make_job, name):
+    """They walk memory, in which kernels of convolutions lie with the channels innermost and a file's values do not."""
+    settings = {"optimizer": name, "optimizer_params": {"fused": True}}
+    whole = make_job("whole", **settings)
+    fit(whole)
+    job = make_job("stopped", **settings)
+    job.report = interrupt_at(7)
+    with pytest.raises(InterruptedRunError):
+        fit(job)
+    again = make_job("stopped", **settings)
+    fit(again)
+    assert_same(weights(again), weights(whole))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_learns(make_job, name):
     assert fit(make_job(optimizer=name, epochs=12, **LEARNED.get(name, {})))["best"] > 0.7
@@ -108,6 +123,10 @@ def test_a_state_of_another_muon_is_refused_in_a_sentence():
         ({"optimizer_params": {"betas": 3}}, "adamw cannot be built"),
         ({"optimizer": "sgd", "optimizer_params": {"nesterov": "yes"}}, "nesterov is 'yes': Input should be a valid b"),
         ({"optimizer": "adamax", "optimizer_params": {"betas": [0.9]}}, "betas is (0.9,): "),
+        ({"optimizer_params": {"betas": [0.9]}}, "adamw cannot be built: tuple index out of range"),
+        ({"optimizer_params": {"type": 5}}, "adamw has no parameter 'type'; here.optimizer names the optimizer"),
+        ({"optimizer_params": {"type": "sgd"}}, "adamw has no parameter 'type'; here.optimizer names the optimizer"),
+        ({"optimizer": "muon", "optimizer_params": {"ns_steps": 200}}, "muon cannot make a step: Number of steps"),
         ({"optimizer": "muon", "optimizer_params": {"adjust_lr_fn": "up"}}, "muon cannot be built: Adjust learning"),
         ({"optimizer": "sgd", "momentum": 0.0, "optimizer_params": {"nesterov": True}}, "Nesterov momentum requires"),
     ],

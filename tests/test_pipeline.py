@@ -377,6 +377,26 @@ def test_an_encoder_that_learns_alone_first_goes_on_where_it_was_stopped(copied,
     assert not same_weights("runs/whole/teacher/model.safetensors", "runs/tiny/teacher/model.safetensors")
 
 
+def test_an_encoder_that_had_learnt_when_it_was_killed_leaves_no_checkpoint(copied, monkeypatch):
+    settings = ["teacher.pretrain.image={epochs: 2, batch_size: 16, checkpoint_minutes: 1e-9}", "name=killed"]
+    recipe = load_recipe("recipe.yaml", settings)
+
+    def die(place):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.checkpoint, "remove", die)
+        with pytest.raises(MemoryError):
+            pipeline.run(recipe, until="pretrain", quiet=True)
+    folder = Path("runs/killed/pretrain/image")
+    assert (folder / "checkpoint").is_dir()
+    learnt = load_file(folder / "model.safetensors")
+    pipeline.run(recipe, until="pretrain", quiet=True)
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "model.safetensors"}
+    again = load_file(folder / "model.safetensors")
+    assert all((again[name] == value).all() for name, value in learnt.items())
+
+
 def test_a_frozen_tower_that_learns_alone_is_kept_as_it_is_then(copied):
     tuned = ["teacher.pretrain.text={epochs: 1, batch_size: 16, lr: 0.003, group_by_length: true}"]
     tuned += ["teacher.objective.2.task=shape.text", "name=tuned"]

@@ -128,6 +128,15 @@ def test_the_fingerprint_follows_the_shards(tmp_path):
     assert source_fingerprint(config(), tmp_path) != before
 
 
+def test_the_fingerprint_follows_each_of_two_shards_of_one_name(tmp_path):
+    source = {"type": "tar_shards", "train": "train/s.tar", "test": "test/s.tar"}
+    one, other = (write_tar(tmp_path / part / "s.tar", sample(3, part).items()) for part in ("train", "test"))
+    for shard in (one, other):
+        before = source_fingerprint(config(source=source), tmp_path)
+        shard.write_bytes(shard.read_bytes() + bytes(10240))
+        assert source_fingerprint(config(source=source), tmp_path) != before
+
+
 def bad_rows(tmp_path, files):
     """Reasons of the bad rows among good shards and one more."""
     write_shards(tmp_path)

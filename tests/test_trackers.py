@@ -54,7 +54,10 @@ class Spy:
 def spy(monkeypatch):
     kind = type("Spy", (Spy,), {})
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", kind)
-    monkeypatch.setattr(trackers.util, "find_spec", lambda name: object())
+    found = trackers.util.find_spec  # which torch asks too, about packages of its own
+    monkeypatch.setattr(
+        trackers.util, "find_spec", lambda name, *more: object() if name == "wandb" else found(name, *more)
+    )
     return kind
 
 
@@ -118,10 +121,26 @@ def test_a_run_goes_on_under_its_id_and_another_fingerprint_has_a_new_one(tracke
     first, second = (call[1] for call in spy.calls if call[0] == "init")
     assert (first["id"] == second["id"]) is goes_on
     assert first["run_name"] == "project" and first["name"] == "run" and first["resume"] == "allow"
-    assert [call for call in spy.calls if call[0] == "settings"] == [("settings", {"lr": 0.02})]
+    told = [call for call in spy.calls if call[0] == "settings"]
+    assert told == [("settings", {"lr": 0.02})] * (1 if goes_on else 2)
     assert read_json(tmp_path / "trackers" / "run" / "wandb" / "run.json")["id"] == second["id"]
     fit(tracked("run", "wandb")[0])
     assert [call[1]["id"] for call in spy.calls if call[0] == "init"][-1] not in (first["id"], second["id"])
+
+
+def test_a_tracker_that_joins_a_stopped_run_is_told_the_settings(tracked, spy):
+    job, _ = tracked("run")
+    job.report = interrupt_at(7)
+    with pytest.raises(InterruptedRunError):
+        fit(job)
+    assert not spy.calls
+    fit(tracked("run", "wandb")[0])
+    assert [call for call in spy.calls if call[0] == "settings"] == [("settings", {"lr": 0.02})]
+
+
+def test_a_tracker_that_is_named_twice_is_asked_once(tracked, spy):
+    fit(tracked("run", "wandb", "wandb")[0])
+    assert [call[0] for call in spy.calls if call[0] != "log"] == ["init", "start", "settings", "finish"]
 
 
 @pytest.mark.parametrize("at", ["init", "start", "settings", "log", "finish"])

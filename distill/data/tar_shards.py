@@ -125,8 +125,11 @@ class TarShardSource:
         return f"{self._shards[table.column('shard')[row].as_py()].place}: {table.column('key')[row].as_py()}"
 
     def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return the shards' splits, sizes and times, by name."""
-        return {shard.place.name: " ".join(map(str, (shard.split, *shard.place.state()))) for shard in self._shards}
+        """Return the shards' splits, sizes and times, by place in the order and by name."""
+        return {
+            f"{number}/{shard.place.name}": " ".join(map(str, (shard.split, *shard.place.state())))
+            for number, shard in enumerate(self._shards)  # shards of several folders may share a name
+        }
 
     def _content(self, table: pa.Table, row: int, kind: str) -> bytes | None:
         names = ("shard", f"{kind}_offset", f"{kind}_size")
