@@ -34,6 +34,7 @@ class Place:
         """
         self._name = str(path) if is_url(str(path)) else str(base / path)
         self.local: Path | None = None if is_url(str(path)) else base / path
+        self._pattern = str(Path(glob.escape(str(base))) / path)  # brackets in the name of the base are no pattern
         self._system: Any
         self._system, self.path = (None, self._name) if self.local else _remote(self._name)
 
@@ -74,9 +75,9 @@ class Place:
         return [Place(self._system.unstrip_protocol(path)) for path in sorted(self._call("glob", pattern))]
 
     def matches(self) -> list[Place]:
-        """Return what matches the path itself as a pattern, in order of name."""
+        """Return what matches the path, as a pattern that starts from its base, in order of name."""
         if self.local is not None:
-            return [Place(path) for path in sorted(glob.glob(str(self.local)))]
+            return [Place(path) for path in sorted(glob.glob(self._pattern))]
         return self._found(self.path)
 
     def open(self) -> Any:
