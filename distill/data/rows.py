@@ -216,7 +216,8 @@ def _texts(cells: _Cells, column: str) -> list[str]:
 def texts_of(config: DataConfig, source: Source) -> Iterable[tuple[int, list[str]]]:
     """Yield the texts of all rows, empty where absent: the first row, and those from it on."""
     if "text" not in config.modalities:
-        yield 0, [""] * len(source)
+        for part in chunks(len(source)):
+            yield part.start, [""] * (part.stop - part.start)
         return
     column = config.modalities["text"]
     for cells in _cells(source, [column]):
