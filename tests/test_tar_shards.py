@@ -300,3 +300,11 @@ def test_headers_that_never_end_are_damage(tmp_path):
     (tmp_path / "0.tar").write_bytes(block * 3000)
     with pytest.raises(UserError, match="damaged"):
         len(TarShardSource("0.tar", base=tmp_path))
+
+
+def test_a_shard_that_is_gone_while_it_is_read_is_named(tmp_path):
+    source = TarShardSource("s-*.tar", base=write_shards(tmp_path))
+    assert len(source) == 10
+    (tmp_path / "s-01.tar").unlink()
+    with pytest.raises(UserError, match=r"s-01\.tar cannot be read any more: No such file"):
+        source.image(5, "image")

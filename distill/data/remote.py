@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distill import runs
-from distill.config import one_line
+from distill.config import one_line, shortened
 from distill.contracts import UserError
 from distill.preprocess import BadInput
 
@@ -59,7 +60,7 @@ class Place:
 
     def is_file(self) -> bool:
         """Whether it is a file."""
-        return self.local.is_file() if self.local is not None else bool(self._call("isfile", self.path))
+        return os.path.isfile(self.local) if self.local is not None else bool(self._call("isfile", self.path))
 
     def is_dir(self) -> bool:
         """Whether it is a folder."""
@@ -112,7 +113,10 @@ class Place:
             BadInput: a relative path leaves the folder, or a remote file cannot be read.
         """
         if self.local is not None:
-            inside = (self.local / path).resolve().is_relative_to(self.local.resolve())
+            try:
+                inside = (self.local / path).resolve().is_relative_to(self.local.resolve())
+            except (OSError, ValueError, RuntimeError) as error:
+                raise BadInput(f"the path {shortened(path)} cannot be followed: {one_line(error)}") from error
             if not Path(path).is_absolute() and not inside:
                 raise BadInput(f"the path {path!r} leaves the folder {self}; set the source's root")
             return self.local / path

@@ -143,7 +143,10 @@ class TarShardSource:
         if offset is None:
             return None
         shard = self._shards[sample["shard"]]
-        content = shard.place.read(offset, offset + size)
+        try:
+            content = shard.place.read(offset, offset + size)
+        except OSError as error:
+            raise UserError(f"shard {shard.place} cannot be read any more: {error.strerror}; bring it back") from error
         if len(content) != size:
             raise BadInput(f"{shard.place} ends within a file; copy the shard again")
         return content
