@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -308,3 +309,12 @@ def test_a_shard_that_is_gone_while_it_is_read_is_named(tmp_path):
     (tmp_path / "s-01.tar").unlink()
     with pytest.raises(UserError, match=r"s-01\.tar cannot be read any more: No such file"):
         source.image(5, "image")
+
+
+def test_a_shard_of_the_same_size_but_another_time_changed(tmp_path):
+    write_shards(tmp_path)
+    assert len(TarShardSource("s-*.tar", base=tmp_path, folder=tmp_path)) == 10
+    before = (tmp_path / "s-01.tar").stat()
+    os.utime(tmp_path / "s-01.tar", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+    with pytest.raises(UserError, match=r"s-01\.tar changed since it was indexed"):
+        len(TarShardSource("s-*.tar", base=tmp_path, folder=tmp_path))
