@@ -37,8 +37,8 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         encoders: encoder type -> class.
 
     Returns:
-        ``rows`` a split; ``num_params`` of teacher and student; ``disk_bytes`` of data and towers, at most, and of the
-        cache with the answers to the transfer set, within a few percent;
+        ``rows`` a split; ``num_params`` of teacher and student; ``disk_bytes`` of the data's images and
+        of towers, at most, and of the cache with the answers to the transfer set, within a few percent;
         ``seconds`` of encoding and training, from a few steps timed here and now. What needs weights that are not
         there is left out, and ``missing`` says why.
 

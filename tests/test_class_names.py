@@ -27,6 +27,15 @@ def test_each_name_has_its_label_and_no_other(prepared):
     assert rows.ids.min() > np.max(prepared.ids) and len({*rows.ids.tolist()}) == len(rows.ids)
 
 
+def test_a_name_without_words_is_never_an_empty_text(prepared):
+    task = next(iter(prepared.labels))
+    before, prepared.labels[task][:2] = prepared.labels[task][:2], ["-", " "]
+    rows = class_names(prepared, [task])
+    prepared.labels[task][:2] = before
+    assert rows.texts[0] == "-" and all(text.strip() for text in rows.texts)
+    assert rows.targets[task].tolist() == [0, *range(2, len(prepared.labels[task]))]
+
+
 def test_a_teacher_reads_them_in_every_batch_from_its_kept_tower(tmp_path, monkeypatch):
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -127,3 +127,25 @@ def test_splits_have_the_same_columns(tmp_path):
     DatasetDict(parts).save_to_disk(tmp_path / "set")
     with pytest.raises(UserError, match="split 'test' has other columns than 'train'"):
         HFDatasetSource("set", base=tmp_path)
+
+
+def test_the_fingerprint_follows_images_that_cells_name(tmp_path):
+    Dataset.from_list([{"image": "a.png"}]).save_to_disk(tmp_path / "set")
+    for root, number in (("one", 1), ("two", 2)):
+        (tmp_path / root).mkdir()
+        (tmp_path / root / "a.png").write_bytes(picture(number))
+    one, two = (HFDatasetSource("set", root=root, base=tmp_path).identity("image") for root in ("one", "two"))
+    assert set(one) == set(two) and one != two
+
+
+def test_images_beside_a_set_are_found_from_a_relative_base(tmp_path, monkeypatch):
+    Dataset.from_list([{"image": "a.png"}]).save_to_disk(tmp_path / "set")
+    monkeypatch.chdir(tmp_path.parent)
+    base = tmp_path.relative_to(tmp_path.parent)
+    assert HFDatasetSource("set", base=base).image(0, "image") == base / "set/a.png"
+
+
+def test_a_set_without_splits_or_rows_is_refused(tmp_path):
+    DatasetDict({}).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match="without splits"):
+        HFDatasetSource("set", base=tmp_path)

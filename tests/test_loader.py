@@ -361,3 +361,10 @@ def test_exceptions_of_the_background_thread_are_raised(data, specs, monkeypatch
     monkeypatch.setattr(loader, "_images", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(loader.epoch(0))
+
+
+def test_dropped_words_depend_on_the_seed(data, specs):
+    loaders = [make(data, specs, seed=seed) for seed in (1, 2)]
+    rows = loaders[0].row_positions
+    one, two = (loader.batch(rows, torch.zeros(len(rows), dtype=torch.int64))["teacher"] for loader in loaders)
+    assert not torch.equal(one.inputs["text"], two.inputs["text"])

@@ -89,3 +89,9 @@ def test_grouped_batches_are_those_of_their_windows_sorted(rows, batch, window, 
 
 def sized_batches(lengths, batch):
     return sorted(lengths[at : at + batch].tolist() for at in range(0, len(lengths) // batch * batch, batch))
+
+
+def test_each_window_is_shuffled_in_its_own_way():
+    whole = make(240, block=60, window=1)[:].reshape(4, 60)
+    within = {tuple(np.argsort(rows).tolist()) for rows in whole}
+    assert len(within) == 4

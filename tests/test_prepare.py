@@ -303,3 +303,28 @@ def test_fingerprint_follows_the_bytes_of_tables_and_images(tmp_path):
     assert len({first, second, source_fingerprint(config(), tmp_path)}) == 3
     (tmp_path / "one.png").unlink()
     assert source_fingerprint(config(), tmp_path) != second
+
+
+def test_texts_that_are_not_unicode_are_one_sentence(tmp_path):
+    table = pa.Table.from_pylist(good_rows())
+    raw = pa.array([b"\xff"] * len(table))
+    table = table.set_column(2, "text", pa.StringArray.from_buffers(len(raw), *raw.buffers()[1:]))
+    pa_parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="column 'text', from row 0 on: Invalid UTF8"):
+        prepare(config(), tmp_path / "data", tmp_path)
+
+
+def test_devices_are_no_images(tmp_path):
+    rows = [row | {"image": "/dev/zero"} for row in good_rows()[:1]]
+    rows += [row | {"image": f"{row['id']}.png"} for row in good_rows()[1:]]
+    for row in rows[1:]:
+        (tmp_path / row["image"]).write_bytes(picture(row["id"]))
+    _, data, report = run(tmp_path, rows, max_bad_fraction=0.2)
+    assert len(data) == 9 and "plain files" in report["bad_rows"]["rows"][0]["reason"]
+
+
+def test_the_message_says_how_many_bad_rows_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.data.rows.NUM_LISTED", 2)
+    rows = [row | {"image": b"not an image"} for row in good_rows()[:3]] + good_rows()[3:]
+    with pytest.raises(UserError, match=r"3 of 10 rows .*; the first 2 are listed in"):
+        run(tmp_path, rows)

@@ -111,3 +111,13 @@ def test_local_and_remote_places_answer_alike(tmp_path, store):
         with place.open() as file:
             file.seek(9)
             assert file.read() == b"9"
+
+
+def test_planning_reads_no_remote_image(tmp_path, store, monkeypatch):
+    store.pipe("/bucket/rows.csv", b"image,label\nimages/1.png,a\n")
+    store.pipe("/bucket/images/1.png", picture(1))
+    source = TableSource("memory://bucket/rows.csv", base=tmp_path)
+    monkeypatch.setattr(Place, "read", lambda *_: 1 / 0)
+    assert list(source.identity("image")) == ["rows.csv", "memory://bucket"]
+    other = TableSource("memory://bucket/rows.csv", "memory://other", base=tmp_path)
+    assert other.identity("image") != source.identity("image")

@@ -1,6 +1,7 @@
 """Arrays on disk and what is done with them a chunk at a time: the same as the plain way in memory."""
 
 import os
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -33,6 +34,16 @@ def test_equal_keys_find_their_first_row(tmp_path, values):
     codes, count = dense_codes(hashed(values), tmp_path)
     known = list(dict.fromkeys(values))
     assert codes.tolist() == [known.index(value) for value in values] and count == len(known)
+
+
+def test_a_key_of_most_rows_takes_no_more_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "CHUNK", 1 << 13)
+    keys = scratch.scratch(tmp_path, (1 << 19, 2), np.uint64)
+    tracemalloc.start()
+    codes, count = dense_codes(keys, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 1 and not codes.any() and peak < 4e6  # 30 MB where a key's rows are sorted together
 
 
 def test_keys_that_differ_in_one_half_are_different(tmp_path):

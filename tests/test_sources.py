@@ -191,3 +191,41 @@ def test_parts_open_their_sources(tmp_path):
         paths = {"table": "table.csv", "image_folder": ".", "hf_dataset": "set", "tar_shards": "a.tar"}
     for kind, builder in SOURCES.items():
         assert isinstance(open_source(Part(type=kind, path=paths[kind]), tmp_path), builder)
+
+
+def test_damage_within_a_parquet_file_is_one_sentence(tmp_path):
+    table = pa.table({"text": [f"text {number}" for number in range(999)], "image": [b"x"] * 999})
+    pa_parquet.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    content = (tmp_path / "t.parquet").read_bytes()
+    half = len(content) // 2
+    (tmp_path / "t.parquet").write_bytes(content[:4] + b"\xff" * (half - 4) + content[half:])
+    source = TableSource("t.parquet", base=tmp_path)
+    for read in (lambda: column(source, "text"), lambda: [source.image(0, name) for name in source.columns]):
+        with pytest.raises(UserError, match=r"t\.parquet cannot be read as a table"):
+            read()
+
+
+def test_a_column_that_is_there_twice_is_refused_where_it_is_read(tmp_path):
+    (tmp_path / "t.csv").write_text("text,id,text\na,1,b\n")
+    source = TableSource("t.csv", base=tmp_path)
+    assert column(source, "id") == [1]
+    with pytest.raises(UserError, match="several columns 'text'"):
+        column(source, "text")
+
+
+def test_cells_that_can_be_no_path_have_no_hash(tmp_path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    cells = ["a\0b.png", "loop.png", "long words " * 99, "../a.png", None]
+    pa_parquet.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
+    source = TableSource("t.parquet", base=tmp_path)
+    assert set(source.identity("image").values()) == {source.identity(None)["t.parquet"], None}
+    for row in (0, 1):
+        with pytest.raises(BadInput, match="cannot be followed"):
+            source.image(row, "image")
+
+
+def test_only_structs_without_bytes_name_files(tmp_path):
+    (tmp_path / "b.png").write_bytes(b"b")
+    cells = [{"bytes": b"x", "path": "a.png"}, {"bytes": None, "path": "b.png"}, None]
+    pa_parquet.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
+    assert list(TableSource("t.parquet", base=tmp_path).identity("image")) == ["t.parquet", "b.png"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -258,3 +259,71 @@ def test_a_field_of_two_types_is_refused(tmp_path):
     source = TarShardSource("t.tar", base=write_tar(tmp_path / "t.tar", files).parent)
     with pytest.raises(UserError, match=r"field 'tone' of \.json has values of several types"):
         column(source, "tone")
+
+
+def test_shards_of_one_name_in_several_folders_all_count_in_the_fingerprint(tmp_path):
+    source = {"type": "tar_shards"} | {split: f"{split}/0.tar" for split in ("train", "valid", "test")}
+    for number, split in enumerate(("train", "valid", "test")):
+        write_tar(tmp_path / split / "0.tar", sample(number, split).items())
+    before = source_fingerprint(config(source=source), tmp_path)
+    for split in ("train", "valid", "test"):
+        write_tar(tmp_path / split / "0.tar", [*sample(0, split).items(), *sample(7, split).items()])
+        after = source_fingerprint(config(source=source), tmp_path)
+        assert after != before
+        before = after
+
+
+def test_a_range_that_runs_backwards_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"names no shard, as its range runs backwards"):
+        TarShardSource("s-{02..00}.tar", base=write_shards(tmp_path))
+
+
+def test_a_folder_is_no_shard(tmp_path):
+    (tmp_path / "s-99.tar").mkdir()
+    with pytest.raises(UserError, match=r"s-99\.tar is a folder"):
+        len(TarShardSource("s-*.tar", base=write_shards(tmp_path)))
+
+
+def test_brackets_in_the_name_of_the_base_are_no_pattern(tmp_path):
+    assert len(TarShardSource("s-*.tar", base=write_shards(tmp_path / "run[1]"))) == 10
+
+
+def test_names_in_another_encoding_are_read(tmp_path):
+    write_tar(tmp_path / "0.tar", [("caf\xe9.txt", b"coffee")], encoding="latin-1", format=tarfile.GNU_FORMAT)
+    source = TarShardSource("0.tar", base=tmp_path)
+    assert column(source, "text") == ["coffee"] and column(source, "key") == ["caf\\udce9"]
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path):
+    files = [("a.json", rb'{"tone": "x \ud83d"}'), ("b.json", rb'{"tone": "x \ud83d\ude00"}')]
+    write_tar(tmp_path / "0.tar", files)
+    source = TarShardSource("0.tar", base=tmp_path)
+    (piece,) = source.read(["tone"])
+    assert list(piece.bad) == [0] and "not Unicode" in piece.bad[0]
+    assert piece.table.column("tone").to_pylist() == [None, "x \U0001f600"]
+
+
+def test_headers_that_never_end_are_damage(tmp_path):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(tarfile.BLOCKSIZE, b"\0")
+    (tmp_path / "0.tar").write_bytes(block * 3000)
+    with pytest.raises(UserError, match="damaged"):
+        len(TarShardSource("0.tar", base=tmp_path))
+
+
+def test_a_shard_that_is_gone_while_it_is_read_is_named(tmp_path):
+    source = TarShardSource("s-*.tar", base=write_shards(tmp_path))
+    assert len(source) == 10
+    (tmp_path / "s-01.tar").unlink()
+    with pytest.raises(UserError, match=r"s-01\.tar cannot be read any more: No such file"):
+        source.image(5, "image")
+
+
+def test_a_shard_of_the_same_size_but_another_time_changed(tmp_path):
+    write_shards(tmp_path)
+    assert len(TarShardSource("s-*.tar", base=tmp_path, folder=tmp_path)) == 10
+    before = (tmp_path / "s-01.tar").stat()
+    os.utime(tmp_path / "s-01.tar", ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+    with pytest.raises(UserError, match=r"s-01\.tar changed since it was indexed"):
+        len(TarShardSource("s-*.tar", base=tmp_path, folder=tmp_path))

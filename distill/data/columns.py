@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill.config import nearest
 from distill.contracts import UserError
@@ -56,10 +57,12 @@ class Source(Protocol):
 
 
 def check_columns(source: Source, names: Sequence[str]) -> None:
-    """Refuse names of columns that a source lacks."""
+    """Refuse names of columns that a source lacks, or has more than once."""
     for name in names:
         if name not in source.columns:
             raise UserError(f"{source.name} has no column {name!r}; {nearest(name, source.columns)}")
+        if source.columns.count(name) > 1:
+            raise UserError(f"{source.name} has several columns {name!r}; rename all but one")
 
 
 def pieces(table: pa.Table) -> Iterator[Piece]:
@@ -84,3 +87,35 @@ def image_cell(value: Any, root: Place) -> bytes | Path | None:
     if not isinstance(value, str):
         raise BadInput(f"the image cell is a {type(value).__name__}; expected image bytes or a path")
     return root.below(value) if value else None
+
+
+def image_files(found: Iterable[Piece], column: str, root: Place) -> dict[str, str | None]:
+    """Return the hashes of the files that image cells name, by their names below ``root`` where they lie there.
+
+    Cells with bytes name none, and what :func:`image_cell` refuses is left out. Files of a remote root are not asked
+    for one by one: its address stands for them.
+    """
+    if root.local is None:
+        return {str(root): None}
+    hashes: dict[str, str | None] = {}
+    for piece in found:
+        for cell in _paths(piece.table.column(column)):
+            try:
+                path = image_cell(cell, root)
+            except BadInput:
+                continue  # not a file, and `prepare` reports it
+            if isinstance(path, Path):
+                name = (path.relative_to(root.local) if path.is_relative_to(root.local) else path).as_posix()
+                if name not in hashes:
+                    hashes[name] = Place(path).identity()
+    return hashes
+
+
+def _paths(cells: Any) -> list[Any]:
+    """The cells that may be paths; those of structs with bytes are not read."""
+    if pa.types.is_struct(cells.type):
+        names = [field.name for field in cells.type]
+        if "bytes" in names:
+            cells = cells.filter(pc.is_null(pc.struct_field(cells, "bytes")))
+        return pc.struct_field(cells, "path").to_pylist() if "path" in names else []
+    return cells.to_pylist()

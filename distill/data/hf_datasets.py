@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from distill.config import one_line
 from distill.contracts import UserError
-from distill.data.columns import PIECE, Piece, check_columns, image_cell
+from distill.data.columns import PIECE, Piece, check_columns, image_cell, image_files
 from distill.data.remote import Place
 from distill.preprocess import BadInput
 
@@ -47,6 +47,8 @@ class HFDatasetSource:
             raise UserError(f"data.source: config {config!r} is for hub:ID, and {self.name} is a folder; leave it out")
         found = _load(path.removeprefix(HUB_PREFIX), config) if self._hub else _load_folder(base / path)
         parts = dict(found) if isinstance(found, dict) else {"": found}
+        if not parts:
+            raise UserError(f"{self.name} is a data set without splits; give one that has rows")
         self._names, self._parts = list(parts), [part.with_format("arrow") for part in parts.values()]
         self._ends = list(accumulate(len(part) for part in self._parts))
         self._features = self._parts[0].features
@@ -57,7 +59,7 @@ class HFDatasetSource:
                 )
         self._adds_split = self._names != [""] and SPLIT not in self._features
         self._images: dict[str, list[Any]] = {}  # column -> the parts with it alone: selecting takes a millisecond
-        self._root = Place(root or self._folder or "", base)
+        self._root = Place(root, base) if root else Place(self._folder or base)
 
     @property
     def columns(self) -> list[str]:
@@ -100,16 +102,22 @@ class HFDatasetSource:
         return str(value) if isinstance(value, Path) else f"column {column!r}, row {row}"
 
     def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return hashes of what describes the data set, and the sizes of its files."""
+        """Return hashes of what describes the data set and of images that it names, and the sizes of its files."""
         if self._folder is None:
             files = [Path(file["filename"]) for part in self._parts for file in part.cache_files]
-            return {self.name: None, **{f"{file.parent.name}/{file.name}": f"{file.stat().st_size}" for file in files}}
-        found: dict[str, str | None] = {}
+            own = {f"{file.parent.name}/{file.name}": f"{file.stat().st_size}" for file in files}
+            return {self.name: None, **own, **self._image_files(image_column)}
+        found: dict[str, str | None] = self._image_files(image_column)
         for file in sorted(self._folder.rglob("*")):
             if file.is_file():
                 name = file.relative_to(self._folder).as_posix()
                 found[name] = Place(file).identity() if file.name in STATE_FILES else f"{file.stat().st_size}"
         return found
+
+    def _image_files(self, column: str | None) -> dict[str, str | None]:
+        if column is None or column not in self._features:
+            return {}
+        return {f"image {name}": value for name, value in image_files(self.read([column]), column, self._root).items()}
 
     def _named(self, column: str, values: Any) -> Any:
         """A column with the names of its class labels in place of their numbers; -1, as usual there, is missing."""

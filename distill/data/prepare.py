@@ -180,6 +180,8 @@ def _decoded(
         if value is None or isinstance(value, BadInput):
             return None if value is None else str(value)
         try:
+            if isinstance(value, Path) and value.exists() and not value.is_file():
+                return "it is a folder, a device or a pipe; images are plain files"  # which may have no end
             content = value.read_bytes() if isinstance(value, Path) else value
             digest = hashlib.blake2b(content, digest_size=16).digest()
             return decode_image(content, size), np.frombuffer(digest, "<u8")
@@ -214,10 +216,11 @@ def _check_bad(config: DataConfig, source: Source, bad: dict[str, Any], report_f
     if bad["count"] <= config.max_bad_fraction * bad["of"]:
         return
     first = bad["rows"][0]
+    listed = "all are" if len(bad["rows"]) == bad["count"] else f"the first {len(bad['rows'])} are"
     raise UserError(
         f"{source.name}: {bad['count']} of {bad['of']} rows cannot be used, more than data.max_bad_fraction "
         f"{config.max_bad_fraction:g} allows; the first is id {first['id']} ({first['where']}): {first['reason']}; "
-        f"all are listed in {report_file}: mend them or raise the limit"
+        f"{listed} listed in {report_file}: mend them or raise the limit"
     )
 
 

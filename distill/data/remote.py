@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distill import runs
-from distill.config import one_line
+from distill.config import one_line, shortened
 from distill.contracts import UserError
 from distill.preprocess import BadInput
 
@@ -34,6 +35,7 @@ class Place:
         """
         self._name = str(path) if is_url(str(path)) else str(base / path)
         self.local: Path | None = None if is_url(str(path)) else base / path
+        self._pattern = str(Path(glob.escape(str(base))) / path)  # brackets in the name of the base are no pattern
         self._system: Any
         self._system, self.path = (None, self._name) if self.local else _remote(self._name)
 
@@ -58,7 +60,7 @@ class Place:
 
     def is_file(self) -> bool:
         """Whether it is a file."""
-        return self.local.is_file() if self.local is not None else bool(self._call("isfile", self.path))
+        return os.path.isfile(self.local) if self.local is not None else bool(self._call("isfile", self.path))
 
     def is_dir(self) -> bool:
         """Whether it is a folder."""
@@ -74,9 +76,9 @@ class Place:
         return [Place(self._system.unstrip_protocol(path)) for path in sorted(self._call("glob", pattern))]
 
     def matches(self) -> list[Place]:
-        """Return what matches the path itself as a pattern, in order of name."""
+        """Return what matches the path, as a pattern that starts from its base, in order of name."""
         if self.local is not None:
-            return [Place(path) for path in sorted(glob.glob(str(self.local)))]
+            return [Place(path) for path in sorted(glob.glob(self._pattern))]
         return self._found(self.path)
 
     def open(self) -> Any:
@@ -111,7 +113,10 @@ class Place:
             BadInput: a relative path leaves the folder, or a remote file cannot be read.
         """
         if self.local is not None:
-            inside = (self.local / path).resolve().is_relative_to(self.local.resolve())
+            try:
+                inside = (self.local / path).resolve().is_relative_to(self.local.resolve())
+            except (OSError, ValueError, RuntimeError) as error:
+                raise BadInput(f"the path {shortened(path)} cannot be followed: {one_line(error)}") from error
             if not Path(path).is_absolute() and not inside:
                 raise BadInput(f"the path {path!r} leaves the folder {self}; set the source's root")
             return self.local / path

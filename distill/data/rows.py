@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distill.config import DataConfig, nearest
+from distill.config import DataConfig, nearest, one_line
 from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
 from distill.data.columns import Source
 from distill.data.scratch import chunks, positions_where, repeated, scratch, take
@@ -152,6 +152,11 @@ class _Cells:
         """A column as one Arrow array, without dictionaries."""
         array = self.table.column(column)
         array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+        try:
+            array.validate(full=True)  # files may hold texts that are not UTF-8
+        except pa.ArrowInvalid as error:
+            where = f"{self.source}: column {column!r}, from row {self.start} on"
+            raise UserError(f"{where}: {one_line(error)}; mend it") from error
         return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
     def typed(self, column: str, fits: Callable[[Any], bool], what: str, *, optional: bool = False) -> Any:
@@ -216,7 +221,8 @@ def _texts(cells: _Cells, column: str) -> list[str]:
 def texts_of(config: DataConfig, source: Source) -> Iterable[tuple[int, list[str]]]:
     """Yield the texts of all rows, empty where absent: the first row, and those from it on."""
     if "text" not in config.modalities:
-        yield 0, [""] * len(source)
+        for part in chunks(len(source)):
+            yield part.start, [""] * (part.stop - part.start)
         return
     column = config.modalities["text"]
     for cells in _cells(source, [column]):

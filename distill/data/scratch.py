@@ -76,8 +76,8 @@ def positions_where(flags: NDArray[np.bool_], folder: Path, *, flag: bool = True
 def first_rows(keys: NDArray[np.uint64], folder: Path) -> NDArray[np.int64]:
     """Return for each row the first row that has the same key, int64 [N].
 
-    Rows are dealt into buckets by their keys' low bits, so that equal keys meet in one, and a bucket is sorted in
-    memory.
+    Rows are dealt into buckets by their keys' low bits, so that equal keys meet in one. Of a bucket, the rows that lead
+    their keys so far are sorted in memory with some more of its rows: one key may be that of most rows.
 
     Args:
         keys: [N, 2], hashes: their bits have to be as good as random.
@@ -99,12 +99,15 @@ def first_rows(keys: NDArray[np.uint64], folder: Path) -> NDArray[np.int64]:
         free += here
     first = scratch(folder, len(keys), np.int64)
     for start, end in zip(ends - counts, ends, strict=True):
-        members = dealt[start:end]  # in order of row
-        own = keys[members]
-        order = np.lexsort((own[:, 1], own[:, 0]))  # stable: the first row leads those of its key
-        new = np.ones(len(order), bool)
-        new[1:] = (own[order[1:]] != own[order[:-1]]).any(axis=1)
-        first[members[order]] = members[order[new]][np.cumsum(new) - 1]
+        leaders = np.zeros(0, np.int64)
+        for begin in range(start, end, 2 * CHUNK):  # buckets of different keys are hardly ever larger
+            members = np.concatenate([leaders, dealt[begin : min(begin + 2 * CHUNK, end)]])  # in order of row
+            own = keys[members]
+            order = np.lexsort((own[:, 1], own[:, 0]))  # stable: the first row leads those of its key
+            new = np.ones(len(order), bool)
+            new[1:] = (own[order[1:]] != own[order[:-1]]).any(axis=1)
+            leaders = members[order[new]]
+            first[members[order]] = leaders[np.cumsum(new) - 1]
     return first
 
 

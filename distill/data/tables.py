@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import accumulate
@@ -15,9 +16,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pa_parquet
 
-from distill.config import nearest
+from distill.config import nearest, one_line
 from distill.contracts import UserError
-from distill.data.columns import PIECE, Piece, check_columns, image_cell, pieces
+from distill.data.columns import PIECE, Piece, check_columns, image_cell, image_files, pieces
 from distill.data.remote import Place
 from distill.preprocess import BadInput
 
@@ -49,10 +50,8 @@ class TableSource:
         self.name = str(table)
         beside = table if self._files[0].path != table.path else table.parent
         self._root = Place(root, base) if root is not None else beside
-        try:
+        with self._reading():
             self._groups = [group for file in self._files for group in _read_groups(file)]
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{table} cannot be read as a table: {' '.join(str(error).split())}") from error
         self._ends = list(accumulate(group.num_rows for group in self._groups))
         self.columns = self._common_columns()
         self._cached: tuple[int, str, pa.ChunkedArray] | None = None
@@ -64,8 +63,9 @@ class TableSource:
     def read(self, columns: Sequence[str]) -> Iterator[Piece]:
         """Yield the rows in order; UserError if there is no such column."""
         check_columns(self, columns)
-        for group in self._groups:
-            yield from group.read(columns)
+        with self._reading():
+            for group in self._groups:
+                yield from group.read(columns)
 
     def image(self, row: int, column: str) -> bytes | Path | None:
         """Return an image's file bytes or its path (not checked to exist), None where missing.
@@ -77,7 +77,8 @@ class TableSource:
         number = bisect_right(self._ends, row)
         cached = self._cached
         if cached is None or cached[:2] != (number, column):
-            cached = self._cached = (number, column, self._groups[number].column(column))
+            with self._reading():
+                cached = self._cached = (number, column, self._groups[number].column(column))
         start = self._ends[number] - self._groups[number].num_rows
         return image_cell(cached[2][row - start].as_py(), self._root)
 
@@ -90,22 +91,22 @@ class TableSource:
         return str(value) if isinstance(value, Path) else f"column {column!r}, row {row}"
 
     def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return hashes of the table's files and, where image cells are paths, of the images, by relative name."""
+        """Return hashes of the table's files and, where image cells are paths, of the images, by relative name.
+
+        Remote files count by size and time; remote images by the address of their folder.
+        """
         found = {file.name: file.identity() for file in self._files}
         if image_column is None or image_column not in self.columns or self._holds_bytes(image_column):
             return found
-        for row in range(len(self)):
-            try:
-                value = self.image(row, image_column)
-            except BadInput:
-                continue  # not a file, and `prepare` reports it
-            if isinstance(value, Path) and (name := self._relative_name(value)) not in found:
-                found[name] = Place(value).identity()
-        return found
+        return found | image_files(self.read([image_column]), image_column, self._root)
 
-    def _relative_name(self, path: Path) -> str:
-        root = self._root.local
-        return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else path.as_posix()
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Say in one sentence that what lies in the table is damaged."""
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.name} cannot be read as a table: {one_line(error)}") from error
 
     def _holds_bytes(self, column: str) -> bool:
         kinds = {group.schema.field(column).type for group in self._groups}

@@ -108,7 +108,7 @@ def _samples(number: int, place: Place) -> Iterator[_Sample]:
         if member.isdir() or not name or kind is None:
             other[extension] += not member.isdir()
             continue
-        key = posixpath.join(parent, name)
+        key = posixpath.join(parent, name).encode("utf-8", "backslashreplace").decode()  # names may be in any encoding
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
@@ -138,6 +138,8 @@ def _refused(member: tarfile.TarInfo) -> str | None:
 
 def _members(place: Place) -> Iterator[tarfile.TarInfo]:
     """The members of a shard. The library takes a damaged header for the end, so what follows the last is looked at."""
+    if place.is_dir():
+        raise UserError(f"shard {place} is a folder; data.source needs .tar files")
     with place.open() as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -149,7 +151,7 @@ def _members(place: Place) -> Iterator[tarfile.TarInfo]:
                     end = tar.offset
                     yield member
                 end = tar.offset
-        except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        except (tarfile.TarError, EOFError, ValueError, OSError, RecursionError) as error:
             raise UserError(
                 f"shard {place} is damaged or no uncompressed tar: {one_line(error)}; copy it again"
             ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
@@ -65,8 +66,9 @@ class TarShardSource:
             Shard(place, split) for split, pattern in patterns.items() for place in _matching(pattern or "", base)
         ]
         names = [str(shard.place) for shard in self._shards]
-        for name in {name for name in names if names.count(name) > 1}:
-            raise UserError(f"data.source: shard {name} is matched twice; give each split shards of its own")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise UserError(f"data.source: shard {twice[0]} is matched twice; give each split shards of its own")
         self._file = None if folder is None else folder / INDEX_FILE
         self._opened: tuple[pa.Table, list[str]] | None = None
 
@@ -125,10 +127,10 @@ class TarShardSource:
         return f"{self._shards[table.column('shard')[row].as_py()].place}: {table.column('key')[row].as_py()}"
 
     def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return the shards' splits, sizes and times, by place in the order and by name."""
+        """Return the shards' splits, sizes and times, by position and name: folders may hold shards of one name."""
         return {
-            f"{number}/{shard.place.name}": " ".join(map(str, (shard.split, *shard.place.state())))
-            for number, shard in enumerate(self._shards)  # shards of several folders may share a name
+            f"{number} {shard.place.name}": " ".join(map(str, (shard.split, *shard.place.state())))
+            for number, shard in enumerate(self._shards)
         }
 
     def _content(self, table: pa.Table, row: int, kind: str) -> bytes | None:
@@ -141,7 +143,10 @@ class TarShardSource:
         if offset is None:
             return None
         shard = self._shards[sample["shard"]]
-        content = shard.place.read(offset, offset + size)
+        try:
+            content = shard.place.read(offset, offset + size)
+        except OSError as error:
+            raise UserError(f"shard {shard.place} cannot be read any more: {error.strerror}; bring it back") from error
         if len(content) != size:
             raise BadInput(f"{shard.place} ends within a file; copy the shard again")
         return content
@@ -155,7 +160,7 @@ class TarShardSource:
         if fields and (content := self._bytes(sample, JSON)) is not None:
             found = _fields(content)
             if found is None:
-                raise BadInput("its .json is not a mapping of fields")
+                raise BadInput("its .json is not a mapping of fields, or not Unicode")
             values = {name: found.get(name) for name in fields} | values
         return values
 
@@ -178,6 +183,8 @@ def _fields(content: bytes) -> dict[str, Any] | None:
     """The fields of a .json file; None where it is something else."""
     try:
         found = json.loads(content)
+        if b"\\u" in content:
+            json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is an error here
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -187,7 +194,7 @@ def _matching(pattern: str, base: Path) -> list[Place]:
     """The shards of a pattern, in order of name.
 
     Raises:
-        UserError: one of a brace pattern is missing, or a glob matches nothing.
+        UserError: one of a brace pattern is missing, a range runs backwards, or a glob matches nothing.
     """
     found = []
     for name in expand_braces(pattern):
@@ -196,6 +203,8 @@ def _matching(pattern: str, base: Path) -> list[Place]:
         if not matches:
             raise UserError(f"no shard {place}; data.source needs a glob or a brace pattern of .tar files that exist")
         found += matches
+    if not found:
+        raise UserError(f"{pattern!r} names no shard, as its range runs backwards; write the smaller number first")
     return found
 
 
