@@ -19,6 +19,7 @@ from distill.data.prepared import PreparedData
 from distill.engine import Job, fit
 from distill.multimodal import Encoded, Encoder, Tapped
 from distill.ranks import join
+from distill.sharding import whole
 from distill.step import Stepper
 
 TERMS = [
@@ -46,15 +47,18 @@ class Pixels(Encoder):
 
 
 class Words(Encoder):
-    """The mean of embedded tokens, in float64."""
+    """The mean of embedded tokens behind two layers, in float64."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.out_dim = width
         self.table = nn.Embedding(200, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> Encoded:
         tokens, mask = self.table(inputs["text"]), inputs["text_mask"]
+        for layer in self.layers:
+            tokens = tokens + layer(tokens).tanh()
         return Encoded(tokens, mask, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
 
 
@@ -94,7 +98,8 @@ def main() -> None:
             losses.append(values)
             if len(losses) in (1, 4):  # a full batch, and the ragged last one of the epoch
                 named = dict(self.trainee.named_parameters())
-                kept.update({f"{len(losses)}.{n}": p.grad.clone() for n, p in named.items() if p.grad is not None})
+                found = {f"{len(losses)}.{n}": p.grad for n, p in named.items() if p.grad is not None}
+                kept.update({name: value.clone() for name, value in whole(found).items()})
             return count, values
 
     engine.Stepper = Noting

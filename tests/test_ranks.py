@@ -53,6 +53,7 @@ def train(place, name, count, *settings):
         pytest.param([], id="adamw"),
         pytest.param(["accumulate=3", 'optimizer="sgd"'], id="micro"),
         pytest.param(["batch_size=79"], id="one-row-for-two-ranks", marks=pytest.mark.slow),
+        pytest.param(["shard=true"], id="shard"),
     ],
 )
 def test_two_ranks_give_what_one_gives(place, settings):
