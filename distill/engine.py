@@ -184,9 +184,7 @@ def fit(job: Job) -> dict[str, Any]:
 def _trainee(job: Job, ranks: Ranks, device: torch.device) -> Trainee:
     """What is trained, on the device, or this rank's part of it."""
     config = job.config
-    trainee = Trainee(
-        job.tapped, job.objective, job.watch, compiled=config.compile, channels_last=config.channels_last
-    )
+    trainee = Trainee(job.tapped, job.objective, job.watch, compiled=config.compile, channels_last=config.channels_last)
     if ranks.count > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(trainee)
     if config.shard:

@@ -80,7 +80,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as fingerprints see it: files count by their content, wherever they lie."""
     unrelated = {"output": True, "trackers": True, "workers": True}
     places = {"path", "root", "train", "valid", "test"}
-    training = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
+    training: Any = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
     tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}, "teacher": training})
     for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
         if "weights" in part:

@@ -45,7 +45,7 @@ def check_sharding(config: TrainConfig, where: str) -> None:
             value = str(getattr(config, key)).lower()
             raise UserError(f"{where}.shard splits weights over the ranks, which {key}: {value} does not allow: {why}")
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        raise UserError(f"{where}.shard: torch {torch.__version__} is too old for it; install torch 2.13 or later")
+        raise UserError(f"{where}.shard: torch {torch.__version__} cannot do it; install 2.13 or later")
 
 
 class Shards:
@@ -69,6 +69,7 @@ class Shards:
         for path in [*units, "model", "objective"]:
             module = self._owner.get_submodule(path)
             if any(True for _ in module.parameters()):
+                module.register_forward_hook(_without_views)
                 # A root stays whole by default, and training would then change copies.
                 unit: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
                 unit.set_gradient_divide_factor(1.0)
@@ -106,8 +107,8 @@ class Shards:
 def find_units(model: nn.Module, taps: list[str]) -> list[str]:
     """Paths of what is gathered at once, outer ones first: encoders, and the members of their lists of layers.
 
-    What is too small stays with its surroundings, as does what has a tap inside: a gradient could arrive there without
-    passing its outputs, and find it in parts. So does what shares weights with others.
+    What is too small stays with its surroundings. So does what has a tap, where a gradient could arrive that has not
+    passed its outputs, and find it in parts, and what shares weights with others.
     """
     modules = dict(model.named_modules())
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in modules.items()}
@@ -119,7 +120,7 @@ def find_units(model: nn.Module, taps: list[str]) -> list[str]:
             continue
         around = next((unit for unit in reversed(units) if path.startswith(f"{unit}.")), "")
         fits = SMALL * sizes[""] <= sizes[path] and (around.count(".") < 2 or sizes[around] >= LARGE * sizes[""])
-        tapped = any(tap.partition(":")[0].startswith(f"{path}.") for tap in taps)
+        tapped = any(f"{tap.partition(':')[0]}.".startswith(f"{path}.") for tap in taps)
         if sizes[path] and fits and not tapped and not _shares_weights(model, module):
             units.append(path)
     return units
@@ -131,6 +132,18 @@ def _shares_weights(model: nn.Module, module: nn.Module) -> bool:
     names = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     inside = [id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False)]
     return sum(item in own for item in names) != len(inside)
+
+
+def _without_views(module: nn.Module, args: object, output: Any) -> Any:
+    """The same output: FSDP's hooks on a view would be lost if something changed it in place."""
+    if isinstance(output, Tensor):
+        return output.clone() if output.requires_grad and output._is_view() else output
+    if type(output) is dict:
+        return {name: _without_views(module, args, value) for name, value in output.items()}
+    if isinstance(output, tuple):
+        values = [_without_views(module, args, value) for value in output]
+        return type(output)(*values) if hasattr(output, "_fields") else tuple(values)
+    return output
 
 
 def split(values: Tensor, like: Tensor) -> Tensor:

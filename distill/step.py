@@ -81,7 +81,9 @@ class Trainee(nn.Module):
             log.warning("train.shard: one process has nobody to share weights with; they stay whole")
             return
         if all(term.taps for term in self.objective.terms):
-            raise UserError("train.shard needs a term on logits or embeddings beside those on taps; add one or unset it")
+            raise UserError(
+                "train.shard needs a term on logits or embeddings beside those on taps; add one or unset it"
+            )
         self.shards = Shards(self.model, self.objective, tap_paths(self.objective.terms, "student"), ranks)
 
     def answer(self, batch: Batch) -> Outputs:
