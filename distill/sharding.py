@@ -56,13 +56,18 @@ class Shards:
         objective: may have projectors.
         taps: module paths in ``model`` that the objective reads.
         ranks: two or more.
+
+    Raises:
+        UserError: a parameter is a single number.
     """
 
     def __init__(self, model: nn.Module, objective: nn.Module, taps: list[str], ranks: Ranks) -> None:
         self._ranks = ranks
         self._reached: set[str] = set()
         self._owner = nn.ModuleDict({"model": model, "objective": objective})
-        for parameter in self._owner.parameters():
+        for name, parameter in self._owner.named_parameters():
+            if parameter.ndim == 0:
+                raise UserError(f"train.shard: {name} is a single number, which cannot be split; set shard to false")
             parameter.data = parameter.data.contiguous()
         mesh = init_device_mesh(ranks.device.type, (ranks.count,))
         units = [f"model.{path}" for path in reversed(find_units(model, taps))]
@@ -84,7 +89,8 @@ class Shards:
         """
         named = {name: p for name, p in self._owner.named_parameters() if p.requires_grad}
         reached = torch.tensor([name in self._reached for name in named], dtype=torch.int32)
-        for parameter, number in zip(named.values(), self._ranks.sum(reached.to(self._ranks.device)), strict=True):
+        numbers = self._ranks.sum(reached.to(self._ranks.device)).tolist()
+        for parameter, number in zip(named.values(), numbers, strict=True):
             if not number:
                 parameter.grad = None
         self._reached.clear()
@@ -119,7 +125,8 @@ def find_units(model: nn.Module, taps: list[str]) -> list[str]:
         if not path.startswith("encoders.") or not member or type(module).forward is nn.Module.forward:
             continue
         around = next((unit for unit in reversed(units) if path.startswith(f"{unit}.")), "")
-        fits = SMALL * sizes[""] <= sizes[path] and (around.count(".") < 2 or sizes[around] >= LARGE * sizes[""])
+        in_layer = around.count(".") > 1
+        fits = sizes[path] >= SMALL * sizes[""] and (not in_layer or sizes[around] >= LARGE * sizes[""])
         tapped = any(f"{tap.partition(':')[0]}.".startswith(f"{path}.") for tap in taps)
         if sizes[path] and fits and not tapped and not _shares_weights(model, module):
             units.append(path)

@@ -1,8 +1,8 @@
 """A training job that any number of processes can run; ``python -m torch.distributed.run`` starts it for the tests.
 
 Usage: ``ranks_job.py FOLDER RESULTS [SETTING=VALUE ...]``; the first rank writes gradients, losses and weights.
-Beside those of ``train``: ``contrast=false`` leaves out the term that compares rows; ``stop=STEP`` sends SIGTERM to
-the last rank in that step, and a second call in the same folder goes on.
+Beside those of ``train``: ``terms=[NUMBER, ...]`` takes some of the terms below; ``stop=STEP`` sends SIGTERM to the
+last rank in that step, and a second call in the same folder goes on.
 """
 
 import json
@@ -82,7 +82,7 @@ def main() -> None:
     loader = make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows, **slices)
     valid = make_loader(data, tokenizer, split="valid", shuffle=False, augment=None, **slices)
     student, teacher = make_model(8, 0), make_model(8, 1).eval().requires_grad_(False)
-    objective = terms(*(TERMS if settings.pop("contrast", True) else TERMS[:-1]))
+    objective = terms(*(TERMS[number] for number in settings.pop("terms", range(len(TERMS)))))
     asked = Tapped(teacher, ["encoders.image.layer"])
 
     def ask(batches):

@@ -68,9 +68,10 @@ def test_two_ranks_give_what_one_gives(place, settings):
     "settings",
     [
         pytest.param(["max_steps=40", "batch_size=2", "ema=0.9", "clip_norm=0.5"], id="modality-missing-on-a-rank"),
+        pytest.param(["terms=[1,4]", "max_steps=40", "batch_size=2"], id="terms-on-text-alone", marks=pytest.mark.slow),
         pytest.param(["accumulate=3", "batch_size=5", "max_steps=20"], id="empty-part", marks=pytest.mark.slow),
         pytest.param(
-            ["contrast=false", "accumulate=3", "batch_size=5", "max_steps=20", 'optimizer="sgd"'],
+            ["terms=[0,1,2,3,4,5]", "accumulate=3", "batch_size=5", "max_steps=20", 'optimizer="sgd"'],
             id="empty-part-without-contrast",
             marks=pytest.mark.slow,
         ),
@@ -90,7 +91,7 @@ def assert_one_as_two(place, settings, *only_two):
     assert len(one[0]["losses"]) == len(two[0]["losses"]) == one[0]["info"]["steps"]
     for alone, joined in zip(one[0]["losses"], two[0]["losses"], strict=True):
         assert joined == pytest.approx(alone, rel=1e-6)
-    assert one[1].keys() == two[1].keys() and len(one[1]) > 20
+    assert one[1].keys() == two[1].keys() and len(one[1]) > 15
     for term, value in one[1].items():
         torch.testing.assert_close(two[1][term], value, rtol=1e-6, atol=1e-9, msg=term)
     assert_same(two[2], one[2])
@@ -108,14 +109,14 @@ def test_a_run_goes_on_with_parts_without_and_with_other_ranks(place):
     """Stopped by SIGTERM at the last rank after 7 of 20 steps; the files are those of one process."""
     settings = ["ema=0.9", 'keep="last"']
     _, _, expected = train(place, "resume-whole", 1, *settings)
-    ways = {"one": (1, []), "two": (2, []), "halves": (2, ["shard=true"]), "thirds": (3, ["shard=true"])}
+    ways = {"one": (1, []), "halves": (2, ["shard=true"]), "thirds": (3, ["shard=true"])}
     for name, (count, shard) in ways.items():
         finished(launch(count, TESTS / "ranks_job.py", place, place / name, *settings, *shard, "stop=7"))
     groups = ("trainee", "optimizer", "kept", "average")
     for name, group in itertools.product(("halves", "thirds"), groups):
         file = f"run/checkpoint/{group}.safetensors"
         assert_same(load_file(place / name / file), load_file(place / "one" / file))
-    for before, after in (("one", "halves"), ("two", "thirds"), ("halves", "two"), ("thirds", "one")):
+    for before, after in (("one", "halves"), ("halves", "thirds"), ("thirds", "one")):
         shutil.copytree(place / before, place / f"{before}-{after}")
         count, shard = ways[after]
         found, _, weights = train(place, f"{before}-{after}", count, *settings, *shard)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from tiny import around, make_batch, make_model, make_objective, terms
 from tiny_job import weights
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distill import checkpoint
 from distill.averaging import load_state
@@ -45,22 +47,25 @@ def trainee_of(model, shard):
     return trainee.train()
 
 
-def backward(trainee):
-    loss, _ = trainee(make_batch(), None)
+def backward(trainee, *, bf16=False):
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        loss, _ = trainee(make_batch(), None)
     loss.backward()
     if trainee.shards:
         trainee.shards.settle_gradients()
 
 
-@pytest.mark.parametrize("vision", ["clip", "resnet18", "test_vit", "convnet"])
-def test_towers_in_parts_have_the_same_gradients(alone, clip_folder, vision):
+@pytest.mark.parametrize(
+    ("vision", "bf16"), [("clip", False), ("clip", True), ("resnet18", False), ("test_vit", False), ("convnet", False)]
+)
+def test_towers_in_parts_have_the_same_gradients(alone, clip_folder, vision, bf16):
     make = {
         "clip": partial(PretrainedVision, weights=f"path:{clip_folder}", freeze=False),
         "convnet": partial(ConvNet, widths=[4, 8], blocks=[0, 1]),
     }.get(vision) or partial(TimmEncoder, name=vision, pretrained=False, freeze=False)
     one, other = (trainee_of(towers(clip_folder, make), shard) for shard in (False, True))
-    backward(one)
-    backward(other)
+    backward(one, bf16=bf16)
+    backward(other, bf16=bf16)
     found = whole({name: p.grad for name, p in other.named_parameters() if p.grad is not None})
     expected = {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys() and len(found) > 20
@@ -112,6 +117,26 @@ def test_units_are_encoders_and_large_layers_without_taps(clip_folder):
     assert "encoders.image" in find_units(model, []) and layer not in find_units(model, [])
 
 
+def test_weights_are_whole_only_while_their_unit_runs(alone, clip_folder):
+    trainee = trainee_of(towers(clip_folder, partial(PretrainedVision, weights=f"path:{clip_folder}")), shard=True)
+    encoders, seen = trainee.model.encoders, {}
+
+    def whole_ones(module):
+        return [name for name, parameter in module.named_parameters() if not isinstance(parameter, DTensor)]
+
+    def note(name):
+        encoders[name].tower.register_forward_hook(
+            lambda *_: seen.update({f"{at} in {name}": len(whole_ones(encoders[at])) for at in encoders})
+        )
+
+    for name in encoders:
+        note(name)
+    backward(trainee)
+    assert seen["image in image"] > 3 and seen["text in text"] > 3
+    assert seen["image in text"] == seen["text in image"] == 0
+    assert whole_ones(trainee) == []
+
+
 def test_one_process_trains_whole_weights_and_says_so(make_job, caplog):
     plain, asked = make_job("plain"), make_job("asked", shard=True)
     fit(plain)
@@ -131,6 +156,13 @@ def test_terms_on_taps_alone_are_refused(wordpiece_file, monkeypatch):
     monkeypatch.setattr(ranks, "count", 2)
     with pytest.raises(UserError, match=r"train\.shard needs a term on logits or embeddings"):
         trainee.shard(ranks)
+
+
+def test_single_numbers_are_refused(wordpiece_file):
+    model = make_model(wordpiece_file)
+    model.temperature = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UserError, match=r"train\.shard: model\.temperature is a single number"):
+        Shards(model, nn.ModuleDict(), [], Ranks())
 
 
 @pytest.mark.parametrize(
