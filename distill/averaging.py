@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distill.sharding import local, split
+
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
     """State of a module without its frozen parameters, by name."""
@@ -17,10 +19,10 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy values into a module's state in place."""
+    """Copy values, whole or in parts as the module's are, into its state in place."""
     state = module.state_dict()
     for name, value in values.items():
-        state[name].copy_(value)
+        state[name].copy_(split(value, state[name]))
 
 
 class Average:
@@ -41,8 +43,8 @@ class Average:
         """Move the average toward the module's present weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
         moving = [name for name, value in self._present.items() if value.is_floating_point()]
-        present = [self._present[name] for name in moving]
-        torch._foreach_lerp_([self.values[name] for name in moving], present, 1 - decay)
+        present = [local(self._present[name]) for name in moving]
+        torch._foreach_lerp_([local(self.values[name]) for name in moving], present, 1 - decay)
         for name in self._present.keys() - moving:
             self.values[name].copy_(self._present[name])
 

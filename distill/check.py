@@ -11,6 +11,7 @@ from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.losses.objective import check_terms, needs_teacher
 from distill.optimize import check_optimizer
+from distill.sharding import check_sharding
 from distill.trackers import check_trackers
 from distill.workspace import takes_tokenizer, takes_tokens
 
@@ -141,6 +142,7 @@ def _check_optimizers(recipe: Recipe) -> None:
     budgets |= {"teacher.train": recipe.teacher.train, "student.train": recipe.student.train}
     for where, train in (budgets | {"prune.train": recipe.prune.train}).items():
         check_optimizer(train, where)
+        check_sharding(train, where)
 
 
 def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from distill.contracts import UserError
 from distill.runs import atomic, read_json, room_for, sha256_file
+from distill.sharding import split
 
 MANIFEST = "checkpoint.json"
 VERSION = 2
@@ -114,9 +115,9 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     raise UserError(f"there is no checkpoint in {folder}; train first, or name the folder of another run")
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's state dict as one safetensors file, atomically; tied tensors are stored once."""
-    data = _pack(module.state_dict())
+def save_weights(weights: nn.Module | Mapping[str, Tensor], path: Path) -> None:
+    """Write a module's state dict, or one, as one safetensors file, atomically; tied tensors are stored once."""
+    data = _pack(weights.state_dict() if isinstance(weights, nn.Module) else weights)
     with room_for(path, len(data)), atomic(path) as temporary:
         temporary.write_bytes(data)
 
@@ -184,7 +185,9 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], state:
         UserError: the optimizer has other parameter groups than the packed one.
     """
     try:
-        optimizer.load_state_dict(_decode(state["state_dict"], tensors))
+        state_dict = _decode(state["state_dict"], tensors)
+        _split_states(optimizer, state_dict.get("state", {}))
+        optimizer.load_state_dict(state_dict)
     except ValueError as error:
         raise UserError(f"the checkpoint's optimizer does not fit this one: {error}; start a new run") from error
     for parameter, kept in optimizer.state.items():  # files hold no strides, and fused kernels expect equal ones
@@ -259,6 +262,18 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _decode(item, tensors) for key, item in content}
     items = [_decode(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
+
+
+def _split_states(optimizer: Optimizer, states: dict[int, dict[str, Any]]) -> None:
+    """Leave this rank's parts where parameters are in parts: of the states that have their shape."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        state = states.get(index, {})
+        state |= {name: split(value, parameter) for name, value in state.items() if _alike(value, parameter)}
+
+
+def _alike(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _sibling(folder: Path, suffix: str) -> Path:

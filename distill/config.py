@@ -129,6 +129,7 @@ class TrainConfig(Strict):
     accumulate: int = Field(1, ge=1)  # micro-batches a step; the effective batch stays batch_size
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights that are evaluated and kept
     precision: Literal["no", "bf16", "fp16"] = "no"
+    shard: bool = False  # weights, gradients and optimizer state are split over the ranks (FSDP2)
     compile: bool = False  # torch.compile of the trained model
     channels_last: bool = False  # memory format of its convolutions and images; "convnet" always has it
     keep: Literal["best", "last"] = "best"  # weights of the best validated epoch, or of the last one

@@ -33,6 +33,7 @@ from distill.multimodal import Tapped
 from distill.optimize import build_optimizer, lr_factor
 from distill.progress import Progress, silent
 from distill.ranks import Ranks, join
+from distill.sharding import split, whole
 from distill.step import Stepper, Trainee, Watch
 from distill.trackers import EVERY, Tracking, untracked
 
@@ -107,11 +108,7 @@ def fit(job: Job) -> dict[str, Any]:
     config, folder, ranks = job.config, job.folder, join()
     accelerator = _accelerator(config.precision)
     torch.manual_seed(job.seed + ranks.rank)  # dropout differs from rank to rank
-    trainee = Trainee(
-        job.tapped, job.objective, job.watch, compiled=config.compile, channels_last=config.channels_last
-    ).to(accelerator.device)
-    if ranks.count > 1 and accelerator.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(trainee)
+    trainee = _trainee(job, ranks, accelerator.device)
     optimizer = build_optimizer(trainee, config)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     average = Average(trainee, config.ema) if config.ema else None
@@ -169,8 +166,9 @@ def fit(job: Job) -> dict[str, Any]:
             tell(state.step, state.history[-1])
             save_if_asked()
     load_state(trainee, kept)
+    weights = whole(trainee.model.state_dict(), keep=ranks.first)
     if ranks.first:
-        checkpoint.save_weights(trainee.model, folder / "model.safetensors")
+        checkpoint.save_weights(weights, folder / "model.safetensors")
         _write_metrics(folder, state)
         checkpoint.remove(place)
     ranks.wait()
@@ -182,6 +180,17 @@ def fit(job: Job) -> dict[str, Any]:
         "best": state.best,
         "seconds": round(state.seconds, 3),
     }
+
+
+def _trainee(job: Job, ranks: Ranks, device: torch.device) -> Trainee:
+    """What is trained, on the device, or this rank's part of it."""
+    config = job.config
+    trainee = Trainee(job.tapped, job.objective, job.watch, compiled=config.compile, channels_last=config.channels_last)
+    if ranks.count > 1 and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(trainee)
+    if config.shard:
+        trainee.shard(ranks)
+    return trainee.to(device)
 
 
 def _end_epoch(
@@ -271,15 +280,16 @@ def _save(
 ) -> None:
     """Write a checkpoint; the first rank does, with the generators of all."""
     generators = ranks.gather_bytes(serialize(checkpoint.rng_state()), _device(trainee))
+    tensors, packed = checkpoint.pack_optimizer(optimizer)
+    parts = {
+        "trainee": trained_state(trainee),
+        "optimizer": tensors,
+        "kept": kept,
+        "average": average.values if average else {},
+    }
+    groups = {name: whole(tensors, keep=ranks.first) for name, tensors in parts.items()}
     if ranks.first:
-        tensors, packed = checkpoint.pack_optimizer(optimizer)
-        groups = {
-            "trainee": trained_state(trainee),
-            "optimizer": tensors,
-            "kept": kept,
-            "average": average.values if average else {},
-            **{f"rng.{rank}": deserialize(data) for rank, data in enumerate(generators)},
-        }
+        groups |= {f"rng.{rank}": deserialize(data) for rank, data in enumerate(generators)}
         checkpoint.save(folder, groups, {"state": vars(state), "optimizer": packed})
     ranks.wait()
 
@@ -288,18 +298,22 @@ def _restore(
     folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, average: Average | None, ranks: Ranks
 ) -> tuple[State, dict[str, Tensor]]:
     groups, content = checkpoint.load(folder)
-    shapes = {name: value.shape for name, value in trained_state(trainee).items()}
+    present = trained_state(trainee)
+    shapes = {name: value.shape for name, value in present.items()}
     if shapes != {name: value.shape for name, value in groups["trainee"].items()}:
         raise UserError(f"{folder}: the checkpoint is of another model; delete it to start over")
     load_state(trainee, groups["trainee"])
     checkpoint.unpack_optimizer(optimizer, groups["optimizer"], content["optimizer"])
-    device = _device(trainee)
+    kept, averaged = (
+        {name: split(value, present[name]).to(_device(trainee)) for name, value in groups[group].items()}
+        for group in ("kept", "average")
+    )
     if average:
-        average.values = {name: value.to(device) for name, value in groups["average"].items()}
+        average.values = averaged
     if f"rng.{ranks.rank}" in groups:  # a run may go on with more ranks than it began with
         checkpoint.restore_rng(groups[f"rng.{ranks.rank}"])
     values = content["state"]
-    return State(**values), {name: value.to(device) for name, value in groups["kept"].items()}
+    return State(**values), kept
 
 
 def _device(trainee: Trainee) -> torch.device:

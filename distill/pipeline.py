@@ -80,7 +80,8 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as fingerprints see it: files count by their content, wherever they lie."""
     unrelated = {"output": True, "trackers": True, "workers": True}
     places = {"path", "root", "train", "valid", "test"}
-    tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}})
+    training: Any = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
+    tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}, "teacher": training})
     for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
         if "weights" in part:
             part["weights"] = weights_identity(part["weights"])
@@ -163,7 +164,7 @@ STAGES = (
         ("data", "vocabulary"),
         lambda r: [
             _student_architecture(r),
-            r.student.model_dump(include={"train", "baseline"}),
+            r.student.model_dump(include={"train", "baseline"}, exclude={"train": {"shard"}}),
             r.data.augment.model_dump(),
             r.cache.views,
             r.seed,
@@ -183,7 +184,7 @@ STAGES = (
         "distil the student",
         stages.distil_student,
         ("data", "transfer", "teacher", "cache", "inherit"),
-        lambda r: [_distillation(r), r.student.train.model_dump()],
+        lambda r: [_distillation(r), r.student.train.model_dump(exclude={"shard"})],
         resumes=True,
         together=True,
     ),
@@ -192,7 +193,7 @@ STAGES = (
         "prune the student and recover",
         stages.prune_student,
         ("data", "transfer", "teacher", "cache", "inherit", "student"),
-        lambda r: [_distillation(r), r.prune.model_dump()],
+        lambda r: [_distillation(r), r.prune.model_dump(exclude={"train": {"shard"}})],
         resumes=True,
         together=True,
     ),

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
 from distill.gradient_cache import backward_in_parts
-from distill.losses.objective import Objective
+from distill.losses.objective import Objective, tap_paths
 from distill.multimodal import Tapped
 from distill.ranks import Ranks
 from distill.runs import write_json
+from distill.sharding import Shards, whole
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_FINITE = "not_finite.json"
@@ -60,6 +61,7 @@ class Trainee(nn.Module):
         self.model, self.objective, self.watch = tapped.model, objective, watch
         self._call: Callable[[Batch], Outputs] = _compiled(tapped) if compiled else tapped
         self._channels_last = channels_last
+        self.shards: Shards | None = None
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
 
@@ -69,8 +71,28 @@ class Trainee(nn.Module):
         """Return the weighted loss and each term's value; see :meth:`Objective.forward`."""
         return self.loss(self.answer(batch), teacher, batch, shares, ranks)
 
+    def shard(self, ranks: Ranks) -> None:
+        """Leave this rank's part of all weights here, on the ranks' device.
+
+        Raises:
+            UserError: the terms read taps alone.
+        """
+        if ranks.count == 1:
+            log.warning("train.shard: one process has nobody to share weights with; they stay whole")
+            return
+        if all(term.taps for term in self.objective.terms):
+            raise UserError(
+                "train.shard needs a term on logits or embeddings beside those on taps; add one or unset it"
+            )
+        self.shards = Shards(self.model, self.objective, tap_paths(self.objective.terms, "student"), ranks)
+
     def answer(self, batch: Batch) -> Outputs:
-        """The model's outputs and taps."""
+        """The model's outputs and taps; BatchNorm takes no part in an empty batch."""
+        if self.training and not len(batch.ids):
+            self.eval()
+            outputs = self.answer(batch)
+            self.train()
+            return outputs
         with self.watch("student"):
             if self._channels_last:
                 moved = {
@@ -162,7 +184,7 @@ class Stepper:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        total_norm = torch.nn.utils.get_total_norm(gradients)
+        total_norm = whole({"norm": torch.nn.utils.get_total_norm(gradients)})["norm"]
         norm = float(total_norm)
         overflow = self.scaler is not None and not math.isfinite(norm)  # the scaler skips such a step and goes on
         if not math.isfinite(values["loss"]) or not (math.isfinite(norm) or overflow):
@@ -191,7 +213,10 @@ class Stepper:
                 if not _out_of_memory(error):
                     raise
                 self._split(len(batch.ids), error)
-        self.ranks.sum_gradients(self.parameters)
+        if self.trainee.shards:
+            self.trainee.shards.settle_gradients()
+        else:
+            self.ranks.sum_gradients(self.parameters)
         rows = self.ranks.sum(batch.ids.new_tensor(len(batch.ids))).item() if together else len(batch.ids)
         return int(rows), dict(zip(names, self.ranks.sum(logged).tolist(), strict=True))
 
@@ -212,7 +237,7 @@ class Stepper:
         logged: Tensor | None = None
         for part, some, share in zip(parts, rows, self._shares(parts, whole), strict=True):
             answer = teacher if len(rows) == 1 or teacher is None else take(teacher, some)
-            names, scalars = _logged(*self._backward(*self._precisely(self._forward)(part, answer, share)))
+            names, scalars = _logged(*self._backward(*self._precisely(self.trainee)(part, answer, share, self.ranks)))
             logged = scalars if logged is None else logged + scalars
         assert logged is not None
         return names, logged
@@ -227,17 +252,11 @@ class Stepper:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss, values
 
-    def _forward(self, *part: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        if len(part[0].ids):
-            return self.trainee(*part, self.ranks)
-        self.trainee.eval()  # a rank beyond a small last batch: it takes part in what all compute, BatchNorm does not
-        result = self.trainee(*part, self.ranks)
-        self.trainee.train()
-        return result
-
     def _micro_batches(self, batch: Batch) -> list[Tensor]:
         """The rows of each micro-batch."""
         count = min(self.micro_batches, max(1, len(batch.ids)))
+        if self.trainee.shards:  # weights are gathered once a part; some ranks may have empty ones
+            count = self.ranks.largest([count], self.device)[0]
         everything = torch.arange(len(batch.ids), device=batch.ids.device)
         return [everything[first::count] for first in range(count)]  # both kinds of rows of a mixed batch in each
 
@@ -252,8 +271,9 @@ class Stepper:
         return (torch.where(torch.tensor(objective.relational), together, own) / total.clamp(min=1)).tolist()
 
     def _split(self, rows: int, error: RuntimeError) -> None:
-        if self._compares_ranks:  # the others wait for these rows
-            raise TrainingError(f"out of memory ({_first_line(error)}); lower train.batch_size") from error
+        if self._compares_ranks or self.trainee.shards:  # the others wait for this rank
+            advice = "lower train.batch_size or raise train.accumulate"
+            raise TrainingError(f"out of memory ({_first_line(error)}); {advice}") from error
         if self.micro_batches >= rows:
             message = f"out of memory with one row at a time ({_first_line(error)}); use a smaller model"
             raise TrainingError(message) from error

@@ -1,9 +1,13 @@
 """A training job that any number of processes can run; ``python -m torch.distributed.run`` starts it for the tests.
 
 Usage: ``ranks_job.py FOLDER RESULTS [SETTING=VALUE ...]``; the first rank writes gradients, losses and weights.
+Beside those of ``train``: ``terms=[NUMBER, ...]`` takes some of the terms below; ``stop=STEP`` sends SIGTERM to the
+last rank in that step, and a second call in the same folder goes on.
 """
 
 import json
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,8 +21,10 @@ from distill import engine, evaluate
 from distill.config import TrainConfig
 from distill.data.prepared import PreparedData
 from distill.engine import Job, fit
+from distill.interrupts import InterruptedRunError
 from distill.multimodal import Encoded, Encoder, Tapped
 from distill.ranks import join
+from distill.sharding import local, whole
 from distill.step import Stepper
 
 TERMS = [
@@ -46,15 +52,17 @@ class Pixels(Encoder):
 
 
 class Words(Encoder):
-    """The mean of embedded tokens, in float64."""
+    """The mean of embedded tokens behind two layers, in float64."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.out_dim = width
         self.table = nn.Embedding(200, width)
+        self.layers = nn.Sequential(nn.Linear(width, 4 * width), nn.Tanh(), nn.Linear(4 * width, width))
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> Encoded:
         tokens, mask = self.table(inputs["text"]), inputs["text_mask"]
+        tokens = tokens + self.layers(tokens)
         return Encoded(tokens, mask, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
 
 
@@ -70,11 +78,11 @@ def main() -> None:
     data = PreparedData.open(folder / "data")
     tokenizer = folder / "tokenizer.json"
     slices = {"rank": ranks.rank, "world_size": ranks.count}
-    rows = settings.pop("batch_size", 24)
+    rows, stop = settings.pop("batch_size", 24), settings.pop("stop", None)
     loader = make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows, **slices)
     valid = make_loader(data, tokenizer, split="valid", shuffle=False, augment=None, **slices)
     student, teacher = make_model(8, 0), make_model(8, 1).eval().requires_grad_(False)
-    objective = terms(*TERMS)
+    objective = terms(*(TERMS[number] for number in settings.pop("terms", range(len(TERMS)))))
     asked = Tapped(teacher, ["encoders.image.layer"])
 
     def ask(batches):
@@ -86,24 +94,33 @@ def main() -> None:
     config = TrainConfig.model_validate({"epochs": 5, "batch_size": rows, "lr": 0.01} | settings)
     run = results / "run"
     run.mkdir(parents=True, exist_ok=True)
-    kept, losses = {}, []
+    kept, losses, held = {}, [], {}
 
     class Noting(Stepper):
         def _gradients(self, batch, answer):
             count, values = super()._gradients(batch, answer)
             losses.append(values)
+            held["weights"] = sum(local(p).numel() for p in self.trainee.parameters())
+            if len(losses) == stop and ranks.rank == ranks.count - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
             if len(losses) in (1, 4):  # a full batch, and the ragged last one of the epoch
                 named = dict(self.trainee.named_parameters())
-                kept.update({f"{len(losses)}.{n}": p.grad.clone() for n, p in named.items() if p.grad is not None})
+                found = {f"{len(losses)}.{n}": p.grad for n, p in named.items() if p.grad is not None}
+                kept.update({name: value.clone() for name, value in whole(found).items()})
             return count, values
 
     engine.Stepper = Noting
     batches = evaluate.clean_batches(valid, "student")
     validate = partial(evaluate.validation_accuracy, batches=batches, total=ranks.sum)
-    info = fit(Job(tapped, made, loader, "student", config, run, 0, validate, ask))
+    try:
+        info = fit(Job(tapped, made, loader, "student", config, run, 0, validate, ask))
+    except InterruptedRunError:
+        if stop is None:
+            raise
+        return
     if ranks.first:
         save_file(kept, results / "gradients.safetensors")
-        (results / "losses.json").write_text(json.dumps({"losses": losses, "info": info}))
+        (results / "losses.json").write_text(json.dumps({"losses": losses, "info": info, "held": held}))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ LEVELS = {
         "distill.step",
         "distill.gradient_cache",
         "distill.optimize",
+        "distill.sharding",
         "distill.trackers",
         "distill.interrupts",
         "distill.data",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.config import TermConfig, nearest
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.losses import contrastive, features, logits
+from distill.losses.numeric import upcast
 from distill.ranks import Ranks
 
 Kind = Literal["labels", "teacher", "teacher+labels", "features", "pair"]
@@ -168,7 +169,7 @@ class Objective(nn.Module):
         if loss.relational and ranks is not None:
             arguments = [ranks.gather(tensor) for tensor in arguments]
         if arguments[0].shape[0] == 0:
-            return _zero(student)
+            return _zero(arguments)
         return loss.function(*arguments, **term.params)
 
     def _arguments(
@@ -240,6 +241,7 @@ def _projector(name: str, student: Tensor, teacher: Tensor) -> nn.Module | None:
     raise UserError(f"term {name!r}: no projector fits features of shapes {shapes}; choose taps of equal layout")
 
 
-def _zero(outputs: Outputs) -> Tensor:
-    tensor: Any = next(iter(outputs.logits.values()))
-    return tensor.sum() * 0.0
+def _zero(arguments: list[Tensor]) -> Tensor:
+    """The sum over no rows, with the graph of the rows that other ranks may have."""
+    learning = [upcast(tensor).sum() for tensor in arguments if tensor.requires_grad]
+    return torch.stack(learning).sum() if learning else arguments[0].new_zeros(())
