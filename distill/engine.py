@@ -135,7 +135,7 @@ def fit(job: Job) -> dict[str, Any]:
         if signum:
             raise InterruptedRunError(signum, folder)
 
-    with noted_signals() as received, job.track(state.step) as tell:
+    with job.track(state.step) as tell, noted_signals() as received:  # what is noted must still be asked for
         while state.epoch < config.epochs and not ended and not _out_of_patience(state, config):
             trainee.train()
             for batches in _watched(job.loader.epoch(state.epoch, start=state.batch), job.watch):
