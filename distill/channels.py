@@ -66,6 +66,7 @@ def channel_groups(model: nn.Module, example: Batch, prefixes: Sequence[str]) ->
     Raises:
         UserError: a prefix is no module of the model.
     """
+    import timm  # noqa: F401 - torch_pruning does so under a bare except, which would swallow a signal that asks to stop
     import torch_pruning as tp  # here, since applying a finished plan must work where the package is not installed
 
     names = dict(model.named_modules())
