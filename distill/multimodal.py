@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill.config import nearest
 from distill.contracts import Batch, Outputs, UserError
+from distill.dropout import Dropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ class Neck(nn.Module):
         self.norm = nn.LayerNorm(in_dim)
         self.linear = nn.Linear(in_dim, dim)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_dim] to [..., dim]."""
@@ -106,7 +107,7 @@ class MultimodalModel(nn.Module):
         self.necks = nn.ModuleDict({name: Neck(e.out_dim, dim, dropout) for name, e in encoders.items()})
         readers = encoders if fusion.reads_tokens else {}
         self.token_necks = nn.ModuleDict(
-            {name: nn.Sequential(nn.Linear(e.out_dim, dim), nn.Dropout(dropout)) for name, e in readers.items()}
+            {name: nn.Sequential(nn.Linear(e.out_dim, dim), Dropout(dropout)) for name, e in readers.items()}
         )
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads)

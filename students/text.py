@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from distill.dropout import Dropout
 from distill.multimodal import Encoded, Encoder
 from students.vocabulary import reduce_vocabulary
 
@@ -32,7 +33,7 @@ class StaticEmbeddings(Encoder):
         self.tokenizer_file, self.max_length, self.pad_id = Path(tokenizer_file), max_length, 0
         self.table = nn.Embedding(vocab_size, dim)
         nn.init.normal_(self.table.weight, std=dim**-0.5)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out_dim = dim
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:

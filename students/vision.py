@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from distill.dropout import Dropout
 from distill.multimodal import Encoded, Encoder
 
 
@@ -51,7 +52,7 @@ class ConvNet(Encoder):
                 )
             )
         self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)  # 20 % faster steps on CPUs
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out_dim = widths[-1]
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill.config import nearest
 from distill.contracts import UserError
+from distill.dropout import Dropout
 from distill.multimodal import Encoded, Encoder
 from distill.runs import read_json
 from teachers.weights import resolve_weights
@@ -117,7 +118,7 @@ class PretrainedText(Encoder):
         folder = resolve_weights(weights, sha256)
         self.tower = load_tower(folder, "text")
         self.frozen, self.max_length = freeze, max_length
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.tokenizer_file = folder / "tokenizer.json"
         if not self.tokenizer_file.is_file():
             raise UserError(f"{folder}: no tokenizer.json; save the tokenizer in its fast form first")

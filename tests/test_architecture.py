@@ -25,6 +25,7 @@ LEVELS = {
         "distill.ranks",
         "distill.step",
         "distill.gradient_cache",
+        "distill.dropout",
         "distill.optimize",
         "distill.sharding",
         "distill.trackers",

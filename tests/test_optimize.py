@@ -1,6 +1,8 @@
 """Optimizers and schedules: names, parameters, groups, exact resumption of each."""
 
+import copy
 import typing
+from functools import partial
 
 import pytest
 import torch
@@ -79,13 +81,30 @@ def test_the_packed_state_is_the_state(name):
     assert [group["lr"] for group in fresh.param_groups] == [0.02] * len(fresh.param_groups)
 
 
-def test_adamw_and_sgd_are_what_they_were():
-    layer = torch.nn.Linear(3, 2)
-    adamw = build_optimizer(layer, config(weight_decay=0.3))
-    assert type(adamw) is torch.optim.AdamW and adamw.defaults == torch.optim.AdamW([layer.weight], lr=0.02).defaults
-    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
-    sgd = build_optimizer(layer, config(optimizer="sgd"))
-    assert sgd.defaults == torch.optim.SGD([layer.weight], lr=0.02, momentum=0.9).defaults
+@pytest.mark.parametrize(
+    ("name", "torchs"), [("adamw", torch.optim.AdamW), ("sgd", partial(torch.optim.SGD, momentum=0.9))]
+)
+def test_adamw_and_sgd_are_torchs_in_one_kernel(name, torchs):
+    """Defaults are torch's but for the kernel, and so are weights after some steps."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2).double()
+    twin = copy.deepcopy(layer)
+    ours = build_optimizer(layer, config(optimizer=name, weight_decay=0.3))
+    decay = [{"params": [twin.weight], "weight_decay": 0.3}, {"params": [twin.bias], "weight_decay": 0.0}]
+    reference = torchs(decay, lr=0.02)
+    assert type(ours) is type(reference) and ours.defaults == reference.defaults | {"fused": True}
+    assert [group["weight_decay"] for group in ours.param_groups] == [0.3, 0.0]
+    for _ in range(5):
+        x = torch.randn(7, 3).double()
+        for model, optimizer in ((layer, ours), (twin, reference)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(layer.weight, twin.weight, rtol=1e-12) and torch.allclose(layer.bias, twin.bias, rtol=1e-12)
+
+
+def test_the_kernel_can_be_chosen():
+    assert build_optimizer(torch.nn.Linear(3, 2), config(optimizer_params={"foreach": True})).defaults["fused"] is None
 
 
 def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest(make_job):

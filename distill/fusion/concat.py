@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from distill.dropout import Dropout
+
 
 class ConcatFusion(nn.Module):
     """Concatenate the pooled vectors, absent ones replaced by a learned vector, then one hidden layer.
@@ -25,7 +27,7 @@ class ConcatFusion(nn.Module):
         self.missing = nn.ParameterDict({name: nn.Parameter(torch.zeros(dim)) for name in self.modalities})
         self.linear = nn.Linear(dim * len(self.modalities), dim)
         self.activation = nn.ReLU()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, tokens: dict[str, Tensor], masks: dict[str, Tensor], pooled: dict[str, Tensor], present: dict[str, Tensor]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.dropout import Dropout
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention of queries over a masked context, with separate q, k, v and o projections.
@@ -40,7 +42,7 @@ class CrossBlock(nn.Module):
         self.norm_query, self.norm_context, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
         self.attention = CrossAttention(dim, heads, dropout)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim), nn.Dropout(dropout)
+            nn.Linear(dim, 2 * dim), nn.GELU(), Dropout(dropout), nn.Linear(2 * dim, dim), Dropout(dropout)
         )
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class CrossAttentionFusion(nn.Module):
         self.out = nn.Sequential(
             nn.LayerNorm(dim * len(self.modalities)), nn.Linear(dim * len(self.modalities), dim), nn.GELU()
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, tokens: dict[str, Tensor], masks: dict[str, Tensor], pooled: dict[str, Tensor], present: dict[str, Tensor]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from distill.dropout import Dropout
+
 
 class ClassificationHead(nn.Module):
     """Dropout and a linear layer.
@@ -16,7 +18,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, in_dim: int, num_classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(in_dim, num_classes)
 
     def forward(self, pooled: Tensor) -> Tensor:
