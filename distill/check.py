@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill.build import check_model
-from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, check_part, nearest
+from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, check_part, nearest
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.losses.objective import check_terms, needs_teacher
@@ -43,7 +43,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_transfer(recipe)
     _check_pretraining(recipe.teacher)
     _check_class_names(recipe)
-    _check_optimizers(recipe)
+    _check_budgets(recipe)
     _check_terms(recipe.teacher.objective, [recipe.teacher], recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, [recipe.student], recipe, "student.baseline")
     _check_terms(recipe.student.objective, [recipe.student, recipe.teacher], recipe, "student.objective")
@@ -137,12 +137,32 @@ def _check_class_names(recipe: Recipe) -> None:
             raise UserError(f"{where}: the teacher has no text encoder to read the names of {task!r}; leave it out")
 
 
-def _check_optimizers(recipe: Recipe) -> None:
+def _check_budgets(recipe: Recipe) -> None:
     budgets = {f"teacher.pretrain.{modality}": train for modality, train in recipe.teacher.pretrain.items()}
     budgets |= {"teacher.train": recipe.teacher.train, "student.train": recipe.student.train}
     for where, train in (budgets | {"prune.train": recipe.prune.train}).items():
         check_optimizer(train, where)
         check_sharding(train, where)
+        _check_resizing(recipe, train, where)
+
+
+def _check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:
+    """Images can be made smaller, and features of theirs are compared by their means alone."""
+    if train.progressive_resizing is None:
+        return
+    place, model = f"{where}.progressive_resizing", recipe.teacher if where.startswith("teacher") else recipe.student
+    if "image" not in model.encoders or where == "teacher.pretrain.text":
+        raise UserError(f"{place}: no images are read there; leave it out")
+    size, whole = train.progressive_resizing.size, recipe.data.working_size
+    if size >= whole:
+        raise UserError(f"{place}.size is {size} pixels, and data.working_size is {whole}; give fewer")
+    for number, term in enumerate([] if where.startswith("teacher") else recipe.student.objective):
+        tap = (term.taps or {}).get("student", "")
+        if tap.startswith("encoders.image") and not tap.endswith(":mean"):
+            raise UserError(
+                f"{place}: small images have smaller feature maps than those the teacher saw, and "
+                f"student.objective[{number}] compares them position by position; add ':mean' to its taps"
+            )
 
 
 def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:

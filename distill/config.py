@@ -109,6 +109,13 @@ class TermConfig(Strict):
         return f"{self.loss}/{target}"
 
 
+class ProgressiveResizing(Strict):
+    """Small images first: most of what they show is learnt at a fraction of the cost."""
+
+    size: int = Field(ge=8)  # pixels, less than the data's working size
+    until: float = Field(0.6, gt=0, lt=1)  # share of all steps; the rest sees whole images
+
+
 class TrainConfig(Strict):
     """One training budget, the same schema for teacher, baseline, student and recovery."""
 
@@ -130,6 +137,7 @@ class TrainConfig(Strict):
     ema: float | None = Field(None, gt=0, lt=1)  # decay of the averaged weights that are evaluated and kept
     precision: Literal["no", "bf16", "fp16"] = "no"
     shard: bool = False  # weights, gradients and optimizer state are split over the ranks (FSDP2)
+    progressive_resizing: ProgressiveResizing | None = None
     compile: bool = False  # torch.compile of the trained model
     channels_last: bool = False  # memory format of its convolutions and images; "convnet" always has it
     keep: Literal["best", "last"] = "best"  # weights of the best validated epoch, or of the last one

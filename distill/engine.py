@@ -30,7 +30,7 @@ from distill.data.loader import Batches
 from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
-from distill.optimize import build_optimizer, lr_factor
+from distill.optimize import build_optimizer, image_size, lr_factor
 from distill.progress import Progress, silent
 from distill.ranks import Ranks, join
 from distill.sharding import split, whole
@@ -143,6 +143,7 @@ def fit(job: Job) -> dict[str, Any]:
                 factor = lr_factor(state.step, total, config)
                 for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                     group["lr"] = lr * factor
+                trainee.image_size = image_size(state.step, total, config)
                 rows, values = step(batches, job.reads, job.teacher)
                 if average and values:
                     average.update(state.step)

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: the classes of ``torch.optim`` that need no closure, and the factor on their rate."""
+"""Optimizers and schedules: the classes of ``torch.optim`` that need no closure, their rate, and the size of images."""
 
 from __future__ import annotations
 
@@ -183,6 +183,20 @@ def lr_factor(step: int, total: int, config: TrainConfig) -> float:
     if config.schedule == "step":
         return config.gamma ** sum(step >= milestone * total for milestone in config.milestones)
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1.0, total - warmup))
+
+
+def image_size(step: int, total: int, config: TrainConfig) -> int | None:
+    """Pixels of the images that a step sees, None for those of the data.
+
+    Progressive resizing, from small to whole images (Howard 2018; Tan & Le 2021, arXiv 2104.00298).
+
+    Args:
+        step: 0-based.
+        total: number of steps of the whole run.
+        config: says how small, and until when.
+    """
+    small = config.progressive_resizing
+    return small.size if small and step < small.until * total else None
 
 
 def _matrices(module: nn.Module) -> set[Tensor]:

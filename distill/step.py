@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
+from distill.data.transforms import shrink_images
 from distill.gradient_cache import backward_in_parts
 from distill.losses.objective import Objective, tap_paths
 from distill.multimodal import Tapped
@@ -61,6 +62,7 @@ class Trainee(nn.Module):
         self.model, self.objective, self.watch = tapped.model, objective, watch
         self._call: Callable[[Batch], Outputs] = _compiled(tapped) if compiled else tapped
         self._channels_last = channels_last
+        self.image_size: int | None = None  # pixels to which training shrinks images
         self.shards: Shards | None = None
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -94,13 +96,18 @@ class Trainee(nn.Module):
             self.train()
             return outputs
         with self.watch("student"):
-            if self._channels_last:
-                moved = {
-                    name: value.to(memory_format=torch.channels_last) if value.ndim == 4 else value
-                    for name, value in batch.inputs.items()
-                }
-                batch = batch._replace(inputs=moved)
-            return self._call(batch)
+            return self._call(self._prepared(batch))
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """The batch with its images at the size and in the memory format asked for."""
+        images = batch.inputs.get("image")
+        if images is None or images.ndim != 4:  # none, or what a frozen tower made of them
+            return batch
+        if self.training and self.image_size:
+            images = shrink_images(images, self.image_size)
+        if self._channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        return batch._replace(inputs={**batch.inputs, "image": images})
 
     def loss(
         self, outputs: Outputs, teacher: Outputs | None, batch: Batch, shares: list[float] | None, ranks: Ranks | None

@@ -11,6 +11,7 @@ import hashlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -107,6 +108,21 @@ def _scale(images: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
     values += offset.view(-1, 1, 1, 1).numpy() + np.float32(0.5)  # the cast below rounds down
     np.clip(values, 0, 255, out=values)
     return torch.from_numpy(values.astype(np.uint8))
+
+
+def shrink_images(images: Tensor, size: int) -> Tensor:
+    """Make images smaller, each new pixel from all those that it covers.
+
+    Args:
+        images: uint8 [B, 3, S, S], any device.
+        size: pixels, at most S.
+
+    Returns:
+        uint8 [B, 3, size, size].
+    """
+    pixels = images if images.device.type == "cpu" else images.float()  # only CPUs have the kernel for uint8
+    smaller = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    return smaller if smaller.dtype == torch.uint8 else smaller.round_().clamp_(0, WHITE).to(torch.uint8)
 
 
 def drop_words(words: Tensor, ids: Tensor, views: Tensor, seed: int, probability: float) -> Tensor:
