@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from distill.config import ModelConfig, Part, build_part, check_part, nearest
+from distill.config import ModelConfig, Part, TeacherConfig, build_part, check_part, nearest
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.data.loader import InputSpec
 from distill.fusion import FUSIONS
-from distill.multimodal import Encoder, MultimodalModel
+from distill.multimodal import Encoder, MultimodalModel, Reader
 from distill.tasks import HEADS
 
 Registry = Mapping[str, Callable[..., Encoder]]
 Given = Mapping[str, Mapping[str, Any]]
+AReader = TypeVar("AReader", bound=Reader)
 
 
 def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list[str], given: Given) -> None:
@@ -35,6 +37,13 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
     for name, part in config.encoders.items():
         check_part(registry, part, f"{where}.encoders.{name}", given.get(name, {}))
     check_part(FUSIONS, config.fusion, f"{where}.fusion", ("modalities",))
+    for name in config.head_weights:
+        if not config.unimodal_heads:
+            raise UserError(
+                f"{where}.head_weights: there is one head a task; set {where}.unimodal_heads or leave it out"
+            )
+        if name not in (*config.encoders, "fused"):
+            raise UserError(f"{where}.head_weights: no head {name!r}; {nearest(name, [*config.encoders, 'fused'])}")
     for task, part in config.heads.items():
         if task not in tasks:
             raise UserError(f"{where}.heads: the data has no task {task!r}; {nearest(task, tasks)}")
@@ -61,21 +70,32 @@ def build_model(
         name: build_part(registry, part, f"{where}.encoders.{name}", **added.get(name, {}))
         for name, part in config.encoders.items()
     }
-    fusion = build_part(FUSIONS, config.fusion, f"{where}.fusion", modalities=list(encoders))
+    widths = {name: encoder.out_dim for name, encoder in encoders.items()}
+    members = config.members if isinstance(config, TeacherConfig) else 1
+    others = [_build_reader(partial(Reader, widths), config, num_classes, where) for _ in range(members - 1)]
+    return _build_reader(partial(MultimodalModel, encoders, others=others), config, num_classes, where)
+
+
+def _build_reader(
+    make: Callable[..., AReader], config: ModelConfig, num_classes: Mapping[str, int], where: str
+) -> AReader:
+    """Build what reads encoders, itself with them or not."""
+    modalities = list(config.encoders)
+    fusion = build_part(FUSIONS, config.fusion, f"{where}.fusion", modalities=modalities)
     dim = int(config.fusion.params["dim"])
     parts = config.heads or dict.fromkeys(num_classes, Part(type="classification"))
 
     def head(task: str, part: Part) -> Any:
         return build_part(HEADS, part, f"{where}.heads.{task}", in_dim=dim, num_classes=num_classes[task])
 
-    unimodal = {task: {name: head(task, part) for name in encoders} for task, part in parts.items()}
-    return MultimodalModel(
-        encoders,
+    unimodal = {task: {name: head(task, part) for name in modalities} for task, part in parts.items()}
+    return make(
         fusion,
         {task: head(task, part) for task, part in parts.items()},
         unimodal if config.unimodal_heads else {},
         dim=dim,
         embedding_dim=config.embedding_dim,
+        head_weights=config.head_weights,
         modality_dropout=config.modality_dropout,
         dropout=config.dropout,
     )

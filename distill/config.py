@@ -157,6 +157,7 @@ class ModelConfig(Strict):
     heads: dict[str, Part] = {}  # task -> head; every task of the data gets a classification head if empty
     embedding_dim: int = Field(128, ge=1)  # width of the shared image / text / fused embedding space
     unimodal_heads: bool = True  # logits = mean of the fused head and one head a modality
+    head_weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # "fused" or modality -> weight in it; else 1
     modality_dropout: float = Field(0.0, ge=0, lt=1)  # probability that a training row loses one modality
     dropout: float = Field(0.0, ge=0, lt=1)  # of pooled and token features after their projection to the fusion's width
 
@@ -171,6 +172,7 @@ class ClassNamesConfig(Strict):
 class TeacherConfig(ModelConfig):
     """The teacher, and how it is fitted to the data before distillation."""
 
+    members: int = Field(1, ge=1)  # of an ensemble that shares the encoders; each learns alone, logits are averaged
     class_names: ClassNamesConfig = ClassNamesConfig()
     pretrain: dict[str, TrainConfig] = {}  # modality -> budget in which its encoder learns alone, a frozen one too
     train: TrainConfig = TrainConfig()

@@ -1,13 +1,14 @@
 """Encoders + fusion + heads = one model, and taps that read its inner features.
 
-Logits are the mean of the fused head's and of one head a modality: attention fusion alone overfits small data, while
-single-modality heads keep each encoder useful on its own and let any subset of modalities answer. Train each head with
-a loss of its own: under a loss on the mean alone, the fused head learns only to correct the others.
+Logits are the mean, weighted if asked for, of the fused head's and of one head a modality: attention fusion alone
+overfits small data, while single-modality heads keep each encoder useful on its own and let any subset of modalities
+answer. Train each head with a loss of its own: under a loss on the mean alone, the fused head learns only to correct
+the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,9 @@ from distill.dropout import Dropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+MEMBER = "@"  # "TASK@1" is what the ensemble's second member answers in training
 
 
 class Encoded(NamedTuple):
@@ -76,57 +80,59 @@ class Neck(nn.Module):
         return self.linear(self.norm(x))
 
 
-class MultimodalModel(nn.Module):
-    """Several encoders whose tokens meet in a fusion block, with heads for each task.
+class Reader(nn.Module):
+    """Necks, a fusion block, heads and embedders: what answers from encoded modalities.
 
     Args:
-        encoders: modality -> encoder.
+        widths: modality -> D of its encoder.
         fusion: the fusion block.
         heads: task -> head on the fused vector.
         unimodal_heads: task -> modality -> head on that modality's pooled vector; may be empty.
         dim: width of the fusion.
         embedding_dim: width of the shared embedding space.
+        head_weights: "fused" or a modality -> weight of its head in the mean that is a task's logits; 1 by default.
         modality_dropout: probability, in training, that a row loses one of its present modalities.
         dropout: probability of dropping a feature of a pooled vector or token on its way to the fusion, in training.
     """
 
     def __init__(
         self,
-        encoders: dict[str, Encoder],
+        widths: Mapping[str, int],
         fusion: nn.Module,
         heads: dict[str, nn.Module],
         unimodal_heads: dict[str, dict[str, nn.Module]],
         *,
         dim: int,
         embedding_dim: int,
+        head_weights: Mapping[str, float] | None = None,
         modality_dropout: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict(encoders)
-        self.necks = nn.ModuleDict({name: Neck(e.out_dim, dim, dropout) for name, e in encoders.items()})
-        readers = encoders if fusion.reads_tokens else {}
+        self.head_weights = dict(head_weights or {})
+        self.necks = nn.ModuleDict({name: Neck(width, dim, dropout) for name, width in widths.items()})
+        by_token = widths if fusion.reads_tokens else {}
         self.token_necks = nn.ModuleDict(
-            {name: nn.Sequential(nn.Linear(e.out_dim, dim), Dropout(dropout)) for name, e in readers.items()}
+            {name: nn.Sequential(nn.Linear(width, dim), Dropout(dropout)) for name, width in by_token.items()}
         )
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads)
         self.unimodal_heads = nn.ModuleDict({task: nn.ModuleDict(by) for task, by in unimodal_heads.items()})
-        self.embedders = nn.ModuleDict({name: nn.Linear(dim, embedding_dim) for name in [*encoders, "fused"]})
+        self.embedders = nn.ModuleDict({name: nn.Linear(dim, embedding_dim) for name in [*widths, "fused"]})
         self.modality_dropout = modality_dropout
 
-    def forward(self, batch: Batch) -> Outputs:
-        """Return logits of every task (and of its single heads) and embeddings.
+    def read(self, encoded: Mapping[str, Encoded], present: dict[str, Tensor]) -> Outputs:
+        """Answer from what the encoders gave.
 
         Args:
-            batch: inputs and presence of the model's modalities.
+            encoded: of each modality.
+            present: modality -> bool [B].
 
         Returns:
             logits ``task``, ``task.fused`` and ``task.modality``, each [B, C]; embeddings of each modality and
             "fused", each [B, E].
         """
-        encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
-        present = self._dropped({name: batch.present[name] for name in self.encoders})
+        present = self._dropped(present)
         pooled = {name: self.necks[name](item.pooled) for name, item in encoded.items()}
         tokens = {name: neck(encoded[name].tokens) for name, neck in self.token_necks.items()}
         masks = {name: item.mask for name, item in encoded.items()}
@@ -136,21 +142,21 @@ class MultimodalModel(nn.Module):
         for task, head in self.heads.items():
             logits |= self._logits(task, head(fused), pooled, present)
         vectors = {**pooled, "fused": fused}
-        embeddings = {name: embed(vectors[name]) for name, embed in self.embedders.items()}
-        return Outputs(logits, embeddings, {})
+        return Outputs(logits, {name: embed(vectors[name]) for name, embed in self.embedders.items()}, {})
 
     def _logits(
         self, task: str, fused: Tensor, pooled: dict[str, Tensor], present: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """A task's logits: the mean of the fused head's and those of the heads of the modalities that are there."""
+        """A task's logits: the weighted mean of the fused head's and those of the modalities that are there."""
         if task not in self.unimodal_heads:
             return {task: fused}
         heads: Any = self.unimodal_heads[task]
         alone = {name: head(pooled[name]) for name, head in heads.items()}
-        there = {name: present[name][:, None].to(fused.dtype) for name in alone}
-        total = fused + torch.stack([logits * there[name] for name, logits in alone.items()]).sum(0)
-        count = 1 + torch.stack(list(there.values())).sum(0)
-        return {f"{task}.fused": fused, **{f"{task}.{m}": logits for m, logits in alone.items()}, task: total / count}
+        weights = {name: present[name][:, None] * self.head_weights.get(name, 1.0) for name in alone}
+        own = self.head_weights.get("fused", 1.0)
+        total = own * fused + torch.stack([weights[name] * logits for name, logits in alone.items()]).sum(0)
+        mean = total / (own + torch.stack(list(weights.values())).sum(0))
+        return {f"{task}.fused": fused, **{f"{task}.{m}": logits for m, logits in alone.items()}, task: mean}
 
     def _dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
         """In training, let some rows that have every modality lose one at random."""
@@ -163,20 +169,95 @@ class MultimodalModel(nn.Module):
         return dict(zip(present, (stacked & ~drop).unbind(1), strict=True))
 
 
+class MultimodalModel(Reader):
+    """Several encoders whose tokens meet in a fusion block, with heads for each task.
+
+    With ``others`` it is an ensemble whose members share the encoders, which therefore run once. In training each one
+    answers for itself, and has a loss of its own; later their logits are averaged.
+
+    Args:
+        encoders: modality -> encoder.
+        others: further members, beside the one that the other arguments describe.
+        arguments: of :class:`Reader`.
+    """
+
+    def __init__(
+        self, encoders: dict[str, Encoder], *arguments: Any, others: Sequence[Reader] = (), **options: Any
+    ) -> None:
+        super().__init__({name: encoder.out_dim for name, encoder in encoders.items()}, *arguments, **options)
+        self.encoders = nn.ModuleDict(encoders)
+        self.others = nn.ModuleList(others)
+
+    @property
+    def members(self) -> list[Reader]:
+        """Itself, and the others."""
+        return [self, *self.others]
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Return logits of every task (and of its single heads) and embeddings.
+
+        Args:
+            batch: inputs and presence of the model's modalities.
+
+        Returns:
+            As :meth:`Reader.read`. Embeddings of an ensemble are its members', side by side: [B, members * E]. In
+            training it gives each member's answers, under names that :func:`by_member` takes apart.
+        """
+        encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
+        present = {name: batch.present[name] for name in self.encoders}
+        answers = [member.read(encoded, present) for member in self.members]
+        if len(answers) == 1:
+            return answers[0]
+        if self.training:
+            return _side_by_side(answers)
+        logits = {name: torch.stack([a.logits[name] for a in answers]).mean(0) for name in answers[0].logits}
+        embeddings = {name: torch.cat([a.embeddings[name] for a in answers], 1) for name in answers[0].embeddings}
+        return Outputs(logits, embeddings, {})
+
+    def project(self, modality: str, pooled: Tensor) -> Tensor:
+        """The linear parts of all members' necks, side by side: [V, D] to [V, members * dim]."""
+        necks: list[Any] = [member.necks[modality] for member in self.members]
+        return torch.cat([neck.project(pooled) for neck in necks], dim=1)
+
+
+def _side_by_side(answers: Sequence[Outputs]) -> Outputs:
+    """Answers of an ensemble's members in one, under names of their own."""
+    named: dict[str, dict[str, Tensor]] = {"logits": {}, "embeddings": {}}
+    for number, answer in enumerate(answers):
+        for part, values in named.items():
+            values |= {f"{name}{MEMBER}{number}": value for name, value in getattr(answer, part).items()}
+    return Outputs(**named, features={})
+
+
+def by_member(outputs: Outputs) -> list[Outputs]:
+    """The answers of an ensemble's members, from what it gives in training; any other model's as they are."""
+    if not any(MEMBER in name for name in outputs.logits):
+        return [outputs]
+    found: dict[str, Outputs] = {}
+    for part in ("logits", "embeddings"):
+        for full, value in getattr(outputs, part).items():
+            name, _, number = full.partition(MEMBER)
+            answer = found.setdefault(number, Outputs({}, {}, outputs.features))
+            getattr(answer, part)[name] = value
+    return list(found.values())
+
+
 class OneModality(nn.Module):
     """One encoder of a model with its neck and heads: shares their parameters, and answers from them alone.
 
     Args:
         model: the model; it has single-modality heads.
         modality: which encoder.
+        member: of an ensemble, whose neck and heads; by default the first's.
     """
 
-    def __init__(self, model: MultimodalModel, modality: str) -> None:
+    def __init__(self, model: MultimodalModel, modality: str, member: Reader | None = None) -> None:
         super().__init__()
+        reader = member or model
         self.modality = modality
         self.encoders = nn.ModuleDict({modality: model.encoders[modality]})
-        self.neck = model.necks[modality]
-        self.heads = nn.ModuleDict({task: heads[modality] for task, heads in model.unimodal_heads.items()})  # type: ignore[index]
+        self.neck = reader.necks[modality]
+        self.heads = nn.ModuleDict({task: heads[modality] for task, heads in reader.unimodal_heads.items()})  # type: ignore[index]
 
     def forward(self, batch: Batch) -> Outputs:
         """Return logits ``task.modality``, [B, C], and the same as ``task``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
 from distill.data.transforms import shrink_images
 from distill.inventory import TRANSFER as TRANSFER_PART
-from distill.losses.objective import Objective, needs_teacher, tap_paths
+from distill.losses.objective import Objective, counts_classes, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
@@ -220,7 +221,7 @@ def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
         given: dict[str, Any] = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
         if takes_tokens(work.inheritances[part.type]):
             token_ids = read_array(work.path("vocabulary") / TOKENS_FILE)
-            given |= {"project": teacher.necks[name].project, "token_ids": token_ids}
+            given |= {"project": partial(teacher.project, name), "token_ids": token_ids}
         build_part(work.inheritances, part, f"student.inherit.{name}", **given)
     save_weights(model, folder / WEIGHTS_FILE)
     return {"inherited": list(config.inherit)}
@@ -343,7 +344,8 @@ def _job(
         if train.progressive_resizing:
             _read_small(tapped, first[reads], train.progressive_resizing.size)
     seed_everything(work.recipe.seed)  # the projectors start alike, whatever ran before in this process
-    objective = Objective(terms, student_example, teacher(first) if teacher else None)
+    counts = work.class_counts() if counts_classes(terms) else None
+    objective = Objective(terms, student_example, teacher(first) if teacher else None, counts)
     validate = work.validator(model, reads)
     return engine.Job(tapped, objective, loader, reads, train, folder, work.recipe.seed, validate, teacher)
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from distill import evaluate, prune
 from distill.build import build_model, input_spec
@@ -70,6 +71,10 @@ class Workspace:
         """Task -> number of classes."""
         return {task: len(names) for task, names in read_json(self.path("data") / "labels.json").items()}
 
+    def class_counts(self) -> dict[str, Tensor]:
+        """Task -> int64 [C], the training rows of each class."""
+        return {task: torch.from_numpy(counts) for task, counts in self.data().class_counts(TRAIN).items()}
+
     def blank(self, name: str) -> MultimodalModel:
         """A model with its initial weights, the same for the same seed: teacher, baseline or student."""
         seed_everything(self.recipe.seed)
@@ -90,7 +95,8 @@ class Workspace:
         """The teacher as its joint fit begins: encoders that learnt alone have what they learnt."""
         model = self.blank(TEACHER)
         for modality in self.recipe.teacher.pretrain:
-            load_weights(OneModality(model, modality), self.path("pretrain") / modality / WEIGHTS_FILE)
+            for member in model.members:
+                load_weights(OneModality(model, modality, member), self.path("pretrain") / modality / WEIGHTS_FILE)
         return model
 
     def teacher(self) -> MultimodalModel:

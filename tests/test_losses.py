@@ -103,6 +103,28 @@ def test_cross_entropy_smooths_toward_the_uniform_distribution():
     torch.testing.assert_close(losses.cross_entropy(student, labels, label_smoothing=0.1), expected)
 
 
+def test_logit_adjustment_is_the_paper_s_and_leaves_the_prior_to_the_counts():
+    """Menon et al. 2021, eq. 10: pairs of classes differ by tau times the log ratio of their priors."""
+    student, labels, counts = logits(), torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([60, 25, 10, 4, 1])
+    prior = counts.double() / 100
+    chosen = student.gather(1, labels[:, None])
+    margins = student - chosen + 0.7 * (prior / prior[labels][:, None]).log()
+    expected = margins.exp().sum(dim=1).log().mean()
+    torch.testing.assert_close(losses.logit_adjusted(student, labels, counts, tau=0.7), expected)
+    smooth = losses.logit_adjusted(student, labels, counts, tau=0.0, label_smoothing=0.1)
+    torch.testing.assert_close(smooth, losses.cross_entropy(student, labels, label_smoothing=0.1))
+    blind = torch.zeros(100, 5, dtype=torch.float64, requires_grad=True)  # features that say nothing
+    all_labels = torch.repeat_interleave(torch.arange(5), counts)
+    losses.logit_adjusted(blind, all_labels, counts).backward()
+    assert blind.grad.sum(dim=0).abs().max() < 1e-12  # are at their optimum as they are: the counts explain all
+
+
+def test_classes_without_rows_count_as_one():
+    student, labels = logits(), torch.tensor([0, 1, 2, 3, 4, 0])
+    none, one = (torch.tensor([60, 25, 10, 4, count]) for count in (0, 1))
+    assert losses.logit_adjusted(student, labels, none) == losses.logit_adjusted(student, labels, one)
+
+
 def test_clip_infonce_knows_its_perfect_and_its_blind_value():
     identity = torch.eye(4, dtype=torch.float64)
     perfect = losses.clip_infonce(identity, identity, logit_scale=20.0)
@@ -124,7 +146,11 @@ def test_feature_losses_by_hand():
 def arguments(name, dtype):
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     student, teacher = logits().to(dtype).requires_grad_(), logits(seed=1).to(dtype).requires_grad_()
-    kinds = {"labels": (student, labels), "teacher+labels": (student, teacher, labels)}
+    kinds = {
+        "labels": (student, labels),
+        "labels+counts": (student, labels, torch.tensor([5, 4, 3, 2, 0])),
+        "teacher+labels": (student, teacher, labels),
+    }
     return kinds.get(LOSSES[name].kind, (student, teacher))
 
 
@@ -149,7 +175,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     assert halves[0].grad.dtype == dtype and torch.isfinite(halves[0].grad).all()
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "cross_entropy"])
+@pytest.mark.parametrize("name", ["kd", "dkd", "cross_entropy", "logit_adjusted"])
 def test_extreme_logits_stay_finite(name):
     inputs = [x.detach() * 1e4 if x.is_floating_point() else x for x in arguments(name, torch.float32)]
     inputs[0].requires_grad_()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distill import runs
 from distill.config import DataConfig
-from distill.contracts import UserError
+from distill.contracts import IGNORE, UserError
 from distill.data.columns import Source
 from distill.data.scratch import positions_by_id
 from distill.data.sources import open_source
@@ -25,6 +25,7 @@ from distill.preprocess import BadInput, decode_image
 
 IMAGE_FILE, ROWS_FILE, TEXT_FILE, LABELS_FILE = "image.npy", "rows.npy", "text.arrow", "labels.json"
 PRESENT, TARGET = "present.", "target."
+COUNTED = 1 << 20  # rows at a time
 
 
 class SourceImages:
@@ -125,6 +126,17 @@ class PreparedData:
     def rows(self, split: str) -> NDArray[np.int64]:
         """Return the positions of a split's rows, in order of id."""
         return positions_by_id(self.ids, self.split, split, self.folder)
+
+    def class_counts(self, split: str) -> dict[str, NDArray[np.int64]]:
+        """Return task -> int64 [C], how many of a split's rows each class has."""
+        counts = {task: np.zeros(len(names), np.int64) for task, names in self.labels.items()}
+        for start in range(0, len(self), COUNTED):  # the columns may be larger than the memory
+            here = slice(start, start + COUNTED)
+            rows = self.split[here] == split
+            for task, total in counts.items():
+                labels = self.targets[task][here][rows]
+                total += np.bincount(labels[labels != IGNORE], minlength=len(total))
+        return counts
 
 
 def _open_images(folder: Path, rows: NDArray[np.int64], config: DataConfig | None, base: Path) -> Any:

@@ -27,6 +27,30 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, *, label_smoothing: fl
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
+def logit_adjusted(
+    student_logits: Tensor, labels: Tensor, class_counts: Tensor, *, tau: float = 1.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy in which frequent classes need not be learnt from their frequency (long-tailed data).
+
+    ``cross_entropy(logits + tau · log(n_c / n))`` (Menon et al. 2021, arXiv 2007.07314; with tau = 1 the balanced
+    softmax of Ren et al. 2020, arXiv 2007.10740): what the counts explain is added in training and missing afterwards,
+    so rare classes win more often. Classes without rows count as one row.
+
+    Args:
+        student_logits: [B, C].
+        labels: int64 [B]; rows with ``IGNORE`` take no part.
+        class_counts: [C], the training rows of each class.
+        tau: strength; 0 is plain cross-entropy, 1 aims at the balanced error.
+        label_smoothing: as in :func:`cross_entropy`.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) when no row has a label.
+    """
+    logits = upcast(student_logits)
+    counts = class_counts.to(logits).clamp(min=1)
+    return cross_entropy(logits + tau * (counts / counts.sum()).log(), labels, label_smoothing=label_smoothing)
+
+
 def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
     """Soft-label distillation: KL(teacher || student) at a temperature, times T².
 

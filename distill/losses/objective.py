@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +15,10 @@ from distill.config import TermConfig, nearest
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.losses import contrastive, features, logits
 from distill.losses.numeric import upcast
+from distill.multimodal import by_member
 from distill.ranks import Ranks
 
-Kind = Literal["labels", "teacher", "teacher+labels", "features", "pair"]
+Kind = Literal["labels", "labels+counts", "teacher", "teacher+labels", "features", "pair"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Loss:
 
     Attributes:
         function: the pure function.
-        kind: "labels" (logits, labels), "teacher" (logits of both), "teacher+labels", "features" (an embedding or a
-            pair of taps, of both), "pair" (two of the model's own embeddings).
+        kind: "labels" (logits, labels), "labels+counts" (and the training rows of each class), "teacher" (logits of
+            both), "teacher+labels", "features" (an embedding or a pair of taps, of both), "pair" (two embeddings of the
+            model's own).
         relational: True where rows are compared with each other, so that splitting a batch changes the value.
     """
 
@@ -38,6 +40,7 @@ class Loss:
 
 LOSSES = {
     "cross_entropy": Loss(logits.cross_entropy, "labels"),
+    "logit_adjusted": Loss(logits.logit_adjusted, "labels+counts"),
     "kd": Loss(logits.kd, "teacher"),
     "mse_logits": Loss(logits.mse_logits, "teacher"),
     "dkd": Loss(logits.dkd, "teacher+labels"),
@@ -46,7 +49,8 @@ LOSSES = {
     "clip_infonce": Loss(contrastive.clip_infonce, "pair", relational=True),
 }
 
-NEEDS = {"labels": "task", "teacher": "task", "teacher+labels": "task", "pair": "embedding"}
+LABELS: tuple[Kind, ...] = ("labels", "labels+counts", "teacher+labels")
+NEEDS = {"labels": "task", "labels+counts": "task", "teacher": "task", "teacher+labels": "task", "pair": "embedding"}
 
 
 def check_terms(terms: Sequence[TermConfig], where: str) -> None:
@@ -79,6 +83,11 @@ def needs_teacher(terms: Sequence[TermConfig]) -> bool:
     return any(LOSSES[term.loss].kind in ("teacher", "teacher+labels", "features") for term in terms)
 
 
+def counts_classes(terms: Sequence[TermConfig]) -> bool:
+    """Whether any term reads how many rows each class has."""
+    return any(LOSSES[term.loss].kind == "labels+counts" for term in terms)
+
+
 def tap_paths(terms: Sequence[TermConfig], side: Literal["student", "teacher"]) -> list[str]:
     """The module paths whose outputs the terms read on one side, without repetition."""
     return list(dict.fromkeys(term.taps[side] for term in terms if term.taps))
@@ -94,15 +103,23 @@ class Objective(nn.Module):
         terms: what to sum.
         student: example outputs of the student, from one forward.
         teacher: example outputs of the teacher; None when no term needs one.
+        class_counts: task -> int64 [C], the training rows of each class; None when no term :func:`counts_classes`.
 
     Raises:
         UserError: a term names a task, embedding or tap that a model does not give, or no projector fits.
     """
 
-    def __init__(self, terms: Sequence[TermConfig], student: Outputs, teacher: Outputs | None) -> None:
+    def __init__(
+        self,
+        terms: Sequence[TermConfig],
+        student: Outputs,
+        teacher: Outputs | None,
+        class_counts: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         check_terms(terms, "objective")
         self.terms = tuple(terms)
+        self.class_counts = dict(class_counts or {})
         self.projectors = nn.ModuleDict()
         for index, term in enumerate(self.terms):
             if LOSSES[term.loss].kind != "features":
@@ -133,7 +150,7 @@ class Objective(nn.Module):
         """Return the weighted sum (a scalar) and each term's unweighted value by its name.
 
         Args:
-            student: the student's outputs for ``batch``.
+            student: the student's outputs for ``batch``; of an ensemble in training, terms are means over its members.
             teacher: the teacher's, or None.
             batch: the rows.
             shares: of a part of a batch, each term's share in the whole's value: those of all parts add up to 1, so
@@ -142,9 +159,11 @@ class Objective(nn.Module):
             ranks: who holds the other parts; relational terms compare the rows of all ranks.
         """
         values: dict[str, Tensor] = {}
+        answers = by_member(student)
         total = batch.ids.new_zeros((), dtype=torch.float32)
         for index, term in enumerate(self.terms):
-            value = self._value(index, term, student, teacher, batch, ranks)
+            each = [self._value(index, term, answer, teacher, batch, ranks) for answer in answers]
+            value = torch.stack(each).mean() if len(each) > 1 else each[0]
             if shares is not None:
                 value = value * shares[index]
             total = total + term.weight * value
@@ -170,6 +189,8 @@ class Objective(nn.Module):
             arguments = [ranks.gather(tensor) for tensor in arguments]
         if arguments[0].shape[0] == 0:
             return _zero(arguments)
+        if loss.kind == "labels+counts":
+            arguments.append(self.class_counts[str(term.task).split(".")[0]])
         return loss.function(*arguments, **term.params)
 
     def _arguments(
@@ -178,7 +199,7 @@ class Objective(nn.Module):
         if kind == "pair":
             first, second = str(term.embedding).split(",")
             return tuple(F.normalize(_pick(student.embeddings, name, term.name), dim=-1) for name in (first, second))
-        if kind == "labels":
+        if kind in ("labels", "labels+counts"):
             return _pick(student.logits, str(term.task), term.name), batch.targets[str(term.task).split(".")[0]]
         if teacher is None:
             raise UserError(f"term {term.name!r} reads a teacher, and this stage has none")
@@ -212,7 +233,7 @@ def _num_rows(term: TermConfig, batch: Batch) -> int:
     """How many rows a term averages over."""
     rows = _rows(term, batch)
     counted = torch.ones_like(batch.ids, dtype=torch.bool) if rows is None else rows
-    if LOSSES[term.loss].kind in ("labels", "teacher+labels"):
+    if LOSSES[term.loss].kind in LABELS:
         counted = counted & (batch.targets[str(term.task).split(".")[0]] != IGNORE)
     return int(counted.sum())
 
