@@ -110,7 +110,10 @@ class TermConfig(Strict):
 
 
 class ProgressiveResizing(Strict):
-    """Small images first: most of what they show is learnt at a fraction of the cost."""
+    """Small images first: most of what they show is learnt at a fraction of the cost.
+
+    It saves nothing with encoders that bring images to a size of their own, as pretrained ones do.
+    """
 
     size: int = Field(ge=8)  # pixels, less than the data's working size
     until: float = Field(0.6, gt=0, lt=1)  # share of all steps; the rest sees whole images

@@ -19,12 +19,11 @@ from distill import checkpoint, engine, prune
 from distill.build import example_batch, input_spec
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights, save_weights
-from distill.config import Recipe, TermConfig, TrainConfig, build_part, one_line
+from distill.config import Recipe, TermConfig, TrainConfig, build_part
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
-from distill.data.transforms import shrink_images
 from distill.inventory import TRANSFER as TRANSFER_PART
 from distill.losses.objective import Objective, counts_classes, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
@@ -341,22 +340,8 @@ def _job(
     first = next(loader.epoch(0))
     with evaluating(model):
         student_example = tapped(first[reads])
-        if train.progressive_resizing:
-            _read_small(tapped, first[reads], train.progressive_resizing.size)
     seed_everything(work.recipe.seed)  # the projectors start alike, whatever ran before in this process
     counts = work.class_counts() if counts_classes(terms) else None
     objective = Objective(terms, student_example, teacher(first) if teacher else None, counts)
     validate = work.validator(model, reads)
     return engine.Job(tapped, objective, loader, reads, train, folder, work.recipe.seed, validate, teacher)
-
-
-def _read_small(tapped: Tapped, batch: Batch, size: int) -> None:
-    """Try a model on small images: some encoders read one size alone."""
-    images = batch.inputs.get("image")
-    if images is None:
-        return
-    try:
-        tapped(batch._replace(inputs={**batch.inputs, "image": shrink_images(images, size)}))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        why = f"the model cannot read images of {size} pixels ({one_line(error)})"
-        raise UserError(f"train.progressive_resizing: {why}; leave it out") from error

@@ -117,6 +117,18 @@ def change_rows(folder, change):
         ("student.inherit.audio={type: encoder_weights}", r"encoder_weights: the student has no such encoder; choices"),
         ("teacher.pretrain.imag={}", r"teacher\.pretrain\.imag: the teacher has no such encoder; did you mean 'image'"),
         ("teacher.pretrain.text={}", r"teacher\.pretrain\.text: no term of teacher\.objective is on the head of text"),
+        ("teacher.members=0", r"'teacher\.members' is 0: Input should be greater than or equal to 1"),
+        ("student.members=2", r"unknown key 'student\.members'"),
+        ("teacher.head_weights={texd: 2}", r"teacher\.head_weights: no head 'texd'; did you mean 'text'\?"),
+        ("student.head_weights={text: 0}", r"'student\.head_weights\.text' is 0: Input should be greater than 0"),
+        (
+            "student.train.progressive_resizing={size: 32}",
+            r"student\.train\.progressive_resizing\.size is 32 pixels, and data\.working_size is 32; give fewer",
+        ),
+        (
+            "teacher.train.progressive_resizing={size: 16, until: 1}",
+            r"'teacher\.train\.progressive_resizing\.until' is 1: Input should be less than 1",
+        ),
         ("transfer.texts=9", r"transfer\.texts is 9, and a batch takes 16 of them; raise it or lower transfer\.ratio"),
         ("data.source.type=tabel", r"data\.source: unknown type 'tabel'; did you mean 'table'\?"),
         ("data.source.path=3", r"data\.source\.path is 3: Input should be a valid string"),
@@ -124,6 +136,19 @@ def change_rows(folder, change):
 )
 def test_config(project, override, sentence):
     assert re.search(sentence, refusal(distill("validate", "recipe.yaml", override)))
+
+
+def test_weights_of_heads_need_heads(project):
+    chosen = ("student.head_weights={text: 2}", "student.unimodal_heads=false")
+    said = refusal(distill("validate", "recipe.yaml", *chosen))
+    assert "student.head_weights: there is one head a task; set student.unimodal_heads or leave it out" in said
+
+
+def test_small_images_have_no_full_maps_to_compare(project):
+    chosen = ("student.objective.4.taps.student=encoders.image.stages", "prune.train.progressive_resizing={size: 16}")
+    said = refusal(distill("validate", "recipe.yaml", *chosen))
+    assert "prune.train.progressive_resizing: small images have smaller feature maps" in said
+    assert "student.objective[4] compares them position by position; add ':mean' to its taps" in said
 
 
 def test_a_vocabulary_needs_a_teacher_that_has_one(project):

@@ -39,6 +39,7 @@ teacher:
   fusion: {type: cross_attention, dim: 16, heads: 2, depth: 1}
   embedding_dim: 16
   modality_dropout: 0.1
+  members: 2
   train: {epochs: 3, batch_size: 16, lr: 0.003, ema: 0.9}
   objective:
     - {loss: cross_entropy, task: colour}
