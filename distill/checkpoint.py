@@ -32,6 +32,7 @@ from distill.sharding import split
 
 MANIFEST = "checkpoint.json"
 VERSION = 2
+KERNELS = {"fused", "foreach"}  # of optimizers: how steps are computed, which may be another way where a run goes on
 _ALIASES = "aliases"  # metadata of a safetensors file: names of tied tensors -> the name that holds the values
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,8 @@ def unpack_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], state:
     """
     try:
         state_dict = _decode(state["state_dict"], tensors)
+        for group, own in zip(state_dict.get("param_groups", []), optimizer.param_groups, strict=False):
+            group |= {key: own[key] for key in KERNELS & own.keys()}
         _split_states(optimizer, state_dict.get("state", {}))
         optimizer.load_state_dict(state_dict)
     except ValueError as error:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from distill.config import Part, TrainConfig, check_part, nearest, one_line
 from distill.contracts import UserError
+from distill.sharding import local
 
 Group = dict[str, Any]
 FUSED = ("adamw", "adam", "sgd")
@@ -212,9 +213,12 @@ def _built(groups: list[Group], config: TrainConfig, where: str) -> Optimizer:
         raise UserError(f"{place}: {name} has no parameter 'type'; {where}.optimizer names the optimizer")
     check_part(OPTIMIZERS, Part.model_validate({"type": name, **given}), place, RESERVED)
     params = {"momentum": config.momentum, **given} if name == "sgd" else given
-    if name in FUSED and not config.shard and not {"fused", "foreach"} & given.keys():
-        devices = {parameter.device.type for group in groups for parameter in group["params"]}
-        params = {**params, "fused": devices <= {"cpu", "cuda"} or None}
+    if name in FUSED and not {"fused", "foreach"} & given.keys():
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        params = {
+            **params,
+            "fused": all(p.device.type in ("cpu", "cuda") and local(p) is p for p in parameters) or None,
+        }
     with _refusals(f"{place}: {name} cannot be built"):
         return OPTIMIZERS[name](groups, lr=config.lr, **params)  # type: ignore[call-arg]
 

@@ -402,7 +402,7 @@ def test_a_frozen_tower_that_learns_alone_is_kept_as_it_is_then(copied):
     tuned += ["teacher.objective.2.task=shape.text", "name=tuned"]
     recipe = load_recipe("recipe.yaml", tuned)
     work = pipeline.workspace(recipe, pipeline.run(recipe, until="cache", quiet=True))
-    begun, fitted, blank = work.pretrained_teacher(), work.teacher(), work.blank("teacher")
+    begun, fitted, blank = work.pretrained_teacher().eval(), work.teacher(), work.blank("teacher")
     before, after, never = (model.encoders["text"].tower.state_dict() for model in (begun, fitted, blank))
     assert all(torch.equal(before[name], after[name]) for name in before)
     changed = [name for name in before if not torch.equal(before[name], never[name])]
