@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """One model's inputs for the same rows and views that every other model of the run sees.
 
     Dicts are empty, never ``None``, where there is nothing: so a batch survives collation, device placement
-    and ``torch.export``.
+    and ``torch.export``. An input may end before the batch does; the rows behind it lack its modality.
     """
 
     ids: Tensor  # int64 [B], stable row ids

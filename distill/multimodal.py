@@ -281,19 +281,26 @@ def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
     if not inputs:
         nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
         return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])
-    if torch.compiler.is_exporting() or bool(present.all()):
-        return encoder(inputs)
-    if bool(present.any()):
-        return Encoded(*(spread(part, present) for part in encoder({k: v[present] for k, v in inputs.items()})))
+    given = present[: len(next(iter(inputs.values())))]
+    if torch.compiler.is_exporting() or (len(given) and bool(given.all())):
+        return Encoded(*(_lengthened(part, len(present)) for part in encoder(inputs)))
+    if bool(given.any()):
+        return Encoded(*(spread(part, present) for part in encoder({k: v[given] for k, v in inputs.items()})))
     training = encoder.training  # nobody has it: shapes for taps, and no batch statistics
     encoded = encoder.eval()(inputs)
     encoder.train(training)
-    return Encoded(*(spread(part[present], present) for part in encoded))
+    return Encoded(*(spread(part[given], present) for part in encoded))
 
 
 def spread(values: Tensor, rows: Tensor) -> Tensor:
     """Put values [M, ...] at the M rows that are True in bool [B], zeros elsewhere: [B, ...]."""
     return values.new_zeros((len(rows), *values.shape[1:])).index_put((rows,), values)
+
+
+def _lengthened(values: Tensor, rows: int) -> Tensor:
+    """Values with zeros behind them, up to a number of rows."""
+    missing = rows - len(values)
+    return torch.cat([values, values.new_zeros((missing, *values.shape[1:]))]) if missing else values
 
 
 class Tapped:
@@ -340,7 +347,8 @@ class Tapped:
             owner, _, inner = path.partition(":")[0].partition(".")
             rows = batch.present[inner.split(".")[0]] if owner == "encoders" else None
             if rows is not None and not bool(rows.all()):  # the encoder read only the rows that have its modality
-                features[path] = spread(value[rows] if len(value) == len(rows) else value, rows)
+                here = value if len(value) == int(rows.sum()) else value[rows[: len(value)]]
+                features[path] = spread(here, rows)
         return outputs._replace(features=features)
 
 

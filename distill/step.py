@@ -314,10 +314,17 @@ class Stepper:
 
 
 def take(item: Any, rows: Tensor) -> Any:
-    """Rows of a Batch or of Outputs, in the order given."""
+    """Rows of a Batch or of Outputs.
+
+    Args:
+        item: the batch, whose inputs may end before it does, or the outputs.
+        rows: int64 [M], ascending.
+    """
 
     def pick(value: Any) -> Any:
-        return {name: tensor[rows] for name, tensor in value.items()} if isinstance(value, dict) else value[rows]
+        if isinstance(value, dict):
+            return {name: pick(tensor) for name, tensor in value.items()}
+        return value[rows[rows < len(value)]]
 
     return type(item)(*(pick(value) for value in item))
 

@@ -26,6 +26,7 @@ from distill.data.mixed import (
 )
 from distill.data.transfer import replace_words, whole_words
 from distill.multimodal import Tapped
+from distill.step import take
 
 TEXTS = [f"{first} {second}, the moon" for first in ("cat", "dog", "sun") for second in ("dark", "light", "red")]
 
@@ -145,6 +146,45 @@ def test_rows_without_a_modality_do_not_touch_its_encoder(wordpiece_file):
     torch.testing.assert_close(found.features[path][:6], expected.features[path])
     assert not found.features[path][6:].any()
     torch.testing.assert_close(mixed.state_dict(), alone.state_dict())
+
+
+def without_images(batch):
+    """Rows of texts alone, as a transfer set has them."""
+    inputs = {name: value for name, value in batch.inputs.items() if name != "image"}
+    absent = {**batch.present, "image": torch.zeros(len(batch.ids), dtype=torch.bool)}
+    return batch._replace(inputs=inputs, present=absent)
+
+
+@pytest.mark.parametrize("missing", [[], [1, 5], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("training", [True, False])
+def test_inputs_may_end_before_the_batch(wordpiece_file, missing, training):
+    """The same values, taps, gradients and statistics as with blank images in their place."""
+    path = "encoders.image.stages:mean"
+    images, texts = make_batch(6), without_images(make_batch(5, seed=1))
+    images.present["image"][missing] = False
+    short = join_batches(images, texts, pad_id=0)
+    blank = torch.zeros(5, *images.inputs["image"].shape[1:], dtype=torch.uint8)
+    full = short._replace(inputs={**short.inputs, "image": torch.cat([images.inputs["image"], blank])})
+    assert len(short.inputs["image"]) == 6 and len(short.inputs["text"]) == len(short.ids) == 11
+    found = []
+    for batch in (short, full):
+        model = make_model(wordpiece_file).train(training)
+        outputs = Tapped(model, [path])(batch)
+        sum(value.square().sum() for kind in outputs for value in kind.values()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((outputs, gradients, model.state_dict()))
+    torch.testing.assert_close(*found)
+
+
+def test_parts_of_a_batch_whose_images_end_early():
+    """Rows keep their images, wherever a part is cut."""
+    images, texts = make_batch(6), without_images(make_batch(5, seed=1))
+    joined = join_batches(images, texts, pad_id=0)
+    for rows in ([0, 4, 8], [6, 10], list(range(11))):
+        part = take(joined, torch.tensor(rows))
+        kept = [row for row in rows if row < 6]
+        assert part.inputs["image"].equal(images.inputs["image"][kept])
+        assert part.inputs["text"].equal(joined.inputs["text"][rows]) and part.ids.tolist() == joined.ids[rows].tolist()
 
 
 def test_a_batch_needs_no_input_that_no_row_has(wordpiece_file):
