@@ -36,7 +36,7 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 class Strict(BaseModel):
     """A section whose unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Part(BaseModel):
