@@ -10,6 +10,7 @@ from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, Train
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.losses.objective import check_terms, needs_teacher
+from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.sharding import check_sharding
 from distill.trackers import check_trackers
@@ -31,6 +32,11 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     """
     check_trackers(recipe.trackers, asked_for="trackers" in recipe.model_fields_set)
     check_part(SOURCES, recipe.data.source, "data.source", GIVEN)
+    for task in recipe.data.targets:
+        if "." in task or MEMBER in task:
+            raise UserError(
+                f"data.targets: {task!r} cannot name a task; leave out '.' and {MEMBER!r}, which name its heads"
+            )
     models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
     for where, model in models.items():
         for modality in model.encoders:

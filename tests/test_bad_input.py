@@ -117,6 +117,7 @@ def change_rows(folder, change):
         ("student.inherit.audio={type: encoder_weights}", r"encoder_weights: the student has no such encoder; choices"),
         ("teacher.pretrain.imag={}", r"teacher\.pretrain\.imag: the teacher has no such encoder; did you mean 'image'"),
         ("teacher.pretrain.text={}", r"teacher\.pretrain\.text: no term of teacher\.objective is on the head of text"),
+        ("data.targets={colour: colour, shape@1: shape}", r"data\.targets: 'shape@1' cannot name a task; leave out"),
         ("student.train.lr=.inf", r"'student\.train\.lr' is inf: Input should be a finite number"),
         ("teacher.train.weight_decay=.nan", r"'teacher\.train\.weight_decay' is nan: Input should be a finite number"),
         ("teacher.members=0", r"'teacher\.members' is 0: Input should be greater than or equal to 1"),
