@@ -198,14 +198,14 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
 
 
 def quickstart_arm(folder: Path) -> Arm:
-    """The quick start's student on its cache, as the ``student`` stage trains it; one epoch."""
-    recipe = load_recipe("quickstart", [f"output={folder}", *QUICK, "student.train.epochs=1"])
+    """The quick start's student on its cache, as the ``student`` stage trains it; three epochs of its seven."""
+    recipe = load_recipe("quickstart", [f"output={folder}", *QUICK, "student.train.epochs=3"])
     done = pipeline.run(recipe, until="cache", quiet=True) | pipeline.run(recipe, until="inherit", quiet=True)
     job = replace(stages.student_job(pipeline.workspace(recipe, done), folder), validate=constant)
     assert job.teacher is not None
     first = next(job.loader.epoch(0))
     kept = job.teacher(first)
-    rows = sum(len(batches[job.reads].ids) for batches in job.loader.epoch(0))
+    rows = sum(len(batches[job.reads].ids) for epoch in range(3) for batches in job.loader.epoch(epoch))
     return Arm("quickstart", rows, fitting(job, folder / "runs"), bare_steps(job, first[job.reads], lambda: kept))
 
 
