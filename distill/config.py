@@ -259,7 +259,8 @@ class Recipe(Strict):
     trackers: list[TrackerName] = [
         "tensorboard"
     ]  # who is told of each training beside metrics.jsonl; no result depends on it
-    workers: int = Field(1, ge=0, le=64)  # threads that make batches ahead, 0 for none; fingerprints leave it out
+    # threads that make batches ahead; by default none where the processor trains and images are decoded, else one
+    workers: int | None = Field(None, ge=0, le=64)
     data: DataConfig
     teacher: TeacherConfig
     student: StudentConfig

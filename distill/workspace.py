@@ -59,6 +59,15 @@ class Workspace:
     ranks: Ranks = field(default_factory=Ranks)
     trackers: Trackers | None = None
 
+    @property
+    def workers(self) -> int:
+        """Threads that make batches ahead of the training."""
+        recipe = self.recipe
+        if recipe.workers is not None:
+            return recipe.workers
+        waits = self.ranks.device.type != "cpu" or not recipe.data.decode_once
+        return int(waits)  # on a CPU they would take their time from the training, and its caches
+
     def path(self, stage: str) -> Path:
         """The folder of a finished stage."""
         return self.done[stage].path
@@ -139,7 +148,7 @@ class Workspace:
             group_by_length=config.group_by_length,
             two_level_rows=recipe.data.two_level_order,
             **self._slices(),
-            workers=recipe.workers,
+            workers=self.workers,
         )
 
     def transfer_loader(self, specs: dict[str, InputSpec], batch_size: int) -> Loader | None:
@@ -159,13 +168,13 @@ class Workspace:
     def _texts_loader(self, data: PreparedData, specs: dict[str, InputSpec], num_rows: float) -> Loader:
         size = max(1, round(num_rows))
         texts = {name: replace(spec, image=False) for name, spec in specs.items()}
-        options: dict[str, Any] = {"batch_size": size, "seed": self.recipe.seed, "workers": self.recipe.workers}
+        options: dict[str, Any] = {"batch_size": size, "seed": self.recipe.seed, "workers": self.workers}
         return Loader(data, TRAIN, texts, augment=None, shuffle=True, **options, **self._slices())
 
     def clean_loader(self, split: str, spec: InputSpec, reads: str, **changes: int) -> Loader:
         """Rows of a split in order of id, without augmentation; all of them, unless ``rank`` is given."""
         recipe = self.recipe
-        options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "seed": recipe.seed, "workers": recipe.workers}
+        options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "seed": recipe.seed, "workers": self.workers}
         options |= changes
         return Loader(self.data(), split, {reads: spec}, augment=None, shuffle=False, **options)
 

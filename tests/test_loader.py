@@ -349,7 +349,7 @@ def test_without_workers_there_are_no_threads(data, specs):
 
 
 def test_the_background_thread_ends_with_the_iterator(data, specs):
-    batches = make(data, specs, batch_size=2).epoch(0)
+    batches = make(data, specs, batch_size=2, workers=1).epoch(0)
     next(batches)
     assert any(thread.name.startswith("loader") for thread in threading.enumerate())
     batches.close()
@@ -357,7 +357,7 @@ def test_the_background_thread_ends_with_the_iterator(data, specs):
 
 
 def test_exceptions_of_the_background_thread_are_raised(data, specs, monkeypatch):
-    loader = make(data, specs)
+    loader = make(data, specs, workers=1)
     monkeypatch.setattr(loader, "_images", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(loader.epoch(0))

@@ -415,6 +415,11 @@ def test_a_frozen_tower_that_learns_alone_is_kept_as_it_is_then(copied):
         assert not torch.allclose(live, begun(raw["teacher"]).logits["shape.text"], atol=2e-2)  # its head learnt on
 
 
+@pytest.mark.parametrize("settings, expected", [([], 0), (["data.decode_once=false"], 1), (["workers=3"], 3)])
+def test_a_cpu_makes_its_own_batches_unless_images_are_to_be_decoded(project, settings, expected):
+    assert pipeline.workspace(load_recipe("recipe.yaml", settings), {}).workers == expected
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_of_training_unlocks_and_says_so(project, monkeypatch, number, code):
     handler = signal.getsignal(number)

@@ -60,12 +60,12 @@ def test_words_are_replaced_with_the_given_probability(probability, expected):
 def make_mixed(prepared, wordpiece_file):
     """Training batches of 16 labelled rows and 5 of the transfer set, for two models."""
 
-    def make(reads="student") -> MixedLoader:
+    def make(reads="student", workers=0) -> MixedLoader:
         names = ("student", "teacher")
         specs = dict.fromkeys(names, InputSpec(False, wordpiece_file, 16))
         transfer = as_data(TEXTS, prepared)
-        extra = Loader(transfer, "train", specs, batch_size=5, seed=0, augment=None, shuffle=True)
-        return MixedLoader(make_loader(prepared, wordpiece_file, names), extra, reads, pad_id=0)
+        extra = Loader(transfer, "train", specs, batch_size=5, seed=0, augment=None, shuffle=True, workers=workers)
+        return MixedLoader(make_loader(prepared, wordpiece_file, names, workers=workers), extra, reads, pad_id=0)
 
     return make
 
@@ -111,7 +111,7 @@ def test_every_text_is_read_equally_often(make_mixed, prepared):
 
 
 def test_closing_an_epoch_ends_both_loaders(make_mixed):
-    epoch = make_mixed().epoch(0)
+    epoch = make_mixed(workers=1).epoch(0)
     assert len(list(islice(epoch, 2))) == 2
     assert any(thread.name.startswith("loader") for thread in threading.enumerate())
     epoch.close()

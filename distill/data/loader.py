@@ -82,7 +82,7 @@ class Loader:
         group_by_length: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 1,
+        workers: int = 0,
         two_level_rows: int = 10**8,
     ) -> None:
         """Tokenize the split's texts, once for each distinct tokenizer.
