@@ -57,7 +57,7 @@ def test_info_tells_what_the_cache_holds(filled):
     manifest = read_json(filled / "cache/cache.json")
     assert found["folder"] == str(filled / "cache") and found["rows"] == 72 and found["views"] == [0, 1]
     assert found["outputs"]["logits.colour"] == {"shape": [3], "dtype": "float16"}
-    assert found["outputs"]["embeddings.fused"] == {"shape": [16], "dtype": "float16"}
+    assert found["outputs"]["embeddings.fused"] == {"shape": [32], "dtype": "float16"}  # two members
     assert found["bytes"] == manifest["bytes"] and found["seconds"] == manifest["seconds"] > 0
     assert found["bytes_per_row"] == pytest.approx(found["bytes"] / 144)
     assert found["teacher"] == found["key"]["teacher"] == read_json(filled / "teacher/manifest.json")["fingerprint"]
