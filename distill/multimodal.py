@@ -281,8 +281,10 @@ def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
     if not inputs:
         nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
         return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])
+    if torch.compiler.is_exporting():
+        return encoder(inputs)
     given = present[: len(next(iter(inputs.values())))]
-    if torch.compiler.is_exporting() or (len(given) and bool(given.all())):
+    if len(given) and bool(given.all()):
         return Encoded(*(_lengthened(part, len(present)) for part in encoder(inputs)))
     if bool(given.any()):
         return Encoded(*(spread(part, present) for part in encoder({k: v[given] for k, v in inputs.items()})))
