@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from export_models import CLASSES, LABELS, SIZE, VOCAB, StandIn, as_feeds, rows, tiny_preprocessor, trained
+from tiny import make_batch, make_model
 from torch import nn
 
 from distill.contracts import Batch, Outputs, UserError
@@ -112,6 +113,18 @@ def test_one_modality_with_a_shared_embedding(tmp_path: Path) -> None:
     assert list(info["inputs"]) == ["image", "image_present"]
     assert list(info["outputs"]) == ["category", "embedding_fused", "embedding_image"]
     agree(model, tmp_path / "model.onnx", batch)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "cross_attention"])
+def test_our_models_are_traced_at_the_first_attempt(
+    tmp_path: Path, wordpiece_file: Path, fusion: str, monkeypatch
+) -> None:
+    """A choice that depends on the number of rows would make torch trace them twice, the second time slowly."""
+    attempts, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: attempts.append(k.get("strict")) or export(*a, **k))
+    model = make_model(wordpiece_file, fusion=fusion, head_weights={"text": 2.0})
+    export_onnx(model, make_batch(3), tmp_path / "model.onnx")
+    assert attempts == [False]
 
 
 def test_encoded_inputs_are_refused(tmp_path: Path) -> None:
