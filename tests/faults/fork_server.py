@@ -120,6 +120,8 @@ def _fork(tasks: Any, request: dict[str, Any]) -> int:
         for source, target in ((nothing, 0), (handle, 1), (handle, 2)):
             os.dup2(source, target)
         os.chdir(request["cwd"])
+        # torch makes its thread pool anew behind a fork, and two threads that do so at once break it
+        tasks.torch.set_num_threads(1)
         getattr(tasks, request["start"])(**request["arguments"])
         code = 0
     except SystemExit as end:
