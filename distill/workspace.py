@@ -65,8 +65,7 @@ class Workspace:
         recipe = self.recipe
         if recipe.workers is not None:
             return recipe.workers
-        waits = self.ranks.device.type != "cpu" or not recipe.data.decode_once
-        return int(waits)  # on a CPU they would take their time from the training, and its caches
+        return int(self.ranks.device.type != "cpu" or not recipe.data.decode_once)  # on a CPU steps are slower with one
 
     def path(self, stage: str) -> Path:
         """The folder of a finished stage."""

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from tiny import LABELS, make_loader, make_model, terms
-from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, weights, without_times
+from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, stopped_and_continued, weights, without_times
 
 from distill import checkpoint, engine, evaluate
 from distill.config import TrainConfig
@@ -253,13 +253,7 @@ def test_a_contrastive_run_in_parts_with_dropout_can_be_stopped(make_job):
     settings = {"objective": CONTRAST, "accumulate": 3}
     whole = make_job("whole", **settings)
     fit(whole)
-    job = make_job("stopped", **settings)
-    job.report = interrupt_at(8)
-    with pytest.raises(InterruptedRunError):
-        fit(job)
-    again = make_job("stopped", **settings)
-    fit(again)
-    assert_same(weights(again), weights(whole))
+    assert_same(weights(stopped_and_continued(make_job, 8, **settings)), weights(whole))
 
 
 def test_channels_last_changes_where_values_lie_and_not_what_they_are(make_job, wordpiece_file):

@@ -6,13 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_job import BUDGET, assert_same, interrupt_at, weights
+from tiny_job import BUDGET, assert_same, stopped_and_continued, weights
 
 from distill import checkpoint
 from distill.config import OptimizerName, TrainConfig
 from distill.contracts import UserError
 from distill.engine import fit
-from distill.interrupts import InterruptedRunError
 from distill.optimize import OPTIMIZERS, MuonAndAdamW, build_optimizer, check_optimizer, lr_factor
 from distill.step import Trainee
 
@@ -36,13 +35,7 @@ def test_a_run_stopped_and_continued_with_any_optimizer_gives_the_same_weights(m
     fit(whole)
     moved = [key for key, value in whole.tapped.model.named_parameters() if not torch.equal(value, before[key])]
     assert set(before) - set(moved) <= {key for key in before if "missing" in key or key.startswith("embedders")}
-    job = make_job("stopped", **settings)
-    job.report = interrupt_at(7)
-    with pytest.raises(InterruptedRunError):
-        fit(job)
-    again = make_job("stopped", **settings)
-    fit(again)
-    assert_same(weights(again), weights(whole))
+    assert_same(weights(stopped_and_continued(make_job, 7, **settings)), weights(whole))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad"])
@@ -51,13 +44,7 @@ def test_fused_steps_go_on_alike(make_job, name):
     settings = {"optimizer": name, "optimizer_params": {"fused": True}}
     whole = make_job("whole", **settings)
     fit(whole)
-    job = make_job("stopped", **settings)
-    job.report = interrupt_at(7)
-    with pytest.raises(InterruptedRunError):
-        fit(job)
-    again = make_job("stopped", **settings)
-    fit(again)
-    assert_same(weights(again), weights(whole))
+    assert_same(weights(stopped_and_continued(make_job, 7, **settings)), weights(whole))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

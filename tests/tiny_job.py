@@ -4,8 +4,12 @@ import json
 import os
 import signal
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from distill.engine import fit
+from distill.interrupts import InterruptedRunError
 
 EPOCHS = 3
 BUDGET = {"epochs": EPOCHS, "batch_size": 16, "lr": 0.02}
@@ -34,3 +38,14 @@ def interrupt_at(step, signum=signal.SIGINT):
             os.kill(os.getpid(), signum)
 
     return report
+
+
+def stopped_and_continued(make_job, step, **settings):
+    """A job that was stopped behind a step, and one of the same folder that went on to the end, which is returned."""
+    job = make_job("stopped", **settings)
+    job.report = interrupt_at(step)
+    with pytest.raises(InterruptedRunError):
+        fit(job)
+    again = make_job("stopped", **settings)
+    fit(again)
+    return again
