@@ -12,6 +12,7 @@ from distill.data.sources import GIVEN, SOURCES
 from distill.losses.objective import check_terms, needs_teacher
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
+from distill.other_teachers import Fitted, check_teachers
 from distill.sharding import check_sharding
 from distill.trackers import check_trackers
 from distill.workspace import takes_tokenizer, takes_tokens
@@ -20,7 +21,7 @@ Registry = Mapping[str, Callable[..., Any]]
 
 
 def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
-    """Check a recipe without touching data or weights.
+    """Check a recipe without touching data or weights, but for the hashes of other runs' teachers.
 
     Args:
         recipe: validated by its schema.
@@ -45,14 +46,15 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
                 raise UserError(f"{where}.encoders: the data has no modality {modality!r}; {hint}")
         given = {name: {"tokenizer_file": ""} for name in _takers(model, encoders)}
         check_model(model, encoders, where, list(recipe.data.targets), given)
+    others = check_teachers(recipe)
     _check_inheritance(recipe, encoders, inheritances)
-    _check_transfer(recipe)
+    _check_transfer(recipe, others)
     _check_pretraining(recipe.teacher)
     _check_class_names(recipe)
     _check_budgets(recipe)
-    _check_terms(recipe.teacher.objective, [recipe.teacher], recipe, "teacher.objective")
-    _check_terms(recipe.student.baseline, [recipe.student], recipe, "student.baseline")
-    _check_terms(recipe.student.objective, [recipe.student, recipe.teacher], recipe, "student.objective")
+    _check_terms(recipe.teacher.objective, recipe.teacher, recipe, "teacher.objective")
+    _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
+    _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
 
 
 def _takers(model: ModelConfig, encoders: Registry) -> list[str]:
@@ -101,7 +103,7 @@ def _check_alike(recipe: Recipe, name: str, inheritance: str) -> None:
             )
 
 
-def _check_transfer(recipe: Recipe) -> None:
+def _check_transfer(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
     """Texts without labels need readers on both sides, and a teacher to answer them."""
     if not recipe.transfer.texts:
         return
@@ -112,7 +114,8 @@ def _check_transfer(recipe: Recipe) -> None:
     largest = max(recipe.student.train.batch_size, recipe.prune.train.batch_size) * recipe.transfer.ratio
     if recipe.transfer.texts < round(largest):
         raise UserError(f"{wanted}, and a batch takes {round(largest)} of them; raise it or lower transfer.ratio")
-    if not needs_teacher(recipe.student.objective):
+    blind = {name for name, other in others.items() if "text" not in other.modalities}
+    if not needs_teacher([term for term in recipe.student.objective if term.teacher not in blind]):
         raise UserError(
             f"{wanted}, and no term of student.objective reads the teacher, who alone could say what these texts are; "
             "add such a term or set it to 0"
@@ -171,19 +174,48 @@ def _check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:
             )
 
 
-def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], recipe: Recipe, where: str) -> None:
-    """Each term's loss is known, and its task and embedding exist in the trained model, the first, and its teacher."""
+def _check_terms(
+    terms: Sequence[TermConfig],
+    model: ModelConfig,
+    recipe: Recipe,
+    where: str,
+    others: Mapping[str, Fitted] | None = None,
+) -> None:
+    """Each term's loss is known, and its task and embedding exist in the trained model and in the teacher it reads.
+
+    Args:
+        terms: of the objective.
+        model: the trained one.
+        recipe: the whole.
+        where: dotted path of the objective.
+        others: teachers of other runs; None where the objective may read no teacher.
+    """
     check_terms(terms, where)
-    if len(models) == 1 and needs_teacher(terms):
+    if others is None and needs_teacher(terms):
         raise UserError(f"{where}: a term reads a teacher, and this stage has none; use losses on labels here")
     for number, term in enumerate(terms):
-        for model in models if needs_teacher([term]) else models[:1]:
-            tasks = list(model.heads or recipe.data.targets)
-            if model.unimodal_heads:
-                tasks += [f"{task}.{name}" for task in tasks for name in (*model.encoders, "fused")]
-            embeddings = [*model.encoders, "fused"]
-            if term.task is not None and term.task not in tasks:
-                raise UserError(f"{where}[{number}]: no task {term.task!r}; {nearest(term.task, tasks)}")
-            for name in [] if term.embedding is None else term.embedding.split(","):
-                if name not in embeddings:
-                    raise UserError(f"{where}[{number}]: no embedding {name!r}; {nearest(name, embeddings)}")
+        place, ours = f"{where}[{number}]", list(recipe.data.targets)
+        _check_names(term, model, ours, f"{place}: no")
+        if others is None or not needs_teacher([term]):
+            continue
+        if term.teacher is None:
+            _check_names(term, recipe.teacher, ours, f"{place}: no")
+        elif term.teacher not in others:
+            hint = nearest(term.teacher, others) if others else "there are none: add it"
+            raise UserError(f"{place}: no teacher {term.teacher!r} under 'teachers'; {hint}")
+        else:
+            other, having = others[term.teacher], f"{place}: teacher {term.teacher!r} has no"
+            _check_names(term, other.recipe.teacher, [task for task in other.tasks if task in ours], having)
+
+
+def _check_names(term: TermConfig, model: ModelConfig, tasks: Sequence[str], missing: str) -> None:
+    """A term's task and embedding are among those of a model; ``missing`` begins what is said if not."""
+    names = list(model.heads or tasks)
+    if model.unimodal_heads:
+        names += [f"{task}.{name}" for task in names for name in (*model.encoders, "fused")]
+    embeddings = [*model.encoders, "fused"]
+    if term.task is not None and term.task not in names:
+        raise UserError(f"{missing} task {term.task!r}; {nearest(term.task, names)}")
+    for name in [] if term.embedding is None else term.embedding.split(","):
+        if name not in embeddings:
+            raise UserError(f"{missing} embedding {name!r}; {nearest(name, embeddings)}")

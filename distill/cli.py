@@ -159,8 +159,10 @@ def validate(
         raise UserError("validate: name a recipe, or ask for --schema")
     loaded = _load(recipe, overrides, teacher=teacher, student=student, data=data)
     from distill import pipeline
+    from distill.other_teachers import check_source_labels
 
     pipeline.check(loaded)
+    check_source_labels(loaded)
     typer.echo(f"{recipe}: valid; run folder {pipeline.run_folder(loaded)}")
 
 

@@ -92,6 +92,11 @@ class DataConfig(Strict):
     augment: AugmentConfig = AugmentConfig()
 
 
+def of_teacher(name: str, teacher: str | None) -> str:
+    """Return the name of an output among those of all teachers: ``NAME@TEACHER``, or just ``NAME`` of the run's own."""
+    return name if teacher is None else f"{name}@{teacher}"
+
+
 class TermConfig(Strict):
     """One term of an objective: a loss on one task, one embedding or one pair of taps."""
 
@@ -100,13 +105,14 @@ class TermConfig(Strict):
     task: str | None = None  # "category", or "category.image" for the head of one modality
     embedding: str | None = None  # "image", "text" or "fused"; "image,text" for a contrastive loss
     taps: dict[Literal["student", "teacher"], str] | None = None
+    teacher: str | None = None  # which of the recipe's ``teachers`` it reads; the run's own where absent
     params: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
         """The name under which the term is logged."""
         target = self.task or self.embedding or (self.taps or {}).get("student", "")
-        return f"{self.loss}/{target}"
+        return of_teacher(f"{self.loss}/{target}", self.teacher)
 
 
 class ProgressiveResizing(Strict):
@@ -180,6 +186,12 @@ class TeacherConfig(ModelConfig):
     pretrain: dict[str, TrainConfig] = {}  # modality -> budget in which its encoder learns alone, a frozen one too
     train: TrainConfig = TrainConfig()
     objective: list[TermConfig] = Field(min_length=1)
+
+
+class OtherTeacherConfig(Strict):
+    """A teacher that another run has fitted."""
+
+    run: str  # that run's folder, OUTPUT/NAME
 
 
 class StudentConfig(ModelConfig):
@@ -263,6 +275,7 @@ class Recipe(Strict):
     workers: int | None = Field(None, ge=0, le=64)
     data: DataConfig
     teacher: TeacherConfig
+    teachers: dict[str, OtherTeacherConfig] = {}  # name -> a further teacher, which terms of student.objective name
     student: StudentConfig
     transfer: TransferConfig = TransferConfig()
     cache: CacheConfig = CacheConfig()

@@ -16,13 +16,14 @@ from distill.build import build_model, example_batch, input_spec
 from distill.cache import default_shard_rows, flatten
 from distill.config import AugmentConfig, ModelConfig, Recipe, TrainConfig
 from distill.contracts import TRAIN, Batch, Outputs, UserError
+from distill.data.loader import InputSpec
 from distill.data.rows import count_splits, number_classes, read_rows
 from distill.data.sources import open_source
-from distill.losses.objective import tap_paths
-from distill.multimodal import MultimodalModel, OneModality, Tapped
+from distill.multimodal import MultimodalModel, OneModality
+from distill.other_teachers import Teachers, check_labels
 from distill.shards import DTYPES, shard_size
 from distill.towers import frozen_towers
-from distill.workspace import takes_tokenizer
+from distill.workspace import TEACHER, takes_tokenizer
 
 ROWS, LENGTH, REPEATS = 64, 8, 3  # of the batch that is timed
 ID_BYTES, HEADER_BYTES, SHARD_BYTES, MANIFEST_BYTES = 4, 70, 1000, 2000  # of files that describe, roughly
@@ -37,7 +38,7 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         encoders: encoder type -> class.
 
     Returns:
-        ``rows`` a split; ``num_params`` of teacher and student; ``disk_bytes`` of the data's images and
+        ``rows`` a split; ``num_params`` of teachers and student; ``disk_bytes`` of the data's images and
         of towers, at most, and of the cache with the answers to the transfer set, within a few percent;
         ``seconds`` of encoding and training, from a few steps timed here and now. What needs weights that are not
         there is left out, and ``missing`` says why.
@@ -54,20 +55,22 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     num_classes = {task: len(names) for task, names in labels.items()}
     student = _build(recipe.student, "student", encoders, num_classes)
     found["num_params"]["student"] = _num_params(student)
+    check_labels(recipe, labels)
     try:
         teacher = _build(recipe.teacher, "teacher", encoders, num_classes)
+        teachers = Teachers(recipe, encoders, labels, teacher.eval())
     except UserError as error:
         return {**found, "missing": str(error)}
-    found["num_params"]["teacher"] = _num_params(teacher)
+    found["num_params"] |= teachers.num_params()
     views, train = (recipe.cache.views if recipe.data.augment != AugmentConfig() else 1), counts[TRAIN]
     texts, pretrain = recipe.transfer.texts, recipe.teacher.pretrain
     encode, batch, tower_bytes = _encoded(teacher, recipe)
-    tapped = Tapped(teacher.eval(), tap_paths(recipe.student.objective, "teacher"))
-    with torch.no_grad():
-        answer = _least_seconds(lambda: tapped(batch)) / ROWS
-        stored = _store_bytes(tapped(batch), train, views, recipe.cache.dtype)
-        if texts:
-            stored += _store_bytes(tapped(_texts_alone(batch)), texts, 1, recipe.cache.dtype)
+    batches = {name: _example(spec, recipe) for name, spec in teachers.specs.items()} | {TEACHER: batch}
+    answer = _least_seconds(lambda: teachers(batches)) / ROWS
+    stored = _store_bytes(teachers(batches), train, views, recipe.cache.dtype)
+    if texts:
+        alone = {name: _texts_alone(item) for name, item in batches.items()}
+        stored += _store_bytes(teachers(alone), texts, 1, recipe.cache.dtype)
     inputs = len(rows.ids) + train * views
     found["disk_bytes"] |= {"towers": int(inputs * tower_bytes), "cache": stored}
     step = {"teacher": _seconds_a_row(teacher, batch)}
@@ -83,8 +86,8 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         "pruned": _trained(recipe.prune.train, train) * mixed,
     }
     if pretrain:
-        alone = [_trained(part, train) * _alone(teacher, name, recipe) for name, part in pretrain.items()]
-        found["seconds"]["pretrain"] = sum(alone)
+        learning = [_trained(part, train) * _alone(teacher, name, recipe) for name, part in pretrain.items()]
+        found["seconds"]["pretrain"] = sum(learning)
     return found
 
 
@@ -111,10 +114,15 @@ def _num_params(model: MultimodalModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _example(spec: InputSpec, recipe: Recipe) -> Batch:
+    """A batch as a model of this spec reads it."""
+    return example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
+
+
 def _encoded(model: MultimodalModel, recipe: Recipe) -> tuple[float, Batch, float]:
     """Return seconds a row of the frozen towers, a batch that holds their outputs, and those outputs' bytes a row."""
     spec = input_spec(model)
-    batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
+    batch = _example(spec, recipe)
     inputs, size, began = dict(batch.inputs), 0.0, time.perf_counter()
     with torch.no_grad():
         for name in frozen_towers(model):
@@ -136,9 +144,7 @@ def _alone(model: MultimodalModel, modality: str, recipe: Recipe) -> float:
     """Seconds a row of an encoder that learns alone."""
     encoder: Any = model.encoders[modality]
     encoder.thaw()
-    spec = input_spec(model)
-    batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
-    return _seconds_a_row(OneModality(model, modality), batch)
+    return _seconds_a_row(OneModality(model, modality), _example(input_spec(model), recipe))
 
 
 def _texts_alone(batch: Batch) -> Batch:

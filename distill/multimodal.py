@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-MEMBER = "@"  # "TASK@1" is what the ensemble's second member answers in training
+MEMBER = "@"  # "TASK@1" is what the ensemble's second member answers in training, when no teacher answers "TASK@NAME"
 
 
 class Encoded(NamedTuple):

@@ -21,6 +21,7 @@ from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.objective import tap_paths
+from distill.other_teachers import cache_parts, check_labels
 from distill.progress import progress
 from distill.ranks import join
 from distill.recipe import as_yaml
@@ -78,7 +79,7 @@ def _vocabulary(recipe: Recipe) -> Any:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as fingerprints see it: files count by their content, wherever they lie."""
-    unrelated = {"output": True, "trackers": True, "workers": True}
+    unrelated = {"output": True, "trackers": True, "workers": True, "teachers": True}  # the stage "cache" knows these
     places = {"path", "root", "train", "valid", "test"}
     training: Any = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
     tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}, "teacher": training})
@@ -152,7 +153,7 @@ STAGES = (
         "store the teacher's outputs",
         stages.fill_cache,
         ("data", "towers", "transfer", "teacher"),
-        lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
+        lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher"), cache_parts(r)],
         resumes=True,
         together=True,
         mends=True,
@@ -350,18 +351,18 @@ def run(
             write_json(folder / "recipe.resolved.json", recipe.model_dump())
             (folder / "recipe.resolved.yaml").write_text(as_yaml(recipe), encoding="utf-8")
         trackers = Trackers(list(recipe.trackers) if ranks.first else [], folder / "trackers", recipe.name)
-        quiet = quiet or not ranks.first
+        if not ranks.first:
+            quiet, say = True, lambda line: None
         work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet, ranks=ranks, trackers=trackers)
         for item in planned:
-            if item.artifact is not None:
-                work.done[item.stage.name] = item.artifact
-                continue
-            speak = say if ranks.first else _silent
-            speak(f"{item.stage.name}: {item.stage.about}")
-            artifact = _run_stage(item, work, folder / item.stage.name)
-            cost = artifact.info["cost"]
-            speak(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
-            work.done[item.stage.name] = artifact
+            if item.artifact is None:
+                say(f"{item.stage.name}: {item.stage.about}")
+                artifact = _run_stage(item, work, folder / item.stage.name)
+                cost = artifact.info["cost"]
+                say(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
+            work.done[item.stage.name] = item.artifact or artifact
+            if item.stage.name == "data":
+                check_labels(recipe, work.labels())  # before a teacher is fitted for hours
         ranks.wait()
     return work.done
 
@@ -369,10 +370,6 @@ def run(
 def workspace(recipe: Recipe, done: dict[str, Artifact]) -> Workspace:
     """Open the finished stages of a run."""
     return Workspace(recipe, ENCODERS, students.INHERITANCES, done, quiet=True)
-
-
-def _silent(line: str) -> None:
-    """Say nothing."""
 
 
 def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:

@@ -125,6 +125,8 @@ def _anchored(recipe: Recipe, files: dict[str, Path], assigned: Iterable[str]) -
         for name, part in tree[model]["encoders"].items():
             if "weights" in part:
                 part["weights"] = absolute(part["weights"], model, "encoders", name, "weights", prefix=LOCAL)
+    for name, other in tree.get("teachers", {}).items():
+        other["run"] = absolute(other["run"], "teachers", name, "run")
     return Recipe.model_validate(tree)
 
 

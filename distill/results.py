@@ -21,6 +21,7 @@ from distill.contracts import TEST, TRAIN, VALID
 from distill.export.bundle import parity, write_bundle
 from distill.export.onnx import export_onnx
 from distill.multimodal import MultimodalModel
+from distill.other_teachers import provenance
 from distill.predict import MODEL_FILE, load
 from distill.progress import progress
 from distill.quantize import quantize_static
@@ -189,6 +190,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         curves={name: _curve(work.path(name) / "metrics.jsonl") for name in TRAINED},
         costs={name: artifact.info["cost"] for name, artifact in work.done.items() if "cost" in artifact.info},
         cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
+        teachers=provenance(recipe),
         parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
         examples=lambda row: _example(work, row),
         num_examples=recipe.report.examples,

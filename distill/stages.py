@@ -20,13 +20,14 @@ from distill.build import example_batch, input_spec
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights, save_weights
 from distill.config import Recipe, TermConfig, TrainConfig, build_part
-from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs, UserError
+from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
 from distill.inventory import TRANSFER as TRANSFER_PART
 from distill.losses.objective import Objective, counts_classes, needs_teacher, tap_paths
 from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
+from distill.other_teachers import ORIGIN, Teachers, cache_parts, modalities_read, origin
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.runs import read_array, seed_everything, write_json
@@ -70,7 +71,8 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     config = work.recipe.teacher
     model = work.pretrained_teacher()
     loader = _teachers_rows(work, model, config.train, repeat="image" in frozen_towers(model))
-    return _fit(work, _job(work, folder, model, loader, TEACHER, config.train, config.objective), "fit teacher")
+    info = _fit(work, _job(work, folder, model, loader, TEACHER, config.train, config.objective), "fit teacher")
+    return {**info, ORIGIN: origin(work.recipe, work.labels(), model)}
 
 
 def _teachers_rows(work: Workspace, model: Any, train: TrainConfig, *, repeat: bool) -> Any:
@@ -132,32 +134,35 @@ def training_views(loader: Loader, recipe: Recipe) -> list[int]:
 
 
 def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Store the teacher's outputs for every training row and view, and for the transfer set."""
+    """Store the teachers' outputs for every training row and view, and for the transfer set."""
     recipe = work.recipe
-    model = work.teacher()
-    specs = {TEACHER: input_spec(model)}
-    tapped = Tapped(model, tap_paths(recipe.student.objective, TEACHER))
-    loader = work.train_loader(specs, recipe.student.train)
+    teachers = _teachers(work)
+    loader = work.train_loader(teachers.specs, recipe.student.train)
     views = training_views(loader, recipe)
-    info = _fill(work, folder, tapped, work.towers(loader, model), views, "fill teacher cache")
-    transfer = work.transfer_loader(specs, EVALUATION_BATCH)
+    info = _fill(work, folder, teachers, work.towers(loader, teachers.own), views, "fill teacher cache")
+    transfer = work.transfer_loader(teachers.specs, EVALUATION_BATCH)
     if transfer is not None:
         label = "ask teacher about the transfer set"
-        extra = _fill(work, folder / TRANSFER_PART, tapped, transfer, [CLEAN_VIEW], label)
+        extra = _fill(work, folder / TRANSFER_PART, teachers, transfer, [CLEAN_VIEW], label)
         info |= {f"transfer_{name}": extra[name] for name in ("rows", "bytes", "seconds")}
     return info
 
 
+def _teachers(work: Workspace) -> Teachers:
+    """All that the student learns from."""
+    return Teachers(work.recipe, work.encoders, work.labels(), work.teacher())
+
+
 def _fill(
-    work: Workspace, folder: Path, tapped: Tapped, loader: Loader | WithTowers, views: list[int], label: str
+    work: Workspace, folder: Path, teachers: Teachers, loader: Loader | WithTowers, views: list[int], label: str
 ) -> dict[str, Any]:
     ids, ranks = loader.data.ids[loader.row_positions], work.ranks
-    tapped.model.to(ranks.device)
 
     def produce(wanted: np.ndarray, view: int) -> Outputs:
         rows = loader.row_positions[np.searchsorted(ids, wanted)]
+        batches = loader.batch(rows, torch.full((len(rows),), view))
         with torch.inference_mode():
-            return tapped(loader.batch(rows, torch.full((len(rows),), view))[TEACHER].to(ranks.device))
+            return teachers({name: batch.to(ranks.device) for name, batch in batches.items()})
 
     with progress(label, quiet=work.quiet) as report:
         TeacherCache.fill(
@@ -188,6 +193,7 @@ def cache_key(work: Workspace) -> dict[str, Any]:
         "augmentation": recipe.data.augment.model_dump(),
         "seed": recipe.seed,
         "outputs": tap_paths(recipe.student.objective, TEACHER),
+        **cache_parts(recipe),
     }
 
 
@@ -277,10 +283,9 @@ def _distillation(work: Workspace, folder: Path, model: MultimodalModel, train: 
         return _job(work, folder, model, work.train_loader(specs, train), STUDENT, train, terms)
     if recipe.cache.enabled:
         return _job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, _cached(work))
-    teacher = work.teacher()
-    specs[TEACHER] = input_spec(teacher)
-    loader = _mixed(work, specs, train, teacher)
-    return _job(work, folder, model, loader, STUDENT, train, terms, _live(work, teacher))
+    teachers = _teachers(work)
+    loader = _mixed(work, specs | teachers.specs, train, teachers.own)
+    return _job(work, folder, model, loader, STUDENT, train, terms, _live(work, teachers))
 
 
 def _mixed(
@@ -295,7 +300,7 @@ def _mixed(
 
 
 def _cached(work: Workspace) -> engine.Teacher:
-    """The teacher's stored answers."""
+    """The teachers' stored answers."""
     cache = TeacherCache.open(work.path("cache"), cache_key(work))
     if not work.recipe.transfer.texts:
         return lambda batches: cache(batches[STUDENT])
@@ -303,18 +308,11 @@ def _cached(work: Workspace) -> engine.Teacher:
     return lambda batches: join_outputs(cache(batches[STUDENT + LABELLED]), transfer(batches[STUDENT + TRANSFER]))
 
 
-def _live(work: Workspace, teacher: MultimodalModel) -> engine.Teacher:
-    """The teacher itself."""
-    tapped = Tapped(teacher, tap_paths(work.recipe.student.objective, TEACHER))
-
-    def answer(batch: Batch) -> Outputs:
-        teacher.to(batch.ids.device)  # where the engine put the batch; nothing moves after the first step
-        with torch.no_grad():
-            return tapped(batch)
-
+def _live(work: Workspace, teachers: Teachers) -> engine.Teacher:
+    """The teachers themselves."""
     if not work.recipe.transfer.texts:
-        return lambda batches: answer(batches[TEACHER])
-    return lambda batches: join_outputs(answer(batches[TEACHER + LABELLED]), answer(batches[TEACHER + TRANSFER]))
+        return teachers
+    return lambda batches: join_outputs(teachers(batches, LABELLED), teachers(batches, TRANSFER))
 
 
 def _fit(work: Workspace, job: engine.Job, label: str) -> dict[str, Any]:
@@ -342,6 +340,7 @@ def _job(
         student_example = tapped(first[reads])
     seed_everything(work.recipe.seed)  # the projectors start alike, whatever ran before in this process
     counts = work.class_counts() if counts_classes(terms) else None
-    objective = Objective(terms, student_example, teacher(first) if teacher else None, counts)
+    read = modalities_read(work.recipe) if teacher else None
+    objective = Objective(terms, student_example, teacher(first) if teacher else None, counts, read)
     validate = work.validator(model, reads)
     return engine.Job(tapped, objective, loader, reads, train, folder, work.recipe.seed, validate, teacher)

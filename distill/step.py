@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
-from distill.data.transforms import shrink_images
+from distill.data.transforms import resize_images
 from distill.gradient_cache import backward_in_parts
 from distill.losses.objective import Objective, tap_paths
 from distill.multimodal import Tapped
@@ -104,7 +104,7 @@ class Trainee(nn.Module):
         if images is None or images.ndim != 4:  # none, or what a frozen tower made of them
             return batch
         if self.training and self.image_size:
-            images = shrink_images(images, self.image_size)
+            images = resize_images(images, self.image_size)
         if self._channels_last:
             images = images.to(memory_format=torch.channels_last)
         return batch._replace(inputs={**batch.inputs, "image": images})

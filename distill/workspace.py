@@ -20,7 +20,7 @@ from distill.contracts import TRAIN, VALID, Artifact
 from distill.data.class_names import class_names
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import as_data
-from distill.data.prepared import PreparedData
+from distill.data.prepared import LABELS_FILE, PreparedData
 from distill.multimodal import MultimodalModel, OneModality
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
@@ -75,9 +75,13 @@ class Workspace:
         """The prepared data."""
         return PreparedData.open(self.path("data"), self.recipe.data)
 
+    def labels(self) -> dict[str, list[str]]:
+        """Task -> names of its classes, in order of label."""
+        return dict(read_json(self.path("data") / LABELS_FILE))
+
     def num_classes(self) -> dict[str, int]:
         """Task -> number of classes."""
-        return {task: len(names) for task, names in read_json(self.path("data") / "labels.json").items()}
+        return {task: len(names) for task, names in self.labels().items()}
 
     def class_counts(self) -> dict[str, Tensor]:
         """Task -> int64 [C], the training rows of each class."""

@@ -55,6 +55,7 @@ LEVELS = {
     },
     5: {
         "distill.workspace",
+        "distill.other_teachers",
         "distill.stages",
         "distill.results",
         "distill.check",

@@ -6,7 +6,7 @@ from tiny import SIZE, make_batch, make_model, terms
 from tiny_job import assert_same, stopped_and_continued, weights
 
 from distill.config import TrainConfig
-from distill.data.transforms import shrink_images
+from distill.data.transforms import resize_images
 from distill.engine import fit
 from distill.optimize import image_size
 
@@ -22,7 +22,7 @@ def test_a_smaller_pixel_is_the_mean_of_what_it_covers(kind):
     if kind == "blocks":
         images = images[:, :, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3)
     before = images.clone()
-    small = shrink_images(images, 8)
+    small = resize_images(images, 8)
     assert small.shape == (4, 3, 8, 8) and small.dtype == torch.uint8 and torch.equal(images, before)
     assert (small.float().mean(dim=(2, 3)) - images.float().mean(dim=(2, 3))).abs().max() < 6
     if kind == "constant":

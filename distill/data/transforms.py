@@ -110,19 +110,19 @@ def _scale(images: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
     return torch.from_numpy(values.astype(np.uint8))
 
 
-def shrink_images(images: Tensor, size: int) -> Tensor:
-    """Make images smaller, each new pixel from all those that it covers.
+def resize_images(images: Tensor, size: int) -> Tensor:
+    """Bring images to another size; each pixel of a smaller one is made from all those that it covers.
 
     Args:
         images: uint8 [B, 3, S, S], any device.
-        size: pixels, at most S.
+        size: pixels.
 
     Returns:
         uint8 [B, 3, size, size].
     """
     pixels = images if images.device.type == "cpu" else images.float()  # only CPUs have the kernel for uint8
-    smaller = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-    return smaller if smaller.dtype == torch.uint8 else smaller.round_().clamp_(0, WHITE).to(torch.uint8)
+    resized = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    return resized if resized.dtype == torch.uint8 else resized.round_().clamp_(0, WHITE).to(torch.uint8)
 
 
 def drop_words(words: Tensor, ids: Tensor, views: Tensor, seed: int, probability: float) -> Tensor:

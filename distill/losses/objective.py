@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.config import TermConfig, nearest
+from distill.config import TermConfig, nearest, of_teacher
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.losses import contrastive, features, logits
 from distill.losses.numeric import upcast
@@ -50,6 +50,7 @@ LOSSES = {
 }
 
 LABELS: tuple[Kind, ...] = ("labels", "labels+counts", "teacher+labels")
+TEACHING: tuple[Kind, ...] = ("teacher", "teacher+labels", "features")
 NEEDS = {"labels": "task", "labels+counts": "task", "teacher": "task", "teacher+labels": "task", "pair": "embedding"}
 
 
@@ -76,11 +77,13 @@ def check_terms(terms: Sequence[TermConfig], where: str) -> None:
             raise UserError(f'{place}: {term.loss} needs two embeddings, write "image,text"; got {term.embedding!r}')
         if term.taps is not None and set(term.taps) != {"student", "teacher"}:
             raise UserError(f"{place}: taps needs both 'student' and 'teacher'")
+        if term.teacher is not None and loss.kind not in TEACHING:
+            raise UserError(f"{place}: {term.loss} reads no teacher; leave out its key 'teacher'")
 
 
 def needs_teacher(terms: Sequence[TermConfig]) -> bool:
     """Whether any term reads a teacher."""
-    return any(LOSSES[term.loss].kind in ("teacher", "teacher+labels", "features") for term in terms)
+    return any(LOSSES[term.loss].kind in TEACHING for term in terms)
 
 
 def counts_classes(terms: Sequence[TermConfig]) -> bool:
@@ -88,9 +91,12 @@ def counts_classes(terms: Sequence[TermConfig]) -> bool:
     return any(LOSSES[term.loss].kind == "labels+counts" for term in terms)
 
 
-def tap_paths(terms: Sequence[TermConfig], side: Literal["student", "teacher"]) -> list[str]:
-    """The module paths whose outputs the terms read on one side, without repetition."""
-    return list(dict.fromkeys(term.taps[side] for term in terms if term.taps))
+def tap_paths(
+    terms: Sequence[TermConfig], side: Literal["student", "teacher"], teacher: str | None = None
+) -> list[str]:
+    """The module paths whose outputs the terms read of the student or of one teacher, without repetition."""
+    read = [term.taps for term in terms if term.taps and (side == "student" or term.teacher == teacher)]
+    return list(dict.fromkeys(taps[side] for taps in read))
 
 
 class Objective(nn.Module):
@@ -102,8 +108,11 @@ class Objective(nn.Module):
     Args:
         terms: what to sum.
         student: example outputs of the student, from one forward.
-        teacher: example outputs of the teacher; None when no term needs one.
+        teacher: example outputs of the teachers; None when no term needs one. Those of a teacher of another run have
+            ``@NAME`` behind their names.
         class_counts: task -> int64 [C], the training rows of each class; None when no term :func:`counts_classes`.
+        reads: teacher (None is the run's own) -> the modalities that it reads: of rows with none of these it has
+            nothing to say, and its terms leave them out. A teacher that is not named answers all rows.
 
     Raises:
         UserError: a term names a task, embedding or tap that a model does not give, or no projector fits.
@@ -115,11 +124,12 @@ class Objective(nn.Module):
         student: Outputs,
         teacher: Outputs | None,
         class_counts: Mapping[str, Tensor] | None = None,
+        reads: Mapping[str | None, Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
         check_terms(terms, "objective")
         self.terms = tuple(terms)
-        self.class_counts = dict(class_counts or {})
+        self.class_counts, self._reads = dict(class_counts or {}), dict(reads or {})
         self.projectors = nn.ModuleDict()
         for index, term in enumerate(self.terms):
             if LOSSES[term.loss].kind != "features":
@@ -137,7 +147,7 @@ class Objective(nn.Module):
 
     def num_rows(self, batch: Batch) -> Tensor:
         """How many rows each term is about (those with a label, or with the modality): int64 [terms]."""
-        return torch.tensor([_num_rows(term, batch) for term in self.terms])
+        return torch.tensor([_num_rows(term, batch, self._reads) for term in self.terms])
 
     def forward(
         self,
@@ -151,7 +161,7 @@ class Objective(nn.Module):
 
         Args:
             student: the student's outputs for ``batch``; of an ensemble in training, terms are means over its members.
-            teacher: the teacher's, or None.
+            teacher: the teachers', or None.
             batch: the rows.
             shares: of a part of a batch, each term's share in the whole's value: those of all parts add up to 1, so
                 that the values of all parts add up to the whole's. Parts may be those of ranks; others must not have
@@ -182,7 +192,7 @@ class Objective(nn.Module):
     ) -> Tensor:
         loss = LOSSES[term.loss]
         arguments = list(self._arguments(index, term, loss.kind, student, teacher, batch))
-        rows = _rows(term, batch)
+        rows = _rows(term, batch, self._reads)
         if rows is not None:
             arguments = [tensor[rows] for tensor in arguments]
         if loss.relational and ranks is not None:
@@ -209,29 +219,34 @@ class Objective(nn.Module):
                 feature = self.projectors[str(index)](feature)
             return feature, _feature(term, teacher, "teacher")
         task = str(term.task)
-        pair = _pick(student.logits, task, term.name), _pick(teacher.logits, task, term.name)
+        theirs = _pick(teacher.logits, of_teacher(task, term.teacher), term.name)
+        pair = _pick(student.logits, task, term.name), theirs
         return pair if kind == "teacher" else (*pair, batch.targets[task.split(".")[0]])
 
 
-def _rows(term: TermConfig, batch: Batch) -> Tensor | None:
-    """The rows a term is about: those that have its modalities; None for all."""
+def _rows(term: TermConfig, batch: Batch, reads: Mapping[str | None, Sequence[str]]) -> Tensor | None:
+    """The rows a term is about: those that have its modalities, and one that its teacher reads; None for all."""
     names: list[str] = []
     if term.task and "." in term.task:
         names = [term.task.split(".")[1]]
     elif term.embedding:
         names = term.embedding.split(",")
-    elif term.taps and term.taps["student"].partition(".")[0] in ("encoders", "necks", "token_necks"):
-        names = [term.taps["student"].partition(":")[0].split(".")[1]]
-    masks = [batch.present[name] for name in names if name in batch.present]
+    elif term.taps:
+        paths = [path.partition(":")[0].split(".") for path in dict.fromkeys(term.taps.values())]
+        names = [path[1] for path in paths if path[0] in ("encoders", "necks", "token_necks")]
+    masks = [batch.present[name] for name in dict.fromkeys(names) if name in batch.present]
+    theirs = reads.get(term.teacher, ()) if needs_teacher([term]) else ()
+    if theirs and not batch.present.keys() <= set(theirs):  # else every row has one of them
+        masks.append(torch.stack([batch.present[name] for name in theirs]).any(dim=0))
     if not masks:
         return None
     keep = torch.stack(masks).all(dim=0)
     return None if bool(keep.all()) else keep
 
 
-def _num_rows(term: TermConfig, batch: Batch) -> int:
+def _num_rows(term: TermConfig, batch: Batch, reads: Mapping[str | None, Sequence[str]]) -> int:
     """How many rows a term averages over."""
-    rows = _rows(term, batch)
+    rows = _rows(term, batch, reads)
     counted = torch.ones_like(batch.ids, dtype=torch.bool) if rows is None else rows
     if LOSSES[term.loss].kind in LABELS:
         counted = counted & (batch.targets[str(term.task).split(".")[0]] != IGNORE)
@@ -239,9 +254,10 @@ def _num_rows(term: TermConfig, batch: Batch) -> int:
 
 
 def _feature(term: TermConfig, outputs: Outputs, side: Literal["student", "teacher"]) -> Tensor:
+    teacher = term.teacher if side == "teacher" else None
     if term.taps is not None:
-        return _pick(outputs.features, term.taps[side], term.name)
-    return _pick(outputs.embeddings, str(term.embedding), term.name)
+        return _pick(outputs.features, of_teacher(term.taps[side], teacher), term.name)
+    return _pick(outputs.embeddings, of_teacher(str(term.embedding), teacher), term.name)
 
 
 def _pick(tensors: dict[str, Tensor], name: str, term: str) -> Tensor:

@@ -50,6 +50,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
         "curves": context.curves,
         "costs": context.costs,
         "cache": context.cache,
+        "teachers": context.teachers,
         "parity": context.parity,
         "versions": context.versions,
         "recipe": context.recipe,

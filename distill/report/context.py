@@ -72,6 +72,7 @@ class ReportContext:
         curves: model -> one dict an epoch, with ``epoch``, ``train_loss`` and ``valid/<task>_accuracy``.
         costs: stage -> ``{"seconds", "cpu_seconds"}``.
         cache: what the teacher cache cost, JSON values; keys ending in ``bytes`` or ``seconds`` are shown as such.
+        teachers: further teacher that the student learnt from -> ``{"run", "fingerprint"}`` of where it was fitted.
         parity: bundle -> what its export gate measured, JSON values.
         examples: shows a row to a human; None for none.
         num_examples: largest number of regressions shown.
@@ -93,6 +94,7 @@ class ReportContext:
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     cache: Mapping[str, Any] = field(default_factory=dict)
+    teachers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     examples: Examples | None = None
     num_examples: int = 8
