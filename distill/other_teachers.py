@@ -83,7 +83,10 @@ class Fitted:
             UserError: weights do not fit, pretrained parts are not there, or its tokenizer is another one by now.
         """
         done = {stage: Artifact(stage, self.folder / stage, self.fingerprint) for stage in ("data", TEACHER)}
-        model = Workspace(self.recipe, encoders, {}, done, quiet=True).teacher()
+        try:
+            model = Workspace(self.recipe, encoders, {}, done, quiet=True).teacher()
+        except UserError as error:  # which speaks of the other run's recipe
+            raise UserError(f"teachers.{self.name}.run: {self.folder}: {error}") from error
         if _tokenizer(model) != self.tokenizer:
             raise UserError(f"teachers.{self.name}.run: its tokenizer has changed since it was fitted; {AGAIN}")
         return model
