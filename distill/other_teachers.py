@@ -133,11 +133,11 @@ def find_fitted(name: str, recipe: Recipe, *, verify: bool = False) -> Fitted:
         )
     try:
         manifest = read_json(folder / TEACHER / MANIFEST)
-        key, noted = manifest["fingerprint"], manifest["info"].get(ORIGIN)
+        key, noted = manifest["fingerprint"], dict(manifest["info"].get(ORIGIN, {}))
         weights = manifest["files"][WEIGHTS_FILE]["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not what a run wrote
         raise UserError(f"{where}: {folder / TEACHER / MANIFEST} is damaged; {AGAIN}") from error
-    if noted is None:
+    if not noted:
         raise UserError(f"{where}: {folder} was fitted by an earlier version, which did not note from what; {AGAIN}")
     if verify and find(folder / TEACHER, TEACHER, key) is None:
         raise UserError(f"{where}: files in {folder / TEACHER} have changed since they were written; {AGAIN}")
@@ -152,7 +152,7 @@ def find_fitted(name: str, recipe: Recipe, *, verify: bool = False) -> Fitted:
     for file, value in found.items():
         if noted.get(file) != value:
             raise UserError(f"{where}: {folder / file} has changed since the teacher there was fitted; {AGAIN}")
-    return Fitted(name, folder, theirs, labels, key, weights, noted[TOKENIZER])
+    return Fitted(name, folder, theirs, labels, key, weights, noted.get(TOKENIZER, ""))
 
 
 def check_teachers(recipe: Recipe) -> dict[str, Fitted]:
@@ -216,8 +216,8 @@ def _listed(names: set[str]) -> str:
 
 
 def check_source_labels(recipe: Recipe) -> None:
-    """As :func:`check_labels`, before the data is prepared: reads the source's columns, if there are such teachers."""
-    if recipe.teachers:
+    """As :func:`check_labels`, before the data is prepared: reads the source's columns, if a term needs it."""
+    if any(term.teacher and term.task for term in recipe.student.objective):
         source = open_source(recipe.data.source, Path.cwd())
         check_labels(recipe, number_classes(read_rows(recipe.data, source, Path(tempfile.gettempdir())))[1])
 

@@ -18,7 +18,7 @@ from distill.data.mixed import LABELLED
 from distill.data.transforms import resize_images
 from distill.losses.objective import Objective, tap_paths
 from distill.multimodal import evaluating
-from distill.other_teachers import Teachers, find_fitted
+from distill.other_teachers import Teachers, _listed, find_fitted
 from distill.recipe import load_recipe
 from distill.runs import read_json
 from distill.stages import cache_key
@@ -311,6 +311,7 @@ def test_the_estimate_counts_all_teachers(project):
     assert {"teacher", "teacher@eye", "teacher@reader", "student"} == set(found["num_params"])
 
 
+EARLIER = b'{"fingerprint": "a", "info": {}, "files": {"model.safetensors": {"sha256": "b"}}}'
 TEXTS_ALONE = [
     "data.modalities={text: caption}",
     "teacher.encoders={text: {type: pretrained_text, weights: 'path:bert'}}",
@@ -364,11 +365,17 @@ def test_what_cannot_teach_is_refused_by_validate(project, overrides, sentence):
             assert sentence in refusal(distill(command[0], "recipe.yaml", *MAIN, *overrides, *command[1:]))
 
 
+def test_many_names_of_classes_are_told_in_part():
+    assert _listed({"b", "a"}) == "'a', 'b'"
+    assert _listed(set("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
         ("teacher/model.safetensors", b"x", "have changed since they were written"),
         ("teacher/manifest.json", b"[]", "manifest.json is damaged"),
+        ("teacher/manifest.json", EARLIER, "was fitted by an earlier version"),
         ("data/labels.json", b'{"colour": ["10", "2", "33"]}', "labels.json has changed since the teacher there was"),
         ("data/labels.json", None, "recipe.resolved.json or data/labels.json in"),
         ("recipe.resolved.json", b"{}", "recipe.resolved.json or data/labels.json in"),
