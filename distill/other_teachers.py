@@ -73,8 +73,9 @@ class Fitted:
 
     def columns(self, labels: Labels) -> dict[str, list[int]]:
         """Each task whose classes have the same names as in ``labels`` -> its column of each class there, in order."""
-        shared = [task for task in self.tasks if set(labels.get(task, ())) == set(self.labels[task])]
-        return {task: [self.labels[task].index(name) for name in labels[task]] for task in shared}
+        theirs = {task: {name: column for column, name in enumerate(self.labels[task])} for task in self.tasks}
+        shared = [task for task in theirs if theirs[task].keys() == set(labels.get(task, ()))]
+        return {task: [theirs[task][name] for name in labels[task]] for task in shared}
 
     def model(self, encoders: Registry) -> MultimodalModel:
         """The model with its fitted weights, in eval mode and without gradients.
