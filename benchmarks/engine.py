@@ -40,6 +40,7 @@ from distill.multimodal import MultimodalModel, Tapped, evaluating
 from distill.optimize import build_optimizer
 from distill.progress import progress
 from distill.recipe import load_recipe
+from distill.resources import cpu_seconds, keep_freed_memory
 from distill.step import Trainee
 from distill.tasks import ClassificationHead
 
@@ -211,9 +212,9 @@ def quickstart_arm(folder: Path) -> Arm:
 
 def seconds(work: Callable[..., None], *arguments: int) -> float:
     """CPU time of a call, in all threads and children."""
-    began = pipeline.cpu_seconds()
+    began = cpu_seconds()
     work(*arguments)
-    return pipeline.cpu_seconds() - began
+    return cpu_seconds() - began
 
 
 def measure(arms: list[Arm], repetitions: int) -> list[dict[str, Any]]:
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=list(FLOORS), default=list(FLOORS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every run does
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         arms = grey_arms(folder / "grey", options.rows, options.fashion_mnist)

@@ -5,7 +5,6 @@ The only file that names teachers and students.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from distill.losses.objective import tap_paths
 from distill.progress import progress
 from distill.ranks import join
 from distill.recipe import as_yaml
+from distill.resources import cpu_seconds, keep_freed_memory
 from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
 from distill.trackers import Trackers
 from distill.workspace import Workspace
@@ -126,6 +126,7 @@ STAGES = (
         stages.keep_towers,
         ("data", "pretrain"),
         _towers,
+        version=2,
         resumes=True,
         together=True,
         mends=True,
@@ -153,6 +154,7 @@ STAGES = (
         stages.fill_cache,
         ("data", "towers", "transfer", "teacher"),
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher")],
+        version=2,
         resumes=True,
         together=True,
         mends=True,
@@ -339,6 +341,7 @@ def run(
         UserError: a mistake that the user can mend, or the run folder is in use.
     """
     check(recipe)
+    keep_freed_memory()
     folder, ranks = run_folder(recipe), join()
     with locked(folder) if ranks.first else nullcontext():
         ranks.wait()
@@ -391,9 +394,3 @@ def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
     found = find(folder, stage.name, item.key)
     assert found is not None, f"{folder} is not shared by all ranks"
     return found
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and its finished children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
