@@ -166,13 +166,13 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
         )
         return TeacherCache.open(folder / name, {})
 
-    def make_arm(name: str, loader: Loader, answer: Callable[[dict[str, Batch]], Outputs], *, at_once: bool) -> Arm:
-        first = next(loader.epoch(0))
+    def make_arm(name: str, loader: Loader, answer: Callable[[dict[str, Batch]], Outputs], *, stored: bool) -> Arm:
+        first = loader.at(0, 0)
         with evaluating(student):
             objective = Objective(TERMS, tapped(first["student"]), answer(first))
-        job = engine.Job(tapped, objective, loader, "student", config, folder, 0, constant, answer)
+        job = engine.Job(tapped, objective, loader, "student", config, folder, 0, constant, answer, stored)
         kept = answer(first)
-        limit = bare_steps(job, first["student"], (lambda: kept) if at_once else partial(answer, first))
+        limit = bare_steps(job, first["student"], (lambda: kept) if stored else partial(answer, first))
         return Arm(name, rows, fitting(job, folder / f"runs-{name}"), limit)
 
     plain, both = make_loader(None, "student"), make_loader(None, "student", "teacher")
@@ -184,16 +184,16 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
     def fill() -> None:
         make_cache(f"fill-{next(numbers)}", make_loader(None, "teacher"), [CLEAN_VIEW])
 
-    one = next(both.epoch(0))["teacher"]
+    one = both.at(0, 0)["teacher"]
 
     def forward(images: int) -> None:
         for _ in range(-(-images // BATCH)):
             ask(one)
 
     return [
-        make_arm("cached", plain, lambda batches: cache(batches["student"]), at_once=True),
-        make_arm("cached_augmented", augmented, lambda batches: two_views(batches["student"]), at_once=True),
-        make_arm("live", both, lambda batches: ask(batches["teacher"]), at_once=False),
+        make_arm("cached", plain, lambda batches: cache(batches["student"]), stored=True),
+        make_arm("cached_augmented", augmented, lambda batches: two_views(batches["student"]), stored=True),
+        make_arm("live", both, lambda batches: ask(batches["teacher"]), stored=False),
         Arm("fill", rows, fill, forward),
     ]
 
@@ -204,7 +204,7 @@ def quickstart_arm(folder: Path) -> Arm:
     done = pipeline.run(recipe, until="cache", quiet=True) | pipeline.run(recipe, until="inherit", quiet=True)
     job = replace(stages.student_job(pipeline.workspace(recipe, done), folder), validate=constant)
     assert job.teacher is not None
-    first = next(job.loader.epoch(0))
+    first = job.loader.at(0, 0)
     kept = job.teacher(first)
     rows = sum(len(batches[job.reads].ids) for epoch in range(3) for batches in job.loader.epoch(epoch))
     return Arm("quickstart", rows, fitting(job, folder / "runs"), bare_steps(job, first[job.reads], lambda: kept))

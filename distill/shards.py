@@ -1,7 +1,7 @@
 """Sharded tensors on disk: written once, resumable, hashed, memory-mapped, read at random.
 
-A store is a folder. Each shard is ``NAME.safetensors`` (rows as ``distill/records.py`` packs them) beside ``NAME.json``, which
-holds its key, size, seconds and sha256 and is written after it; so a shard with a fitting entry is whole, a
+A store is a folder. Each shard is ``NAME.safetensors`` (rows packed by ``distill/records.py``) beside ``NAME.json``,
+which holds its key, size, seconds and sha256 and is written after it; so a shard with a fitting entry is whole, a
 killed fill goes on with the first one that is not, and ranks that fill disjoint shards need no common journal.
 The store's manifest is written when all shards are there.
 """
