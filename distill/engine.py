@@ -321,12 +321,9 @@ def _restore(
         raise UserError(f"{folder}: the checkpoint is of another model; delete it to start over")
     load_state(trainee, groups["trainee"])
     checkpoint.unpack_optimizer(optimizer, groups["optimizer"], content["optimizer"])
-    kept, averaged = (
-        {name: split(value, present[name]).to(_device(trainee)) for name, value in groups[group].items()}
-        for group in ("kept", "average")
-    )
+    kept = {name: split(value, present[name]).to(_device(trainee)) for name, value in groups["kept"].items()}
     if average:
-        average.values = averaged
+        average.restore(groups["average"])
     if f"rng.{ranks.rank}" in groups:  # a run may go on with more ranks than it began with
         checkpoint.restore_rng(groups[f"rng.{ranks.rank}"])
     values = content["state"]

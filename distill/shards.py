@@ -230,8 +230,12 @@ class ShardReader:
             maps[name].take(rows, axis=0, out=array[place], mode="clip")  # "clip" writes straight into `out`
 
     def _map(self, number: int) -> dict[str, np.ndarray]:
+        path = self._path(self.shards[number])
         self._verify(self.shards[number])
-        return _mapped(self._path(self.shards[number]))
+        arrays = _mapped(path)
+        if arrays.keys() != {name for name, _, _ in self._packed}:
+            raise UserError(f"{path} was written by another version; {_MEND}")
+        return arrays
 
     def _verify(self, shard: Mapping[str, Any]) -> None:
         path = self._path(shard)
