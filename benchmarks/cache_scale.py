@@ -146,7 +146,7 @@ def train(folder: Path) -> None:
     model = MultimodalModel({"text": encoder}, FUSIONS["concat"](["text"], 32), heads, {}, dim=32, embedding_dim=32)
     loader, tapped = train_loader(folder), Tapped(model, [])
     with evaluating(model):
-        example = tapped(next(loader.epoch(0))["student"])
+        example = tapped(loader.at(0, 0)["student"])
     objective = Objective([TermConfig(loss="cross_entropy", task="kind")], example, None)
     config, place = TrainConfig(epochs=1, batch_size=1024), folder / "student"
     shutil.rmtree(place, ignore_errors=True)

@@ -40,6 +40,7 @@ from distill.multimodal import MultimodalModel, Tapped, evaluating
 from distill.optimize import build_optimizer
 from distill.progress import progress
 from distill.recipe import load_recipe
+from distill.resources import cpu_seconds, keep_freed_memory
 from distill.step import Trainee
 from distill.tasks import ClassificationHead
 
@@ -165,13 +166,13 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
         )
         return TeacherCache.open(folder / name, {})
 
-    def make_arm(name: str, loader: Loader, answer: Callable[[dict[str, Batch]], Outputs], *, at_once: bool) -> Arm:
-        first = next(loader.epoch(0))
+    def make_arm(name: str, loader: Loader, answer: Callable[[dict[str, Batch]], Outputs], *, stored: bool) -> Arm:
+        first = loader.at(0, 0)
         with evaluating(student):
             objective = Objective(TERMS, tapped(first["student"]), answer(first))
-        job = engine.Job(tapped, objective, loader, "student", config, folder, 0, constant, answer)
+        job = engine.Job(tapped, objective, loader, "student", config, folder, 0, constant, answer, stored)
         kept = answer(first)
-        limit = bare_steps(job, first["student"], (lambda: kept) if at_once else partial(answer, first))
+        limit = bare_steps(job, first["student"], (lambda: kept) if stored else partial(answer, first))
         return Arm(name, rows, fitting(job, folder / f"runs-{name}"), limit)
 
     plain, both = make_loader(None, "student"), make_loader(None, "student", "teacher")
@@ -183,16 +184,16 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
     def fill() -> None:
         make_cache(f"fill-{next(numbers)}", make_loader(None, "teacher"), [CLEAN_VIEW])
 
-    one = next(both.epoch(0))["teacher"]
+    one = both.at(0, 0)["teacher"]
 
     def forward(images: int) -> None:
         for _ in range(-(-images // BATCH)):
             ask(one)
 
     return [
-        make_arm("cached", plain, lambda batches: cache(batches["student"]), at_once=True),
-        make_arm("cached_augmented", augmented, lambda batches: two_views(batches["student"]), at_once=True),
-        make_arm("live", both, lambda batches: ask(batches["teacher"]), at_once=False),
+        make_arm("cached", plain, lambda batches: cache(batches["student"]), stored=True),
+        make_arm("cached_augmented", augmented, lambda batches: two_views(batches["student"]), stored=True),
+        make_arm("live", both, lambda batches: ask(batches["teacher"]), stored=False),
         Arm("fill", rows, fill, forward),
     ]
 
@@ -203,7 +204,7 @@ def quickstart_arm(folder: Path) -> Arm:
     done = pipeline.run(recipe, until="cache", quiet=True) | pipeline.run(recipe, until="inherit", quiet=True)
     job = replace(stages.student_job(pipeline.workspace(recipe, done), folder), validate=constant)
     assert job.teacher is not None
-    first = next(job.loader.epoch(0))
+    first = job.loader.at(0, 0)
     kept = job.teacher(first)
     rows = sum(len(batches[job.reads].ids) for epoch in range(3) for batches in job.loader.epoch(epoch))
     return Arm("quickstart", rows, fitting(job, folder / "runs"), bare_steps(job, first[job.reads], lambda: kept))
@@ -211,9 +212,9 @@ def quickstart_arm(folder: Path) -> Arm:
 
 def seconds(work: Callable[..., None], *arguments: int) -> float:
     """CPU time of a call, in all threads and children."""
-    began = pipeline.cpu_seconds()
+    began = cpu_seconds()
     work(*arguments)
-    return pipeline.cpu_seconds() - began
+    return cpu_seconds() - began
 
 
 def measure(arms: list[Arm], repetitions: int) -> list[dict[str, Any]]:
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=list(FLOORS), default=list(FLOORS))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every run does
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         arms = grey_arms(folder / "grey", options.rows, options.fashion_mnist)

@@ -35,18 +35,26 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._present = trained_state(module)  # the weights themselves, which training changes in place
-        self.values = {name: value.clone() for name, value in self._present.items()}
+        present = trained_state(module)  # the weights themselves, which training changes in place
+        self.values = {name: value.clone() for name, value in present.items()}
+        pairs = [(self.values[name], value) for name, value in present.items()]
+        self._moving = [pair for pair in pairs if pair[1].is_floating_point()]
+        self._counting = [pair for pair in pairs if not pair[1].is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average toward the module's present weights."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        moving = [name for name, value in self._present.items() if value.is_floating_point()]
-        present = [local(self._present[name]) for name in moving]
-        torch._foreach_lerp_([local(self.values[name]) for name in moving], present, 1 - decay)
-        for name in self._present.keys() - moving:
-            self.values[name].copy_(self._present[name])
+        averages, present = ([local(pair[side]) for pair in self._moving] for side in (0, 1))
+        torch._foreach_lerp_(averages, present, 1 - decay)
+        for count, now in self._counting:
+            count.copy_(now)
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Go on from values that were saved, whole or in parts as the module's are."""
+        for name, value in values.items():
+            self.values[name].copy_(split(value, self.values[name]))
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

@@ -156,11 +156,7 @@ class TeacherCache:
 
     def __call__(self, batch: Batch) -> Outputs:
         """Return the stored outputs of a batch's rows and views, float32, on the batch's device."""
-        outputs = self.lookup(batch.ids, batch.views)
-        device = batch.ids.device
-        if device.type == "cpu":
-            return outputs
-        return unflatten({name: tensor.to(device, non_blocking=True) for name, tensor in flatten(outputs).items()})
+        return self.lookup(batch.ids, batch.views).to(batch.ids.device)
 
     def verify(self) -> None:
         """Check the hash of every file.

@@ -37,15 +37,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; itself when it is there already."""
-        if self.ids.device == device:
-            return self
-
-        def move(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: move(item) for name, item in value.items()}
-            return value.to(device, non_blocking=True)
-
-        return Batch(*(move(value) for value in self))
+        return self if self.ids.device == device else Batch(*(_moved(value, device) for value in self))
 
 
 class Outputs(NamedTuple):
@@ -54,6 +46,17 @@ class Outputs(NamedTuple):
     logits: dict[str, Tensor]  # task -> [B, C]; "task.image" etc. are the heads of single modalities
     embeddings: dict[str, Tensor]  # "image", "text", "fused" -> [B, D]
     features: dict[str, Tensor]  # tap (module path) -> any shape, rows first
+
+    def to(self, device: torch.device) -> Outputs:
+        """Return the outputs on a device; themselves when they are there already."""
+        there = all(tensor.device == device for part in self for tensor in part.values())
+        return self if there else Outputs(*(_moved(part, device) for part in self))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    return value.to(device, non_blocking=True)
 
 
 class UserError(ValueError):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from distill import checkpoint
 from distill.averaging import Average, load_state, trained_state
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
-from distill.data.loader import Batches
+from distill.data.batches import Batches, ahead
 from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
@@ -40,6 +40,7 @@ from distill.trackers import EVERY, Tracking, untracked
 SELECT = "valid/accuracy"
 CHECKPOINT = "checkpoint"
 Teacher = Callable[[dict[str, Batch]], Outputs]
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Job:
         folder: where weights, metrics and checkpoints go.
         seed: of dropout and the like; the order of rows is the loader's.
         teacher: all batches of a step -> teacher outputs, cached or live; None without a teacher.
+        teacher_ahead: it is asked while batches are made ahead, in the loader's threads: it only looks up.
         validate: model -> metrics, among them ``valid/accuracy``, by which the best epoch is chosen.
         report: progress in steps.
         watch: gives a context for each named part of a step, to take its time.
@@ -70,6 +72,7 @@ class Job:
     seed: int
     validate: Callable[[nn.Module], dict[str, float]]
     teacher: Teacher | None = None
+    teacher_ahead: bool = False
     report: Progress = silent
     watch: Watch = nullcontext
     track: Tracking = untracked
@@ -138,13 +141,13 @@ def fit(job: Job) -> dict[str, Any]:
     with job.track(state.step) as tell, noted_signals() as received:  # what is noted must still be asked for
         while state.epoch < config.epochs and not ended and not _out_of_patience(state, config):
             trainee.train()
-            for batches in _watched(job.loader.epoch(state.epoch, start=state.batch), job.watch):
+            for batches, ask in _watched(_asked(job, state.epoch, start=state.batch), job.watch):
                 began = time.monotonic()
                 factor = lr_factor(state.step, total, config)
                 for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                     group["lr"] = lr * factor
                 trainee.image_size = image_size(state.step, total, config)
-                rows, values = step(batches, job.reads, job.teacher)
+                rows, values = step(batches, job.reads, ask)
                 if average and values:
                     average.update(state.step)
                 elif not values and config.not_finite == "rollback":
@@ -222,11 +225,24 @@ def _end_epoch(
     return kept
 
 
-def _watched(batches: Iterator[dict[str, Batch]], watch: Watch) -> Iterator[dict[str, Batch]]:
-    """The same batches, with the time that each is waited for."""
+def _asked(job: Job, epoch: int, start: int) -> Iterator[tuple[dict[str, Batch], Teacher | None]]:
+    """The batches of an epoch, each with the teacher to ask; one that is asked ahead has its answer ready."""
+
+    def make(number: int) -> tuple[dict[str, Batch], Teacher | None]:
+        batches = job.loader.at(epoch, number)
+        if job.teacher is None or not job.teacher_ahead:
+            return batches, job.teacher
+        answer = job.teacher(batches)
+        return batches, lambda placed: answer.to(placed[job.reads].ids.device)
+
+    return ahead(make, range(start, len(job.loader)), job.loader.workers)
+
+
+def _watched(items: Iterator[Item], watch: Watch) -> Iterator[Item]:
+    """The same items, with the time that each is waited for."""
     while True:
         with watch("data"):
-            found = next(batches, None)
+            found = next(items, None)
         if found is None:
             return
         yield found
@@ -305,12 +321,9 @@ def _restore(
         raise UserError(f"{folder}: the checkpoint is of another model; delete it to start over")
     load_state(trainee, groups["trainee"])
     checkpoint.unpack_optimizer(optimizer, groups["optimizer"], content["optimizer"])
-    kept, averaged = (
-        {name: split(value, present[name]).to(_device(trainee)) for name, value in groups[group].items()}
-        for group in ("kept", "average")
-    )
+    kept = {name: split(value, present[name]).to(_device(trainee)) for name, value in groups["kept"].items()}
     if average:
-        average.values = averaged
+        average.restore(groups["average"])
     if f"rng.{ranks.rank}" in groups:  # a run may go on with more ranks than it began with
         checkpoint.restore_rng(groups[f"rng.{ranks.rank}"])
     values = content["state"]

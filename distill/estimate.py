@@ -159,8 +159,7 @@ def _store_bytes(outputs: Outputs, rows: int, views: int, dtype: str) -> int:
     tensors = flatten(outputs)
     row_bytes = sum(tensor[0].numel() * DTYPES[dtype].itemsize for tensor in tensors.values())
     described = {name: {"shape": list(tensor.shape[1:]), "dtype": dtype} for name, tensor in tensors.items()}
-    specs = len(json.dumps(described, indent=2))
-    header = sum(len(name) + HEADER_BYTES for name in tensors)
+    specs, header = len(json.dumps(described, indent=2)), len(json.dumps(described)) + HEADER_BYTES
     shards = views * -(-rows // shard_size(rows, default_shard_rows(rows)))
     return rows * (views * row_bytes + ID_BYTES) + shards * (header + specs + SHARD_BYTES) + specs + MANIFEST_BYTES
 

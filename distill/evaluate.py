@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +17,13 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from distill.contracts import IGNORE, Batch, Outputs, UserError
+from distill.data.batches import Batches
 from distill.multimodal import evaluating, only
 from distill.predict import Predictor
 from distill.progress import Progress, silent
 from distill.runs import atomic
 
 Arrays = dict[str, NDArray[np.float32]]
-
-
-class Epochs(Protocol):
-    """What gives batches: a loader, or one whose batches carry the kept outputs of frozen towers."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        """Yield the batches of an epoch, by name of the model that reads them."""
 
 
 def final_logits(outputs: Outputs) -> dict[str, torch.Tensor]:
@@ -119,7 +113,7 @@ def validation_accuracy(
     return {**scores, "valid/accuracy": float(np.mean(list(scores.values())))}
 
 
-def clean_batches(loader: Epochs, reads: str) -> Callable[[], Iterator[Batch]]:
+def clean_batches(loader: Batches, reads: str) -> Callable[[], Iterator[Batch]]:
     """Return a maker of iterators over one model's batches of an unshuffled loader."""
     return lambda: (batches[reads] for batches in loader.epoch(0))
 

@@ -5,7 +5,6 @@ The only file that names teachers and students.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from distill.other_teachers import cache_parts, check_labels
 from distill.progress import progress
 from distill.ranks import join
 from distill.recipe import as_yaml
+from distill.resources import cpu_seconds, keep_freed_memory
 from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
 from distill.trackers import Trackers
 from distill.workspace import Workspace
@@ -127,6 +127,7 @@ STAGES = (
         stages.keep_towers,
         ("data", "pretrain"),
         _towers,
+        version=2,
         resumes=True,
         together=True,
         mends=True,
@@ -154,6 +155,7 @@ STAGES = (
         stages.fill_cache,
         ("data", "towers", "transfer", "teacher"),
         lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher"), cache_parts(r)],
+        version=2,
         resumes=True,
         together=True,
         mends=True,
@@ -340,6 +342,7 @@ def run(
         UserError: a mistake that the user can mend, or the run folder is in use.
     """
     check(recipe)
+    keep_freed_memory()
     folder, ranks = run_folder(recipe), join()
     with locked(folder) if ranks.first else nullcontext():
         ranks.wait()
@@ -388,9 +391,3 @@ def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
     found = find(folder, stage.name, item.key)
     assert found is not None, f"{folder} is not shared by all ranks"
     return found
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process and its finished children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)

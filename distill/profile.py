@@ -32,8 +32,9 @@ def profile_student(work: Workspace, steps: int) -> dict[str, Any]:
 
     Returns:
         ``steps``, ``batch_size``, ``step_ms``, ``parts`` (name -> milliseconds a step; "data" is what a step waits for
-        its batch, since batches are made ahead; "other" is the engine's own), ``checkpoint_ms`` of one checkpoint and
-        ``checkpoint_share`` of the time that checkpoints take as often as the recipe wants them.
+        its batch, which is made ahead, and for a cached teacher's answers; "other" is the engine's own),
+        ``checkpoint_ms`` of one checkpoint and ``checkpoint_share`` of the time that checkpoints take as often as the
+        recipe wants them.
     """
     clock = _Clock()
     with tempfile.TemporaryDirectory() as temporary:

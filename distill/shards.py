@@ -1,7 +1,7 @@
 """Sharded tensors on disk: written once, resumable, hashed, memory-mapped, read at random.
 
-A store is a folder. Each shard is ``NAME.safetensors`` (named tensors, rows first) beside ``NAME.json``, which
-holds its key, size, seconds and sha256 and is written after it; so a shard with a fitting entry is whole, a
+A store is a folder. Each shard is ``NAME.safetensors`` (rows packed by ``distill/records.py``) beside ``NAME.json``,
+which holds its key, size, seconds and sha256 and is written after it; so a shard with a fitting entry is whole, a
 killed fill goes on with the first one that is not, and ranks that fill disjoint shards need no common journal.
 The store's manifest is written when all shards are there.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from distill.contracts import UserError
 from distill.inventory import INDEX
+from distill.records import describe, describe_packed, pack, unpack
 from distill.runs import atomic, check_disk, fingerprint, read_json, room_for, sha256_file, write_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -169,10 +170,9 @@ class ShardReader:
         if not (folder / INDEX).is_file() or sha256_file(folder / INDEX) != manifest["index_sha256"]:
             raise UserError(f"{folder / INDEX} is absent or has changed since it was written; {_MEND}")
         self.index = _mapped(folder / INDEX)
-        tensors = manifest["tensors"]
-        self._names = list(tensors)
-        self._shapes = {name: tuple(spec["shape"]) for name, spec in tensors.items()}
-        self._dtypes: dict[str, torch.dtype] = {name: getattr(torch, spec["dtype"]) for name, spec in tensors.items()}
+        self._tensors = manifest["tensors"]
+        packed = describe_packed(self._tensors).items()
+        self._packed = [(name, tuple(spec["shape"]), getattr(torch, spec["dtype"])) for name, spec in packed]
         self._maps: list[dict[str, np.ndarray] | None] = [None] * len(self.shards)
         for shard in self.shards:
             path = self._path(shard)
@@ -193,17 +193,14 @@ class ShardReader:
         Raises:
             UserError: a shard that is read for the first time does not have its hash.
         """
-        found = {name: torch.empty((len(rows), *self._shapes[name]), dtype=self._dtypes[name]) for name in self._names}
+        found = {name: torch.empty((len(rows), *shape), dtype=stored) for name, shape, stored in self._packed}
         arrays = [(name, _numpy(tensor)) for name, tensor in found.items()]
         if len(rows) and (numbers == numbers[0]).all():
             self._copy(int(numbers[0]), rows, arrays, slice(None))
         elif len(rows):
             back = self._copy_sorted(numbers, rows, arrays)
             found = {name: tensor.index_select(0, back) for name, tensor in found.items()}
-        return {
-            name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-            for name, tensor in found.items()
-        }
+        return unpack(found, self._tensors, dtype)
 
     def _copy_sorted(self, numbers: np.ndarray, rows: np.ndarray, arrays: _Arrays) -> Tensor:
         """Copy shard by shard into neighbouring rows; return the places of the rows in the order asked for."""
@@ -233,8 +230,12 @@ class ShardReader:
             maps[name].take(rows, axis=0, out=array[place], mode="clip")  # "clip" writes straight into `out`
 
     def _map(self, number: int) -> dict[str, np.ndarray]:
+        path = self._path(self.shards[number])
         self._verify(self.shards[number])
-        return _mapped(self._path(self.shards[number]))
+        arrays = _mapped(path)
+        if arrays.keys() != {name for name, _, _ in self._packed}:
+            raise UserError(f"{path} was written by another version; {_MEND}")
+        return arrays
 
     def _verify(self, shard: Mapping[str, Any]) -> None:
         path = self._path(shard)
@@ -276,8 +277,9 @@ def _stored(tensors: Mapping[str, Tensor], rows: int, dtype: str, where: str) ->
 
 
 def _write(folder: Path, shard: Shard, parts: list[dict[str, Tensor]], began: float) -> None:
-    joined = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-    data = serialize(joined)
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    described = describe(joined)
+    data = serialize(pack(joined), metadata={"tensors": json.dumps(described)})
     path = folder / f"{shard.name}.safetensors"
     entry_path = folder / f"{shard.name}.json"
     entry_path.unlink(missing_ok=True)
@@ -290,7 +292,7 @@ def _write(folder: Path, shard: Shard, parts: list[dict[str, Tensor]], began: fl
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "seconds": time.perf_counter() - began,
-        "tensors": _described(joined),
+        "tensors": described,
     }
     write_json(entry_path, entry)
     _flush_folder(folder)
@@ -313,17 +315,9 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
     if entry is None or sha256_file(path) != entry.get("sha256"):
         return False
     with safe_open(path, framework="pt") as file:
-        held = _described({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        held = json.loads((file.metadata() or {}).get("tensors", "null"))  # absent from shards of earlier versions
     said = (entry.get("name"), entry.get("rows"), entry.get("tensors"))
     return said == (shard.name, shard.rows, held) and isinstance(entry.get("seconds"), float)
-
-
-def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Name -> shape of a row and type."""
-    return {
-        name: {"shape": list(tensor.shape[1:]), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        for name, tensor in sorted(tensors.items())
-    }
 
 
 def _seal(

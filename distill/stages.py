@@ -21,6 +21,7 @@ from distill.cache import TeacherCache
 from distill.checkpoint import load_weights, save_weights
 from distill.config import Recipe, TermConfig, TrainConfig, build_part
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Outputs, UserError
+from distill.data.batches import Batches
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
@@ -75,7 +76,7 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
     return {**info, ORIGIN: origin(work.recipe, work.labels(), model)}
 
 
-def _teachers_rows(work: Workspace, model: Any, train: TrainConfig, *, repeat: bool) -> Any:
+def _teachers_rows(work: Workspace, model: Any, train: TrainConfig, *, repeat: bool) -> Batches:
     """Training rows, with names of classes behind them if the teacher is to read any."""
     spec = input_spec(model)
     loader = work.towers(work.train_loader({TEACHER: spec}, train, repeat=repeat), model)
@@ -282,7 +283,8 @@ def _distillation(work: Workspace, folder: Path, model: MultimodalModel, train: 
     if not needs_teacher(terms):
         return _job(work, folder, model, work.train_loader(specs, train), STUDENT, train, terms)
     if recipe.cache.enabled:
-        return _job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, _cached(work))
+        job = _job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, _cached(work))
+        return replace(job, teacher_ahead=True)
     teachers = _teachers(work)
     loader = _mixed(work, specs | teachers.specs, train, teachers.own)
     return _job(work, folder, model, loader, STUDENT, train, terms, _live(work, teachers))
@@ -290,11 +292,10 @@ def _distillation(work: Workspace, folder: Path, model: MultimodalModel, train: 
 
 def _mixed(
     work: Workspace, specs: dict[str, InputSpec], train: TrainConfig, teacher: MultimodalModel | None = None
-) -> Any:
+) -> Batches:
     """Labelled training rows, with those of the transfer set behind them if there is one."""
-    loader: Any = work.train_loader(specs, train)
-    if teacher is not None:
-        loader = work.towers(loader, teacher)
+    rows = work.train_loader(specs, train)
+    loader = rows if teacher is None else work.towers(rows, teacher)
     transfer = work.transfer_loader(specs, train.batch_size)
     return loader if transfer is None else MixedLoader(loader, transfer, STUDENT, specs[STUDENT].pad_id)
 
@@ -327,7 +328,7 @@ def _job(
     work: Workspace,
     folder: Path,
     model: MultimodalModel,
-    loader: Any,
+    loader: Batches,
     reads: str,
     train: TrainConfig,
     terms: list[TermConfig],
@@ -335,7 +336,7 @@ def _job(
 ) -> engine.Job:
     """What the engine is given."""
     tapped = Tapped(model, tap_paths(terms, "student"))
-    first = next(loader.epoch(0))
+    first = loader.at(0, 0)
     with evaluating(model):
         student_example = tapped(first[reads])
     seed_everything(work.recipe.seed)  # the projectors start alike, whatever ran before in this process

@@ -6,7 +6,7 @@ are collected, equal ones are encoded once, and :class:`WithTowers` puts what wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.cache import STORE_MANIFEST, EncodedStore, encode_once
 from distill.contracts import CLEAN_VIEW, Batch
+from distill.data.batches import Batches
 from distill.data.loader import Loader
 from distill.multimodal import MultimodalModel
 from distill.progress import Progress
@@ -128,7 +129,7 @@ class TowerOutputs:
         return self._store.lookup(positions)["tokens"]
 
 
-class WithTowers:
+class WithTowers(Batches):
     """A loader whose batches of one model carry the kept outputs of frozen towers in place of raw inputs.
 
     Args:
@@ -139,15 +140,15 @@ class WithTowers:
 
     def __init__(self, loader: Loader, towers: Mapping[str, TowerOutputs], reads: str) -> None:
         self.loader, self.towers, self.reads = loader, towers, reads
-        self.row_positions, self.data = loader.row_positions, loader.data
+        self.row_positions, self.data, self.workers = loader.row_positions, loader.data, loader.workers
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""
         return len(self.loader)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        """As :meth:`distill.data.loader.Loader.epoch`."""
-        return map(self._filled, self.loader.epoch(epoch, start))
+    def at(self, epoch: int, number: int) -> dict[str, Batch]:
+        """As :meth:`distill.data.loader.Loader.at`."""
+        return self._filled(self.loader.at(epoch, number))
 
     def batch(self, rows: NDArray[np.int64], views: Tensor) -> dict[str, Batch]:
         """As :meth:`distill.data.loader.Loader.batch`."""

@@ -19,6 +19,8 @@ LEVELS = {
         "distill.positions",
         "distill.recipe",
         "distill.shards",
+        "distill.records",
+        "distill.resources",
         "distill.channels",
         "distill.build",
         "distill.averaging",

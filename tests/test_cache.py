@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -315,10 +316,15 @@ def test_large_stores_get_larger_shards() -> None:
 def test_files_are_plain_safetensors_and_json(tmp_path: Path) -> None:
     fill(tmp_path, dtype="bfloat16")
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
-    tensors = load_file(tmp_path / "shard-view-1-00000.safetensors")
-    assert tensors["logits.category"].shape == (4, 5) and tensors["logits.category"].dtype == torch.bfloat16
-    assert json.loads((tmp_path / "cache.json").read_text())["tensors"]["features.mask"] == {
-        "dtype": "bool", "shape": [1]}  # fmt: skip
+    path = tmp_path / "shard-view-1-00000.safetensors"
+    tensors, outputs = load_file(path), flatten(teacher(IDS[:4], CLEAN_VIEW))
+    assert set(tensors) == {"record", "features.mask"} and tensors["record"].dtype == torch.bfloat16
+    values = [outputs[name].flatten(1) for name in sorted(outputs) if name != "features.mask"]
+    torch.testing.assert_close(tensors["record"], torch.cat(values, 1).bfloat16(), rtol=0, atol=0)
+    described = json.loads((tmp_path / "cache.json").read_text())["tensors"]
+    assert described["features.mask"] == {"dtype": "bool", "shape": [1]}
+    with safe_open(path, framework="pt") as file:  # so the file alone says what its columns are
+        assert json.loads(file.metadata()["tensors"]) == described
 
 
 TOKENS = np.array([[1, 2, 0], [3, 0, 0], [1, 2, 0], [4, 5, 6], [3, 0, 0], [1, 2, 0], [7, 0, 0]], np.int32)

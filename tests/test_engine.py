@@ -16,6 +16,7 @@ from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, stopped_a
 from distill import checkpoint, engine, evaluate
 from distill.config import TrainConfig
 from distill.contracts import IGNORE, Outputs, UserError
+from distill.data.batches import Batches
 from distill.engine import fit
 from distill.interrupts import InterruptedRunError
 from distill.optimize import build_optimizer, lr_factor
@@ -183,24 +184,45 @@ def test_a_second_fit_of_a_finished_folder_starts_over_and_gives_the_same(make_j
 
 
 def test_batches_made_ahead_give_the_weights_of_batches_made_in_turn(make_job, prepared, wordpiece_file):
-    class InTurn:
+    class InTurn(Batches):
+        workers = 0
+
         def __init__(self, loader):
             self.loader = loader
 
         def __len__(self):
             return len(self.loader)
 
-        def epoch(self, epoch, start=0):
-            order, view = self.loader.order(epoch), self.loader.view(epoch)
-            for number in range(start, len(self)):
-                rows = order[number * 16 : (number + 1) * 16]
-                yield self.loader.batch(rows, torch.full((len(rows),), view))
+        def at(self, epoch, number):
+            rows = self.loader.order(epoch)[number * 16 : (number + 1) * 16]
+            return self.loader.batch(rows, torch.full((len(rows),), self.loader.view(epoch)))
 
     ahead = make_job("ahead")
     in_turn = make_job("in_turn", loader=InTurn(make_loader(prepared, wordpiece_file)))
     fit(ahead)
     fit(in_turn)
     assert_same(weights(in_turn), weights(ahead))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_teacher_that_is_asked_ahead_teaches_the_same(make_job, prepared, wordpiece_file, workers):
+    def look_up(batches):
+        asked.append(batches["student"].ids.tolist())
+        score = (batches["student"].ids[:, None] % torch.arange(2, 5)).float()
+        return Outputs({"kind": score}, {}, {})
+
+    example, runs = Outputs({"kind": torch.zeros(1, 3)}, {}, {}), {}
+    for ahead in (False, True):
+        asked: list[list[int]] = []
+        options = {"loader": make_loader(prepared, wordpiece_file, workers=workers), "example": example}
+        job = make_job(f"ahead{ahead}", objective=KD, teacher=look_up, epochs=2, **options)
+        job.teacher_ahead, at_step = ahead, []
+        job.report = lambda done, total, note: at_step.append((done, len(asked)))  # noqa: B023 (called in this turn)
+        fit(job)
+        runs[ahead] = weights(job), sorted(asked)
+        assert any(number > done for done, number in at_step) == ahead
+    assert runs[True][1] == runs[False][1]
+    assert_same(runs[True][0], runs[False][0])
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -216,6 +238,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_alike_with_any_workers(make_job, 
     assert_same(weights(again), weights(whole))
 
 
+KD = [*LABELS, *terms({"loss": "kd", "task": "kind"})]
 CONTRAST = [*LABELS, *terms({"loss": "clip_infonce", "embedding": "image,text", "weight": 0.5})]
 
 

@@ -261,7 +261,7 @@ def test_what_stands_in_rows_without_an_image_changes_no_term(project):
     """In the run itself, whose last rows of a batch are the transfer set's."""
     work = workspace()
     job = stages.student_job(work, work.path("student"))
-    batches = next(job.loader.epoch(0))
+    batches = job.loader.at(0, 0)
     batch, said = batches[STUDENT], job.teacher(batches)
     blind = ~batch.present["image"]
     transfer = slice(len(batches[STUDENT + LABELLED].ids), None)

@@ -6,12 +6,9 @@ at any batch, and the slices of K ranks, put together, are the batch of one rank
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from threading import Lock
 
 import numpy as np
 import torch
@@ -20,13 +17,14 @@ from torch import Tensor
 
 from distill.config import AugmentConfig, TextAugment
 from distill.contracts import CLEAN_VIEW, Batch, UserError
+from distill.data.batches import Batches
 from distill.data.order import GroupedOrder, Order, TwoLevelOrder, shuffled
 from distill.data.prepared import PreparedData
 from distill.data.texts import Texts
 from distill.data.tokens import TokenTable
 from distill.data.transforms import augment_images
 
-PREFETCH = 2  # batches made ahead by each worker
+KEPT_ORDERS = 2  # of the epochs that threads may be at
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,7 @@ class InputSpec:
     pad_id: int = 0
 
 
-class Batches(Protocol):
-    """What the engine reads: a loader, or one whose batches were added to."""
-
-    def __len__(self) -> int:
-        """Return the number of batches an epoch."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        """Yield the batches of an epoch, by name of the model that reads them."""
-
-
-class Loader:
+class Loader(Batches):
     """Batches of one split for one or more models.
 
     Attributes:
@@ -100,7 +88,7 @@ class Loader:
             group_by_length: shuffled batches have texts of like length.
             rank: this process, which takes its slice of each global batch.
             world_size: number of processes.
-            workers: threads that make batches ahead; with 0 each is made when it is asked for.
+            workers: threads that make batches ahead.
             two_level_rows: rows of the split above which the order of an epoch has two levels.
 
         Raises:
@@ -110,7 +98,7 @@ class Loader:
         self.data, self.batch_size, self._seed, self._shuffle = data, batch_size, seed, shuffle
         self.augment = augment if augment != AugmentConfig() else None
         self._views, self._view, self._rank, self._world_size = views, view, rank, world_size
-        self._specs, self._workers = specs, workers
+        self._specs, self.workers = specs, workers
         self.row_positions = data.rows(split)
         self.num_rows = len(self.row_positions)
         self._two_level_rows = two_level_rows
@@ -121,6 +109,8 @@ class Loader:
             key = _text_key(spec)
             if spec.tokenizer is not None and key not in self._texts:
                 self._texts[key] = TokenTable(texts, self.row_positions, spec, data.folder)
+        self._orders: dict[int, Order] = {}
+        self._lock = Lock()
         self._grouped = group_by_length
         if group_by_length and not self._texts:
             raise UserError(
@@ -155,33 +145,20 @@ class Loader:
             return CLEAN_VIEW
         return epoch % self._views if self._views else epoch
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        """Yield this rank's slices of an epoch's global batches, from batch ``start`` on.
+    def at(self, epoch: int, number: int) -> dict[str, Batch]:
+        """Return this rank's slice of a global batch of an epoch.
 
         The slices of the ranks follow each other in rank order and differ in size by at most one row; a rank has
-        an empty one only where the global batch has fewer rows than there are ranks. Batches are made ahead by
-        the workers, which end with the iterator; their exceptions are raised here.
+        an empty one only where the global batch has fewer rows than there are ranks.
         """
-        order, view = self.order(epoch), self.view(epoch)
-
-        def make(number: int) -> dict[str, Batch]:
-            rows = self._slice(order[number * self.batch_size : (number + 1) * self.batch_size])
-            return self.batch(rows, torch.full((len(rows),), view))
-
-        if not self._workers:
-            yield from map(make, range(start, len(self)))
-            return
-        pending: deque[Future[dict[str, Batch]]] = deque()
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
-        try:
-            for number in range(start, len(self)):
-                pending.append(pool.submit(make, number))
-                if len(pending) > PREFETCH * self._workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            if epoch not in self._orders:
+                if len(self._orders) == KEPT_ORDERS:
+                    del self._orders[next(iter(self._orders))]
+                self._orders[epoch] = self.order(epoch)
+            order = self._orders[epoch]
+        rows = self._slice(order[number * self.batch_size : (number + 1) * self.batch_size])
+        return self.batch(rows, torch.full((len(rows),), self.view(epoch)))
 
     def batch(self, rows: NDArray[np.int64], views: Tensor) -> dict[str, Batch]:
         """Return one batch a model of exactly these rows and views.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import IGNORE, TRAIN, Batch, Outputs
-from distill.data.loader import Batches
+from distill.data.batches import Batches
 from distill.data.prepared import PreparedData
 
 LABELLED, TRANSFER = ".labelled", ".transfer"  # behind a model's name: its batch of those rows alone
@@ -33,7 +32,7 @@ def as_data(texts: list[str], data: PreparedData) -> PreparedData:
     )
 
 
-class MixedLoader:
+class MixedLoader(Batches):
     """Batches of the data's rows with texts of another set behind them.
 
     Steps and epochs are those of the data. The n-th batch of a run has the n-th batch of the other set, which starts
@@ -49,28 +48,23 @@ class MixedLoader:
 
     def __init__(self, labelled: Batches, transfer: Batches, reads: str, pad_id: int) -> None:
         self.labelled, self.transfer, self.reads, self.pad_id = labelled, transfer, reads, pad_id
+        self.workers = labelled.workers
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""
         return len(self.labelled)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        """Yield the batches of an epoch, from batch ``start`` on."""
-        with closing(self._from(epoch * len(self) + start)) as unlabelled:
-            for own, other in zip(self.labelled.epoch(epoch, start), unlabelled, strict=False):
-                whole = join_batches(own[self.reads], other[self.reads], self.pad_id)
-                apart = {f"{name}{LABELLED}": self._apart(name, batch) for name, batch in own.items()}
-                apart |= {f"{name}{TRANSFER}": self._apart(name, batch) for name, batch in other.items()}
-                yield {self.reads: whole, **apart}
+    def at(self, epoch: int, number: int) -> dict[str, Batch]:
+        """Return a batch of an epoch, with the next texts behind it."""
+        own = self.labelled.at(epoch, number)
+        other = self.transfer.at(*divmod(epoch * len(self) + number, len(self.transfer)))
+        whole = join_batches(own[self.reads], other[self.reads], self.pad_id)
+        apart = {f"{name}{LABELLED}": self._apart(name, batch) for name, batch in own.items()}
+        apart |= {f"{name}{TRANSFER}": self._apart(name, batch) for name, batch in other.items()}
+        return {self.reads: whole, **apart}
 
     def _apart(self, name: str, batch: Batch) -> Batch:
         return batch._replace(inputs={}) if name == self.reads else batch
-
-    def _from(self, number: int) -> Generator[dict[str, Batch]]:
-        while True:
-            epoch, start = divmod(number, len(self.transfer))
-            yield from self.transfer.epoch(epoch, start)
-            number += len(self.transfer) - start
 
 
 def join_batches(first: Batch, second: Batch, pad_id: int) -> Batch:

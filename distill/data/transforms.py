@@ -20,6 +20,7 @@ from distill.contracts import CLEAN_VIEW
 
 WHITE = 255
 MID_GREY = 127.5
+SCALED_AT_ONCE = 16  # images whose float values the processor's cache holds
 
 
 def hash_uniform(seed: int, ids: Tensor, views: Tensor, salt: int | str | Tensor) -> Tensor:
@@ -103,11 +104,18 @@ def _flip_and_shift(images: Tensor, flip: Tensor, down: Tensor, right: Tensor) -
 
 def _scale(images: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
     """Change pixels to ``factor * pixel + offset``, rounded; through numpy, whose cast to uint8 is vectorised."""
-    values = images.numpy().astype(np.float32)
-    values *= factor.view(-1, 1, 1, 1).numpy()
-    values += offset.view(-1, 1, 1, 1).numpy() + np.float32(0.5)  # the cast below rounds down
-    np.clip(values, 0, 255, out=values)
-    return torch.from_numpy(values.astype(np.uint8))
+    source, factors, offsets = images.numpy(), factor.view(-1, 1, 1, 1).numpy(), offset.view(-1, 1, 1, 1).numpy()
+    offsets = offsets + np.float32(0.5)  # the cast rounds down
+    result = np.empty_like(source)
+    values = np.empty((SCALED_AT_ONCE, *source.shape[1:]), np.float32)
+    for first in range(0, len(source), SCALED_AT_ONCE):
+        some = slice(first, first + SCALED_AT_ONCE)
+        block = values[: len(source[some])]
+        np.multiply(source[some], factors[some], out=block)
+        block += offsets[some]
+        np.clip(block, 0, 255, out=block)
+        result[some] = block
+    return torch.from_numpy(result)
 
 
 def resize_images(images: Tensor, size: int) -> Tensor:

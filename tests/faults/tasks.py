@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from distill import checkpoint, engine, evaluate, pipeline, quantize, report, re
 from distill.build import example_batch, input_spec
 from distill.cli import main
 from distill.config import DataConfig, TrainConfig
-from distill.contracts import Batch
-from distill.data.loader import Loader
+from distill.contracts import Batch, Outputs
 from distill.data.prepare import PreparedData, prepare
 from distill.export.onnx import export_onnx
 
@@ -59,21 +58,6 @@ def distill_offline(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
-class LoggedRows:
-    """A loader that writes down the ids of each batch that is taken from it."""
-
-    def __init__(self, loader: Loader, note: Callable[[str], None]) -> None:
-        self.loader, self.note = loader, note
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Batch]]:
-        for batches in self.loader.epoch(epoch, start):
-            self.note("rows " + " ".join(map(str, batches["student"].ids.tolist())))
-            yield batches
-
-
 def train(data: str, tokenizer: str, folder: str, log: str, die: Sequence[int] | None = None) -> None:
     """Train a small model with a checkpoint after each step; ``log`` gets a line a batch and two a save.
 
@@ -89,10 +73,15 @@ def train(data: str, tokenizer: str, folder: str, log: str, die: Sequence[int] |
     def note(line: str) -> None:
         os.write(handle, f"{line}\n".encode())
 
+    def note_rows(batches: dict[str, Batch]) -> Outputs:
+        """A teacher, which is asked about what is trained on; batches are made ahead."""
+        note("rows " + " ".join(map(str, batches["student"].ids.tolist())))
+        return Outputs({}, {}, {})
+
     file = Path(tokenizer)
     loader = tiny.make_loader(PreparedData.open(data), file)
     model = tiny.make_model(file, dropout=0.2, modality_dropout=0.2)
-    tapped, objective = tiny.make_objective(model, tiny.LABELS, next(loader.epoch(0))["student"])
+    tapped, objective = tiny.make_objective(model, tiny.LABELS, loader.at(0, 0)["student"])
     valid = tiny.make_loader(loader.data, file, split="valid", shuffle=False, augment=None)
     budget = {"epochs": KILL_EPOCHS, "batch_size": 16, "lr": 0.02, "ema": 0.9, "checkpoint_minutes": 1e-9}
     _announce_saves(note, die)
@@ -100,12 +89,13 @@ def train(data: str, tokenizer: str, folder: str, log: str, die: Sequence[int] |
         engine.Job(
             tapped=tapped,
             objective=objective,
-            loader=LoggedRows(loader, note),
+            loader=loader,
             reads="student",
             config=TrainConfig.model_validate(budget),
             folder=Path(folder),
             seed=0,
             validate=partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student")),
+            teacher=note_rows,
         )
     )
 

@@ -1,0 +1,32 @@
+"""What the process takes from the machine: CPU time, and memory that it keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import resource
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_KEPT_BYTES, _BLOCK_BYTES = 2**30, 2**25  # the second is glibc's upper limit
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its finished children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def keep_freed_memory() -> bool:
+    """Keep up to 1 GiB of freed memory in the process, where glibc would hand it back to the system.
+
+    Every step of training frees what the next one asks for. glibc may return it each time, depending on what was freed
+    before: then thousands of pages are cleared anew in each step.
+
+    Returns:
+        Whether the C library was told; False for any other than glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    settings = ((_MMAP_THRESHOLD, _BLOCK_BYTES), (_TRIM_THRESHOLD, _KEPT_BYTES))
+    return all(library.mallopt(name, value) == 1 for name, value in settings)
