@@ -174,7 +174,7 @@ def dist(
     """DIST: correlation in place of KL, within rows and within classes (Huang et al. 2022, arXiv 2205.10536).
 
     ``T² · [beta · mean_b (1 - ρ(s_b, t_b)) + gamma · mean_c (1 - ρ(s_c, t_c))]``, Pearson's ρ of ``softmax(z / T)``:
-    ``s_b`` is a row and ``s_c`` a class over the batch. The second part compares rows: splitting a batch changes it, and
+    ``s_b`` is a row and ``s_c`` a class over the batch. The second part compares rows: splitting a batch changes it;
     of one row it is the constant gamma. As in the authors' code 1e-8 is added to the product of the lengths, which
     matters for nearly uniform probabilities. A row or class without variance has no correlation: it counts as ρ = 0 and
     gets no gradient, where dividing by the 1e-8 would give one of 1e8.
