@@ -31,7 +31,8 @@ def rkd(
     teacher's, with the Huber loss h at 1 and each side's own mean distance d̄ over pairs of different rows. The means
     run over all B² pairs and B³ triples, those with equal indices included, which are 0. Distances are those of
     differences: squared lengths less twice the product, as in common code, lose near pairs in float32. Rows that
-    coincide have a distance of sqrt(eps), no angle, and no gradient.
+    coincide, as those of equal texts do, have a distance of sqrt(eps), no angle, and no gradient: the direction of what
+    rounding leaves between them is noise, and its slope is without limit.
 
     Args:
         student_vec: [B, D] or any shape that is flattened to it; B³ numbers are held.
@@ -46,7 +47,7 @@ def rkd(
     """
     if len(student_vec) < 2:
         return (student_vec * 0).sum()
-    student, teacher = (x[None] - x[:, None] for x in (student_vec.flatten(1), teacher_vec.detach().flatten(1)))
+    student, teacher = (_apart(x.flatten(1)) for x in (student_vec, teacher_vec.detach()))
     distances, their_distances = (_relative_distances(x, squared, eps) for x in (student, teacher))
     angles, their_angles = (unit(x) @ unit(x).mT for x in (student, teacher))
     off = F.smooth_l1_loss(distances, their_distances), F.smooth_l1_loss(angles, their_angles)
@@ -229,6 +230,14 @@ def queue_kl(
 
     student, target = over_queue(student_vec, student_temperature), over_queue(teacher, teacher_temperature)
     return F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+def _apart(rows: Tensor) -> Tensor:
+    """Differences of all pairs of [B, D], [B, B, D]; 0 where only rounding tells two rows apart."""
+    differences, lengths = rows[None] - rows[:, None], rows.detach().norm(dim=1)
+    rounding = 8 * torch.finfo(rows.dtype).eps * (lengths[None] + lengths[:, None])
+    alike = differences.detach().norm(dim=-1) <= rounding
+    return differences.masked_fill(alike[..., None], 0.0)
 
 
 def _relative_distances(apart: Tensor, squared: bool, eps: float) -> Tensor:
