@@ -144,8 +144,8 @@ def hcl(student_map: Tensor, teacher_map: Tensor, *, levels: Sequence[int] = (4,
     """Hierarchical context loss of ReviewKD: L2 at several resolutions (Chen et al. 2021, arXiv 2104.09044).
 
     ``[mse(s, t) + Σ_k 2^-k · mse(pool_k(s), pool_k(t))] / Σ of the weights``, where pool_k averages to the k-th of the
-    levels that are smaller than the map. Levels that are not smaller are left out and do not halve the weight, as in
-    the authors' code; the paper does not state that the sum is divided by its weights.
+    levels that are smaller than the map. Levels that are not smaller are left out and do not halve the weight, and the
+    sum is divided by its weights, both as in the authors' code.
 
     Args:
         student_map: [B, C, H, W], the output of a fusion (:func:`review_fusion`).

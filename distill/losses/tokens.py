@@ -91,10 +91,8 @@ def _attention_kl(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor |
         lowest = torch.finfo(student_scores.dtype).min / 2
         student_scores, teacher_scores = (x.masked_fill(hidden, lowest) for x in (student_scores, teacher_scores))
     student, teacher = (F.log_softmax(x, dim=-1) for x in (student_scores, teacher_scores))
-    each = F.kl_div(student, teacher, reduction="none", log_target=True)
-    if mask is not None:
-        each = each.masked_fill(hidden, 0.0)
-    return _mean_over_tokens(each.sum(dim=-1).mean(dim=1), mask)
+    each = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+    return _mean_over_tokens(each.mean(dim=1), mask)
 
 
 def _mean_over_tokens(each: Tensor, mask: Tensor | None) -> Tensor:
