@@ -9,7 +9,7 @@ from distill.build import check_model
 from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, check_part, nearest
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
-from distill.losses.objective import check_terms, needs_teacher
+from distill.losses.objective import LOSSES, check_terms, needs_teacher
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.sharding import check_sharding
@@ -177,6 +177,7 @@ def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], rec
     if len(models) == 1 and needs_teacher(terms):
         raise UserError(f"{where}: a term reads a teacher, and this stage has none; use losses on labels here")
     for number, term in enumerate(terms):
+        _check_width(term, recipe, f"{where}[{number}]")
         for model in models if needs_teacher([term]) else models[:1]:
             tasks = list(model.heads or recipe.data.targets)
             if model.unimodal_heads:
@@ -187,3 +188,14 @@ def _check_terms(terms: Sequence[TermConfig], models: Sequence[ModelConfig], rec
             for name in [] if term.embedding is None else term.embedding.split(","):
                 if name not in embeddings:
                     raise UserError(f"{where}[{number}]: no embedding {name!r}; {nearest(name, embeddings)}")
+
+
+def _check_width(term: TermConfig, recipe: Recipe, place: str) -> None:
+    """Pairs of embeddings have no projector: those compared number by number are of one width."""
+    loss = LOSSES[term.loss]
+    own, given = recipe.student.embedding_dim, recipe.teacher.embedding_dim * recipe.teacher.members
+    if loss.kind == "pair+teacher" and loss.one_width and own != given:
+        raise UserError(
+            f"{place}: {term.loss} compares embeddings of one width, and student.embedding_dim is {own} where the "
+            f"teacher's are {given} wide (embedding_dim · members); set it to {given}, or use clip_relational_kl"
+        )
