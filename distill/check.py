@@ -9,7 +9,7 @@ from distill.build import check_model
 from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, check_part, nearest
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
-from distill.losses.objective import check_terms, needs_teacher
+from distill.losses.objective import LOSSES, check_terms, needs_teacher
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import Fitted, check_teachers
@@ -200,12 +200,14 @@ def _check_terms(
             continue
         if term.teacher is None:
             _check_names(term, recipe.teacher, ours, f"{place}: no")
+            _check_width(term, recipe.student, recipe.teacher, place)
         elif term.teacher not in others:
             hint = nearest(term.teacher, others) if others else "there are none: add it"
             raise UserError(f"{place}: no teacher {term.teacher!r} under 'teachers'; {hint}")
         else:
             other, having = others[term.teacher], f"{place}: teacher {term.teacher!r} has no"
             _check_names(term, other.recipe.teacher, [task for task in other.tasks if task in ours], having)
+            _check_width(term, recipe.student, other.recipe.teacher, place)
 
 
 def _check_names(term: TermConfig, model: ModelConfig, tasks: Sequence[str], missing: str) -> None:
@@ -219,3 +221,14 @@ def _check_names(term: TermConfig, model: ModelConfig, tasks: Sequence[str], mis
     for name in [] if term.embedding is None else term.embedding.split(","):
         if name not in embeddings:
             raise UserError(f"{missing} embedding {name!r}; {nearest(name, embeddings)}")
+
+
+def _check_width(term: TermConfig, student: ModelConfig, teacher: TeacherConfig, place: str) -> None:
+    """Pairs of embeddings have no projector: those compared number by number are of one width."""
+    loss = LOSSES[term.loss]
+    own, given = student.embedding_dim, teacher.embedding_dim * teacher.members
+    if loss.kind == "pair+teacher" and loss.one_width and own != given:
+        raise UserError(
+            f"{place}: {term.loss} compares embeddings of one width, and student.embedding_dim is {own} where the "
+            f"teacher's are {given} wide (embedding_dim · members); set it to {given}, or use clip_relational_kl"
+        )

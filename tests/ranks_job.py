@@ -35,6 +35,11 @@ TERMS = [
     {"loss": "cosine", "embedding": "text"},
     {"loss": "fitnet", "taps": {"student": "encoders.image.layer", "teacher": "encoders.image.layer"}},
     {"loss": "clip_infonce", "embedding": "image,text"},
+    {"loss": "clip_relational_kl", "embedding": "image,text"},
+    {"loss": "clip_fd", "embedding": "image,text"},
+    {"loss": "rkd", "embedding": "text", "weight": 0.01},
+    {"loss": "sp", "embedding": "image"},
+    {"loss": "dist", "task": "kind"},
 ]
 
 

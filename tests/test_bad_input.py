@@ -103,6 +103,11 @@ def change_rows(folder, change):
             "teacher.objective.2.task=shape.audio",
             r"teacher\.objective\[2\]: no task 'shape\.audio'; did you mean 'shap",
         ),
+        (
+            "student.objective.3={loss: clip_fd, embedding: 'image,text'}",
+            r"student\.objective\[3\]: clip_fd compares embeddings of one width, and student\.embedding_dim is 8 "
+            r"where the teacher's are 32 wide \(embedding_dim · members\); set it to 32, or use clip_relational_kl",
+        ),
         ("student.objective.3.embedding=fuse", r"student\.objective\[3\]: no embedding 'fuse'; did you mean 'fused'\?"),
         ("student.baseline.0.loss=kd", r"student\.baseline: a term reads a teacher, and this stage has none"),
         ("student.inherit.text.type=token", r"student\.inherit\.text: unknown type 'token'; did you mean 'token_embed"),

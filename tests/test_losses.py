@@ -1,7 +1,6 @@
-"""Losses: published reference values, two ways to the same number, half precision, and no gradient to the teacher."""
+"""Losses: published reference values of all methods; two ways to the same number of those on logits and labels."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +43,10 @@ def test_published_implementations_gave_the_same_value_and_gradient(name, arrays
         assert inputs[case["inputs"].index(key)].grad.norm().item() == pytest.approx(norm, rel=1e-6)
 
 
-def test_every_loss_of_the_registry_is_exported():
+def test_the_registry_s_functions_are_exported():
     assert {name: entry.function for name, entry in LOSSES.items()} == {n: getattr(losses, n) for n in LOSSES}
-    assert set(losses.__all__) == set(LOSSES)
+    assert set(LOSSES) < set(losses.__all__)
+    assert losses.__all__ == sorted(losses.__all__)
 
 
 def test_kd_is_the_sum_over_classes_written_out():
@@ -123,62 +123,3 @@ def test_classes_without_rows_count_as_one():
     student, labels = logits(), torch.tensor([0, 1, 2, 3, 4, 0])
     none, one = (torch.tensor([60, 25, 10, 4, count]) for count in (0, 1))
     assert losses.logit_adjusted(student, labels, none) == losses.logit_adjusted(student, labels, one)
-
-
-def test_clip_infonce_knows_its_perfect_and_its_blind_value():
-    identity = torch.eye(4, dtype=torch.float64)
-    perfect = losses.clip_infonce(identity, identity, logit_scale=20.0)
-    assert perfect.item() == pytest.approx(math.log(1 + 3 * math.exp(-20)), rel=1e-6)
-    same = identity[:1].expand(4, 4)
-    assert losses.clip_infonce(same, same, logit_scale=20.0).item() == pytest.approx(math.log(4))
-    apart = identity[[1, 0, 3, 2]]
-    assert losses.clip_infonce(identity, apart) > losses.clip_infonce(same, same)
-
-
-def test_feature_losses_by_hand():
-    one, other = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
-    assert losses.cosine(one, other).item() == pytest.approx(1 - 24 / 25)
-    assert losses.cosine(one, -5 * one).item() == pytest.approx(2)
-    assert losses.fitnet(one, other).item() == pytest.approx(1)
-    assert losses.mse_logits(one, other).item() == pytest.approx(1)
-
-
-def arguments(name, dtype):
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])
-    student, teacher = logits().to(dtype).requires_grad_(), logits(seed=1).to(dtype).requires_grad_()
-    kinds = {
-        "labels": (student, labels),
-        "labels+counts": (student, labels, torch.tensor([5, 4, 3, 2, 0])),
-        "teacher+labels": (student, teacher, labels),
-    }
-    return kinds.get(LOSSES[name].kind, (student, teacher))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_gradient_reaches_the_teacher(name):
-    inputs = arguments(name, torch.float64)
-    LOSSES[name].function(*inputs).backward()
-    assert inputs[0].grad.abs().max() > 0
-    if LOSSES[name].kind in ("teacher", "teacher+labels", "features"):
-        assert inputs[1].grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", LOSSES)
-def test_half_precision_is_computed_in_float32(name, dtype):
-    halves = arguments(name, dtype)
-    value = LOSSES[name].function(*halves)
-    assert value.dtype == torch.float32
-    doubles = [x.double() if x.is_floating_point() else x for x in halves]
-    torch.testing.assert_close(value, LOSSES[name].function(*doubles).float(), rtol=1e-4, atol=1e-5)
-    value.backward()
-    assert halves[0].grad.dtype == dtype and torch.isfinite(halves[0].grad).all()
-
-
-@pytest.mark.parametrize("name", ["kd", "dkd", "cross_entropy", "logit_adjusted"])
-def test_extreme_logits_stay_finite(name):
-    inputs = [x.detach() * 1e4 if x.is_floating_point() else x for x in arguments(name, torch.float32)]
-    inputs[0].requires_grad_()
-    value = LOSSES[name].function(*inputs)
-    value.backward()
-    assert torch.isfinite(value) and torch.isfinite(inputs[0].grad).all()

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import terms
 
 from distill import losses
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, Outputs, UserError
-from distill.losses.objective import Objective, check_terms, needs_teacher, tap_paths
+from distill.losses.objective import LOSSES, Objective, check_terms, needs_teacher, tap_paths
 from distill.step import take
 
 ROWS = 6
@@ -59,6 +60,9 @@ TAPS = {"student": "encoders.image.tap", "teacher": "encoders.image.tap"}
         ({"loss": "cosine", "task": "kind"}, "exactly one of embedding or taps"),
         ({"loss": "clip_infonce", "embedding": "image"}, 'needs two embeddings, write "image,text"'),
         ({"loss": "clip_infonce", "embedding": "image,text,fused"}, "two embeddings"),
+        ({"loss": "clip_relational_kl", "embedding": "image"}, 'clip_relational_kl needs two embeddings, write "image'),
+        ({"loss": "clip_fd", "task": "kind"}, "clip_fd needs exactly one of embedding, got"),
+        ({"loss": "dist", "embedding": "fused"}, "dist needs exactly one of task, got"),
         ({"loss": "fitnet", "taps": {"student": "a"}}, "taps needs both 'student' and 'teacher'"),
     ],
 )
@@ -81,7 +85,16 @@ def test_a_name_that_the_models_do_not_give_is_refused(item, message, batch):
         value(item, batch, outputs(), outputs(1))
 
 
-@pytest.mark.parametrize("item", [{"loss": "kd", "task": "kind"}, {"loss": "cosine", "embedding": "fused"}])
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"loss": "kd", "task": "kind"},
+        {"loss": "cosine", "embedding": "fused"},
+        {"loss": "rkd", "embedding": "fused"},
+        {"loss": "clip_fd", "embedding": "image,text"},
+        {"loss": "clip_relational_ce", "embedding": "image,text"},
+    ],
+)
 def test_a_teacher_term_without_a_teacher_is_refused(item, batch):
     with pytest.raises(UserError, match="reads a teacher, and this stage has none"):
         value(item, batch, outputs())
@@ -94,6 +107,7 @@ def test_which_terms_need_a_teacher_and_which_taps():
         {"loss": "dkd", "task": "kind"},
         {"loss": "fitnet", "taps": TAPS},
         {"loss": "cosine", "embedding": "text"},
+        {"loss": "clip_relational_kl", "embedding": "image,text"},
     ):
         assert needs_teacher([*alone, *terms(item)])
     twice = terms({"loss": "fitnet", "taps": {"student": "a", "teacher": "b"}}, {"loss": "cosine", "taps": TAPS}) * 2
@@ -118,14 +132,23 @@ def test_terms_are_weighed_and_logged_unweighted_under_their_own_names(batch):
     torch.testing.assert_close(total, expected)
 
 
-ABOUT_IMAGES = [
+ROW_BY_ROW = [
     {"loss": "cross_entropy", "task": "kind.image"},
     {"loss": "kd", "task": "kind.image"},
     {"loss": "dkd", "task": "kind.image"},
     {"loss": "cosine", "embedding": "image"},
     {"loss": "fitnet", "taps": TAPS},
-    {"loss": "clip_infonce", "embedding": "image,text"},
+    {"loss": "at", "taps": TAPS},
+    {"loss": "clip_fd", "embedding": "image,text"},
 ]
+RELATIONAL = [
+    {"loss": "clip_infonce", "embedding": "image,text"},
+    {"loss": "clip_relational_kl", "embedding": "image,text"},
+    {"loss": "rkd", "embedding": "image"},
+    {"loss": "sp", "taps": TAPS},
+    {"loss": "dist", "task": "kind.image"},
+]
+ABOUT_IMAGES = [*ROW_BY_ROW, *RELATIONAL]
 
 
 @pytest.mark.parametrize("item", ABOUT_IMAGES, ids=lambda item: item["loss"])
@@ -168,7 +191,7 @@ def test_missing_labels_leave_soft_labels_in_force(batch):
 
 
 def test_the_parts_of_a_batch_add_up_to_the_whole_whatever_they_lack(batch):
-    items = [*ABOUT_IMAGES[:-1], {"loss": "cross_entropy", "task": "kind"}, {"loss": "kd", "task": "kind"}]
+    items = [*ROW_BY_ROW, {"loss": "cross_entropy", "task": "kind"}, {"loss": "kd", "task": "kind"}]
     labels = torch.tensor([0, IGNORE, IGNORE, 1, 2, IGNORE])
     whole = without(batch, "image", 1, 4)._replace(targets={"kind": labels})
     student, teacher = outputs(), outputs(1)
@@ -218,3 +241,42 @@ def test_embeddings_of_unequal_width_get_a_projector_too(batch):
     objective = Objective(terms({"loss": "cosine", "embedding": "fused"}), student, teacher)
     assert objective(student, teacher, batch)[0].requires_grad
     assert objective.projectors["0"].weight.shape == (9, 4)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.kind == "pair+teacher"])
+def test_pairs_of_both_models_are_normalised(name, batch):
+    student, teacher = outputs(), outputs(1)
+    rows = [F.normalize(o.embeddings[side], dim=-1) for o in (student, teacher) for side in ("image", "text")]
+    item = {"loss": name, "embedding": "image,text"}
+    torch.testing.assert_close(value(item, batch, student, teacher), getattr(losses, name)(*rows))
+    scaled = teacher._replace(embeddings={side: 7 * rows for side, rows in teacher.embeddings.items()})
+    torch.testing.assert_close(value(item, batch, student, scaled), getattr(losses, name)(*rows))
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.kind == "pair+teacher"])
+def test_pairs_of_unequal_width_are_compared_by_their_relations_alone(name, batch):
+    item = {"loss": name, "embedding": "image,text"}
+    student, teacher = outputs(width=4), outputs(1, width=9)
+    if LOSSES[name].one_width:
+        message = f"'{name}/image,text' compares embeddings of one width, and 'image' has 4 in the student and 9 in"
+        with pytest.raises(UserError, match=message):
+            value(item, batch, student, teacher)
+    else:
+        assert value(item, batch, student, teacher).isfinite()
+
+
+@pytest.mark.parametrize("item", [{"loss": "rkd", "embedding": "image"}, {"loss": "at", "taps": TAPS}])
+def test_what_needs_no_equal_width_gets_no_projector(item, batch):
+    student, teacher = outputs(width=4, tap=(8, 4, 4)), outputs(1, width=9, tap=(12, 3, 3))
+    objective = Objective(terms(item), student, teacher)
+    assert not list(objective.parameters()) and objective(student, teacher, batch)[0].isfinite()
+
+
+def test_pairs_are_normalised_before_halves_are_rounded(batch):
+    """The norm of a normalised half is 1 within a thousandth only, which a scale of 100 makes a tenth."""
+    student, halves = (outputs(width=64) for _ in range(2))
+    rounded = {name: rows.bfloat16() for name, rows in halves.embeddings.items()}
+    same = {name: rows.float() for name, rows in rounded.items()}
+    item = {"loss": "clip_infonce", "embedding": "image,text", "params": {"logit_scale": 100.0}}
+    expected = value(item, batch, student._replace(embeddings=same))
+    torch.testing.assert_close(value(item, batch, student._replace(embeddings=rounded)), expected)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from distill.config import TermConfig, nearest, of_teacher
 from distill.contracts import IGNORE, Batch, Outputs, UserError
-from distill.losses import contrastive, features, logits
+from distill.losses import contrastive, features, logits, maps, outputs, relations
 from distill.losses.numeric import upcast
 from distill.multimodal import by_member
 from distill.ranks import Ranks
 
-Kind = Literal["labels", "labels+counts", "teacher", "teacher+labels", "features", "pair"]
+Kind = Literal["labels", "labels+counts", "teacher", "teacher+labels", "features", "pair", "pair+teacher"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,16 @@ class Loss:
         function: the pure function.
         kind: "labels" (logits, labels), "labels+counts" (and the training rows of each class), "teacher" (logits of
             both), "teacher+labels", "features" (an embedding or a pair of taps, of both), "pair" (two embeddings of the
-            model's own).
+            model's own, normalised), "pair+teacher" (and the same two of the teacher).
         relational: True where rows are compared with each other, so that splitting a batch changes the value.
+        one_width: True where the student's numbers are compared with the teacher's one by one. Features of other widths
+            then get a projector; embeddings of a pair have none and are refused.
     """
 
     function: Callable[..., Tensor]
     kind: Kind
     relational: bool = False
+    one_width: bool = True
 
 
 LOSSES = {
@@ -43,15 +46,35 @@ LOSSES = {
     "logit_adjusted": Loss(logits.logit_adjusted, "labels+counts"),
     "kd": Loss(logits.kd, "teacher"),
     "mse_logits": Loss(logits.mse_logits, "teacher"),
+    "logit_standardized_kd": Loss(logits.logit_standardized_kd, "teacher"),
+    "multilabel_kd": Loss(outputs.multilabel_kd, "teacher"),
+    "dist": Loss(logits.dist, "teacher", relational=True),
     "dkd": Loss(logits.dkd, "teacher+labels"),
+    "nkd": Loss(logits.nkd, "teacher+labels"),
     "cosine": Loss(features.cosine, "features"),
     "fitnet": Loss(features.fitnet, "features"),
+    "at": Loss(maps.at, "features", one_width=False),
+    "nst": Loss(maps.nst, "features", one_width=False),
+    "hcl": Loss(maps.hcl, "features"),
+    "cwd": Loss(maps.cwd, "features"),
+    "rkd": Loss(relations.rkd, "features", relational=True, one_width=False),
+    "sp": Loss(relations.sp, "features", relational=True, one_width=False),
+    "pkt": Loss(relations.pkt, "features", relational=True, one_width=False),
     "clip_infonce": Loss(contrastive.clip_infonce, "pair", relational=True),
+    "siglip": Loss(contrastive.siglip, "pair", relational=True),
+    "clip_relational_ce": Loss(contrastive.clip_relational_ce, "pair+teacher", relational=True, one_width=False),
+    "clip_relational_kl": Loss(contrastive.clip_relational_kl, "pair+teacher", relational=True, one_width=False),
+    "siglip_relational": Loss(contrastive.siglip_relational, "pair+teacher", relational=True, one_width=False),
+    "clip_fd": Loss(contrastive.clip_fd, "pair+teacher"),
+    "clip_icl": Loss(contrastive.clip_icl, "pair+teacher", relational=True),
+    "clip_gd": Loss(contrastive.clip_gd, "pair+teacher", relational=True),
 }
 
 LABELS: tuple[Kind, ...] = ("labels", "labels+counts", "teacher+labels")
-TEACHING: tuple[Kind, ...] = ("teacher", "teacher+labels", "features")
-NEEDS = {"labels": "task", "labels+counts": "task", "teacher": "task", "teacher+labels": "task", "pair": "embedding"}
+TEACHING: tuple[Kind, ...] = ("teacher", "teacher+labels", "features", "pair+teacher")
+PAIRS: tuple[Kind, ...] = ("pair", "pair+teacher")
+TASKS: tuple[Kind, ...] = (*LABELS, "teacher")
+NEEDS = dict.fromkeys(TASKS, "task") | dict.fromkeys(PAIRS, "embedding")
 
 
 def check_terms(terms: Sequence[TermConfig], where: str) -> None:
@@ -73,7 +96,7 @@ def check_terms(terms: Sequence[TermConfig], where: str) -> None:
         expected = [NEEDS[loss.kind]] if loss.kind in NEEDS else ["embedding", "taps"]
         if len(given) != 1 or given[0] not in expected:
             raise UserError(f"{place}: {term.loss} needs exactly one of {' or '.join(expected)}, got {given or 'none'}")
-        if loss.kind == "pair" and len(str(term.embedding).split(",")) != 2:
+        if loss.kind in PAIRS and len(str(term.embedding).split(",")) != 2:
             raise UserError(f'{place}: {term.loss} needs two embeddings, write "image,text"; got {term.embedding!r}')
         if term.taps is not None and set(term.taps) != {"student", "teacher"}:
             raise UserError(f"{place}: taps needs both 'student' and 'teacher'")
@@ -132,10 +155,14 @@ class Objective(nn.Module):
         self.class_counts, self._reads = dict(class_counts or {}), dict(reads or {})
         self.projectors = nn.ModuleDict()
         for index, term in enumerate(self.terms):
-            if LOSSES[term.loss].kind != "features":
+            loss = LOSSES[term.loss]
+            if loss.kind not in ("features", "pair+teacher") or not loss.one_width:
                 continue
             if teacher is None:
                 raise UserError(f"term {term.name!r} reads a teacher, and this stage has none")
+            if loss.kind == "pair+teacher":
+                _check_widths(term, student, teacher)
+                continue
             projector = _projector(term.name, _feature(term, student, "student"), _feature(term, teacher, "teacher"))
             if projector is not None:
                 self.projectors[str(index)] = projector
@@ -207,12 +234,13 @@ class Objective(nn.Module):
         self, index: int, term: TermConfig, kind: Kind, student: Outputs, teacher: Outputs | None, batch: Batch
     ) -> tuple[Tensor, ...]:
         if kind == "pair":
-            first, second = str(term.embedding).split(",")
-            return tuple(F.normalize(_pick(student.embeddings, name, term.name), dim=-1) for name in (first, second))
+            return _pair(term, student)
         if kind in ("labels", "labels+counts"):
             return _pick(student.logits, str(term.task), term.name), batch.targets[str(term.task).split(".")[0]]
         if teacher is None:
             raise UserError(f"term {term.name!r} reads a teacher, and this stage has none")
+        if kind == "pair+teacher":
+            return *_pair(term, student), *_pair(term, teacher, term.teacher)
         if kind == "features":
             feature = _feature(term, student, "student")
             if str(index) in self.projectors:
@@ -258,6 +286,24 @@ def _feature(term: TermConfig, outputs: Outputs, side: Literal["student", "teach
     if term.taps is not None:
         return _pick(outputs.features, of_teacher(term.taps[side], teacher), term.name)
     return _pick(outputs.embeddings, of_teacher(str(term.embedding), teacher), term.name)
+
+
+def _pair(term: TermConfig, outputs: Outputs, teacher: str | None = None) -> tuple[Tensor, ...]:
+    """The term's two embeddings, normalised in float32 at least: halves have a norm of 1 within 1e-3 only."""
+    names = [of_teacher(name, teacher) for name in str(term.embedding).split(",")]
+    return tuple(F.normalize(upcast(_pick(outputs.embeddings, name, term.name)), dim=-1) for name in names)
+
+
+def _check_widths(term: TermConfig, student: Outputs, teacher: Outputs) -> None:
+    for name, own, given in zip(
+        str(term.embedding).split(","), _pair(term, student), _pair(term, teacher, term.teacher), strict=True
+    ):
+        if own.shape[-1] != given.shape[-1]:
+            raise UserError(
+                f"term {term.name!r} compares embeddings of one width, and {name!r} has {own.shape[-1]} in the student "
+                f"and {given.shape[-1]} in the teacher; give both one width, or use a relational loss "
+                "(clip_relational_ce, clip_relational_kl, siglip_relational)"
+            )
 
 
 def _pick(tensors: dict[str, Tensor], name: str, term: str) -> Tensor:

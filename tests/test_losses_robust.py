@@ -1,0 +1,100 @@
+"""What holds of every loss: half precision, tiny and huge inputs, batches of one row, rows that are all alike."""
+
+import pytest
+import torch
+from losses_table import CALLS, HELPERS, Draw, call
+
+from distill import losses
+from distill.contracts import UserError
+
+HALVES = [torch.float16, torch.bfloat16]
+BEYOND_FP16 = {"fsp", "mgd", "vid"}  # of inputs near 1e4 they have gradients above 65,504, which fp16 cannot hold
+SITUATIONS = {
+    "plain": {},
+    "one row": {"rows": 1},
+    "two rows": {"rows": 2},
+    "two classes": {"classes": 2},
+    "one row, two classes": {"rows": 1, "classes": 2},
+    "rows alike": {"alike": True},
+    "a student that says nothing": {"constant": 0.0},
+    "a student that says one thing of ten classes": {"constant": 0.3, "classes": 10},
+}
+
+
+def test_every_exported_loss_is_in_the_table():
+    assert set(CALLS) | HELPERS == set(losses.__all__) and not set(CALLS) & HELPERS
+
+
+@pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
+@pytest.mark.parametrize("name", CALLS)
+def test_value_and_gradient_are_finite_and_those_of_float32(name, situation):
+    for dtype in HALVES:
+        for scale in (0.0, 1e-4, 1e-2, 1.0, 100.0, 1e4):
+            where = f"{dtype}, inputs up to {scale}"
+            half, single = (Draw(scale=scale, dtype=kind, **situation) for kind in (dtype, torch.float32))
+            value = call(name, half)
+            single = rounded(single, dtype)
+            expected = call(name, single)
+            assert value.dtype == torch.float32 and value.isfinite(), where
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9, msg=where)
+            value.backward()
+            expected.backward()
+            for ours, theirs in zip(half.student, single.student, strict=True):
+                assert ours.grad.dtype == dtype and theirs.grad.isfinite().all(), where
+                if name not in BEYOND_FP16 or dtype != torch.float16:
+                    assert ours.grad.isfinite().all(), where
+                torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), rtol=1e-2, atol=1e-6, msg=where)
+
+
+def rounded(draw, dtype):
+    """A draw in float32 of numbers that the other type can hold."""
+    make = draw._leaf
+    draw._leaf = lambda values, side: make(values.to(dtype), side)
+    return draw
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_loss_computes_the_same_inside_autocast(name):
+    """Autocast multiplies matrices in half precision, where squares of features overflow."""
+    plain, inside = (Draw(scale=300.0, dtype=torch.float32) for _ in range(2))
+    expected = call(name, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = call(name, inside)
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_student_learns_and_the_teacher_does_not(name):
+    draw = Draw()
+    value = call(name, draw)
+    assert value.dtype == torch.float64 and value.shape == () and value.requires_grad
+    value.backward()
+    for leaf in draw.student:
+        assert leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0
+    learning = [leaf for leaf in draw.teacher if leaf.grad is not None]
+    assert len(learning) == (name == "crd")  # whose teacher stands behind a projection that learns
+    assert all(leaf is draw.teacher[0] for leaf in learning)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_are_those_of_finite_differences(name):
+    draw = Draw(rows=3, classes=3)
+    arguments, named = CALLS[name](draw)
+    frozen = {id(leaf) for leaf in draw.teacher} | ({id(arguments[2])} if name == "ctkd" else set())
+    inputs = [value.detach() if id(value) in frozen else value for value in arguments]
+    loss = getattr(losses, name)
+    assert torch.autograd.gradcheck(lambda *values: loss(*values, **named), inputs, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dkd", "nkd", "logit_standardized_kd"])
+def test_one_class_is_refused_in_a_sentence(name):
+    with pytest.raises(UserError, match=f"{name} compares classes .* needs logits of two or more, got 1"):
+        call(name, Draw(classes=1))
+
+
+@pytest.mark.parametrize("name", ["rkd", "sp", "pkt"])
+def test_one_row_has_no_relations(name):
+    draw = Draw(rows=1)
+    value = call(name, draw)
+    value.backward()
+    assert value.abs() < 1e-12 and draw.student[0].grad.abs().max() < 1e-9
