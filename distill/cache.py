@@ -205,7 +205,7 @@ class TeacherCache:
     def _view_numbers(self, views: Tensor) -> np.ndarray:
         wanted = views.cpu().numpy()
         numbers = np.empty(len(wanted), np.int64)
-        for view in np.unique(wanted).tolist():
+        for view in sorted(set(wanted.tolist())):
             if view not in self._view_order:
                 raise UserError(f"teacher cache {self.folder} holds views {self.views}, not {view}; set cache.views")
             numbers[wanted == view] = self._view_order[view]

@@ -154,7 +154,9 @@ class TrainConfig(Strict):
     validate_every: int = Field(1, ge=1)  # epochs
     checkpoint_minutes: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
-    max_minutes: float | None = Field(None, gt=0)  # of training; the epoch that it ends in is validated and kept
+    max_minutes: float | None = Field(
+        None, gt=0
+    )  # of steps and what they wait for; the epoch that it ends in is validated and kept
     not_finite: Literal["raise", "skip", "rollback"] = "raise"  # skip a bad step, or go back to the last checkpoint too
 
 

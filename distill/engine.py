@@ -141,8 +141,8 @@ def fit(job: Job) -> dict[str, Any]:
     with job.track(state.step) as tell, noted_signals() as received:  # what is noted must still be asked for
         while state.epoch < config.epochs and not ended and not _out_of_patience(state, config):
             trainee.train()
+            began = time.monotonic()
             for batches, ask in _watched(_asked(job, state.epoch, start=state.batch), job.watch):
-                began = time.monotonic()
                 factor = lr_factor(state.step, total, config)
                 for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                     group["lr"] = lr * factor
@@ -165,6 +165,7 @@ def fit(job: Job) -> dict[str, Any]:
                     break
                 if state.batch < per_epoch:  # behind the last one, what validation finds belongs into the checkpoint
                     save_if_asked()
+                began = time.monotonic()
             ranks.average_buffers(trainee)
             kept = _end_epoch(job, trainee, average, state, kept, last=ended, lr=factor * config.lr)
             tell(state.step, state.history[-1])
@@ -232,8 +233,8 @@ def _asked(job: Job, epoch: int, start: int) -> Iterator[tuple[dict[str, Batch],
         batches = job.loader.at(epoch, number)
         if job.teacher is None or not job.teacher_ahead:
             return batches, job.teacher
-        answer = job.teacher(batches)
-        return batches, lambda placed: answer.to(placed[job.reads].ids.device)
+        answer, own = job.teacher(batches), {job.reads: batches[job.reads]}  # nobody reads the others any more
+        return own, lambda placed: answer.to(placed[job.reads].ids.device)
 
     return ahead(make, range(start, len(job.loader)), job.loader.workers)
 

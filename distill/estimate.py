@@ -44,7 +44,7 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         there is left out, and ``missing`` says why.
 
     Raises:
-        UserError: the data cannot be read.
+        UserError: the data cannot be read, a teacher lacks a tap, or one of another run cannot be rebuilt.
     """
     rows = read_rows(recipe.data, open_source(recipe.data.source, Path.cwd()), Path(tempfile.gettempdir()))
     _, labels = number_classes(rows)
@@ -58,9 +58,9 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     check_labels(recipe, labels)
     try:
         teacher = _build(recipe.teacher, "teacher", encoders, num_classes)
-        teachers = Teachers(recipe, encoders, labels, teacher.eval())
     except UserError as error:
         return {**found, "missing": str(error)}
+    teachers = Teachers(recipe, encoders, labels, teacher.eval())
     found["num_params"] |= teachers.num_params()
     views, train = (recipe.cache.views if recipe.data.augment != AugmentConfig() else 1), counts[TRAIN]
     texts, pretrain = recipe.transfer.texts, recipe.teacher.pretrain

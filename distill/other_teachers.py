@@ -211,6 +211,16 @@ def check_labels(recipe: Recipe, labels: Labels) -> None:
         )
 
 
+def check_models(recipe: Recipe, encoders: Registry) -> None:
+    """Rebuild each further teacher with the taps that terms read, and let it go again: nothing else finds all mistakes.
+
+    Raises:
+        UserError: what it is made of is not there or has changed, or it lacks a tap.
+    """
+    for name in recipe.teachers:
+        Tapped(find_fitted(name, recipe).model(encoders), tap_paths(recipe.student.objective, TEACHER, name))
+
+
 def _listed(names: set[str]) -> str:
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(map(repr, sorted(names)[:SHOWN])) + rest

@@ -20,7 +20,7 @@ from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.objective import tap_paths
-from distill.other_teachers import cache_parts, check_labels
+from distill.other_teachers import cache_parts, check_labels, check_models
 from distill.progress import progress
 from distill.ranks import join
 from distill.recipe import as_yaml
@@ -366,6 +366,8 @@ def run(
             work.done[item.stage.name] = item.artifact or artifact
             if item.stage.name == "data":
                 check_labels(recipe, work.labels())  # before a teacher is fitted for hours
+                if any(other.stage.name == "cache" and other.artifact is None for other in planned):
+                    check_models(recipe, ENCODERS)
         ranks.wait()
     return work.done
 

@@ -17,10 +17,10 @@ def cpu_seconds() -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Keep up to 1 GiB of freed memory in the process, where glibc would hand it back to the system.
+    """Let glibc hand the free end of its heap back to the system from 1 GiB on only, and take larger blocks from it.
 
-    Every step of training frees what the next one asks for. glibc may return it each time, depending on what was freed
-    before: then thousands of pages are cleared anew in each step.
+    Every step of training frees what the next one asks for. By default glibc may return it each time, depending on what
+    was freed before: then thousands of pages are cleared anew in each step.
 
     Returns:
         Whether the C library was told; False for any other than glibc.

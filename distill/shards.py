@@ -209,9 +209,9 @@ class ShardReader:
         edges = [0, *(np.flatnonzero(grouped[1:] != grouped[:-1]) + 1).tolist(), len(rows)]
         for number, start, stop in zip(grouped[edges[:-1]].tolist(), edges[:-1], edges[1:], strict=True):
             self._copy(number, rows[start:stop], arrays, slice(start, stop))
-        back = torch.empty(len(rows), dtype=torch.int64)
-        back[torch.from_numpy(order)] = torch.arange(len(rows))
-        return back
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return torch.from_numpy(back)
 
     def verify(self) -> None:
         """Check the hash of every shard.
@@ -277,9 +277,9 @@ def _stored(tensors: Mapping[str, Tensor], rows: int, dtype: str, where: str) ->
 
 
 def _write(folder: Path, shard: Shard, parts: list[dict[str, Tensor]], began: float) -> None:
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    described = describe(joined)
-    data = serialize(pack(joined), metadata={"tensors": json.dumps(described)})
+    described, packed = describe(parts[0]), [pack(part) for part in parts]
+    joined = {name: torch.cat([part[name] for part in packed]) for name in packed[0]}
+    data = serialize(joined, metadata={"tensors": json.dumps(described)})
     path = folder / f"{shard.name}.safetensors"
     entry_path = folder / f"{shard.name}.json"
     entry_path.unlink(missing_ok=True)

@@ -162,8 +162,7 @@ def _fill(
     def produce(wanted: np.ndarray, view: int) -> Outputs:
         rows = loader.row_positions[np.searchsorted(ids, wanted)]
         batches = loader.batch(rows, torch.full((len(rows),), view))
-        with torch.inference_mode():
-            return teachers({name: batch.to(ranks.device) for name, batch in batches.items()})
+        return teachers({name: batch.to(ranks.device) for name, batch in batches.items()})
 
     with progress(label, quiet=work.quiet) as report:
         TeacherCache.fill(

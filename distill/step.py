@@ -199,7 +199,7 @@ class Stepper:
             return 0, {}
         self.skipped = 0
         if self.config.clip_norm and norm > self.config.clip_norm and not overflow:
-            torch._foreach_mul_(gradients, self.config.clip_norm / (total_norm + 1e-6))
+            torch._foreach_mul_(gradients, (self.config.clip_norm / (total_norm + 1e-6)).to(self.device))
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -257,8 +257,9 @@ class Stepper:
 
     def _precisely(self, call: Callable[..., Result]) -> Callable[..., Result]:
         """The same call in the precision asked for."""
-        dtype, used = PRECISIONS.get(self.config.precision), self.config.precision != "no"
-        return torch.autocast(self.device.type, dtype, used)(call)
+        if self.config.precision == "no":
+            return call
+        return torch.autocast(self.device.type, PRECISIONS[self.config.precision])(call)
 
     def _backward(self, loss: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with self.trainee.watch("backward"):

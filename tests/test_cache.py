@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill import shards
 from distill.cache import EncodedStore, TeacherCache, encode_once, flatten
 from distill.contracts import CLEAN_VIEW, Batch, Outputs, UserError
+from distill.runs import sha256_file
 
 KEY = {"teacher": "aa", "preprocessing": "bb", "data": "cc", "augmentation": "dd", "seed": 0, "outputs": ["category"]}
 IDS = np.array([3, 4, 7, 11, 12, 13, 20, 21, 22, 30, 31], np.int64)
@@ -325,6 +326,17 @@ def test_files_are_plain_safetensors_and_json(tmp_path: Path) -> None:
     assert described["features.mask"] == {"dtype": "bool", "shape": [1]}
     with safe_open(path, framework="pt") as file:  # so the file alone says what its columns are
         assert json.loads(file.metadata()["tensors"]) == described
+
+
+def test_a_shard_of_another_version_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path)
+    cache = TeacherCache.open(tmp_path, KEY)
+    path = tmp_path / "shard-view0-00000.safetensors"
+    save_file({"logits.category": load_file(path)["record"]}, path)
+    (shard,) = (shard for shard in cache.info["shards"] if shard["name"] == path.stem)
+    shard["sha256"] = sha256_file(path)
+    with pytest.raises(UserError, match=r"shard-view0-00000\.safetensors was written by another version; run the same"):
+        cache.lookup(torch.tensor([3]), torch.tensor([0]))
 
 
 TOKENS = np.array([[1, 2, 0], [3, 0, 0], [1, 2, 0], [4, 5, 6], [3, 0, 0], [1, 2, 0], [7, 0, 0]], np.int32)

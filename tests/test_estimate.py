@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_project import distill, make_project
+from tiny_project import distill, make_project, refusal
 
 from distill import estimate
 from distill.cache import TeacherCache
@@ -23,6 +23,14 @@ def test_the_estimated_cache_is_what_a_run_takes(tmp_path, monkeypatch, override
     found = json.loads(distill("run", "recipe.yaml", "--dry-run", "--json", *overrides).out)
     assert distill("cache", "recipe.yaml", *overrides).code == 0
     assert found["disk_bytes"]["cache"] == pytest.approx(on_disk(tmp_path / "runs/tiny/cache"), rel=0.1)
+
+
+def test_a_tap_that_the_teacher_lacks_is_refused_by_the_plan(tmp_path, monkeypatch):
+    make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    term = '{loss: fitnet, taps: {student: "encoders.image.stages:mean", teacher: "encoders.image.stagez:mean"}}'
+    found = refusal(distill("run", "recipe.yaml", "--dry-run", f"student.objective=[{term}]"))
+    assert "stagez" in found and "stages" in found
 
 
 def test_time_of_the_transfer_set_is_part_of_the_estimate(tmp_path, monkeypatch):

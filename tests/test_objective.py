@@ -190,12 +190,14 @@ def test_missing_labels_leave_soft_labels_in_force(batch):
     assert value({"loss": "kd", "task": "kind"}, bare, student, teacher) > 0
 
 
-def test_the_parts_of_a_batch_add_up_to_the_whole_whatever_they_lack(batch):
+@pytest.mark.parametrize("reads", [None, {None: ["image"]}], ids=["teacher of all", "teacher of images"])
+def test_the_parts_of_a_batch_add_up_to_the_whole_whatever_they_lack(batch, reads):
     items = [*ROW_BY_ROW, {"loss": "cross_entropy", "task": "kind"}, {"loss": "kd", "task": "kind"}]
     labels = torch.tensor([0, IGNORE, IGNORE, 1, 2, IGNORE])
     whole = without(batch, "image", 1, 4)._replace(targets={"kind": labels})
     student, teacher = outputs(), outputs(1)
-    objective = Objective(terms(*items), student, teacher)
+    objective = Objective(terms(*items), student, teacher, reads=reads)
+    assert objective.num_rows(whole)[-1] == (4 if reads else ROWS)  # of kd on the whole
     total, values = objective(student, teacher, whole)
     parts = [torch.tensor([0, 1]), torch.tensor([2, 3, 4, 5])]
     counts = objective.num_rows(whole).clamp(min=1)

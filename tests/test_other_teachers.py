@@ -410,6 +410,7 @@ def test_pretrained_parts_that_changed_since_the_fit_are_refused(project, file, 
         found = refusal(distill("cache", "recipe.yaml", *MAIN, "name=other"))
     finally:
         path.write_text(whole)
+    assert not (project / "runs/other/teacher").exists()  # nobody waited for the fit
     assert found.startswith("teachers.reader.run: ") and sentence in found
 
 

@@ -63,7 +63,11 @@ def _some_at_once(make: Callable[[int], Made], numbers: range) -> Iterator[Made]
     for number in numbers:
         if not pending:
             began = time.perf_counter()
-        pending.append(make(number))
+        try:
+            pending.append(make(number))
+        except Exception:
+            yield from pending  # those before it are whole, and a training may save its state behind them
+            raise
         if len(pending) == AT_ONCE or time.perf_counter() - began > SECONDS_AT_ONCE:
             while pending:
                 yield pending.popleft()

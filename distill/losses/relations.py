@@ -82,7 +82,7 @@ def pkt(student_vec: Tensor, teacher_vec: Tensor, *, eps: float = 1e-7) -> Tenso
     times smaller than a mean of rows' KLs, and a row is its own neighbour.
 
     Args:
-        student_vec: [B, D].
+        student_vec: [B, D] or any shape that is flattened to it.
         teacher_vec: [B, D']; no gradient flows into it.
         eps: added to lengths and to probabilities.
 
@@ -91,7 +91,7 @@ def pkt(student_vec: Tensor, teacher_vec: Tensor, *, eps: float = 1e-7) -> Tenso
     """
 
     def neighbours(rows: Tensor) -> Tensor:
-        directions = unit(rows, eps)
+        directions = unit(rows.flatten(1), eps)
         similarity = (directions @ directions.T + 1) / 2
         return similarity / similarity.sum(dim=1, keepdim=True)
 
