@@ -358,12 +358,13 @@ def run(
             quiet, say = True, lambda line: None
         work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet, ranks=ranks, trackers=trackers)
         for item in planned:
-            if item.artifact is None:
+            artifact = item.artifact
+            if artifact is None:
                 say(f"{item.stage.name}: {item.stage.about}")
                 artifact = _run_stage(item, work, folder / item.stage.name)
                 cost = artifact.info["cost"]
                 say(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
-            work.done[item.stage.name] = item.artifact or artifact
+            work.done[item.stage.name] = artifact
             if item.stage.name == "data":
                 check_labels(recipe, work.labels())  # before a teacher is fitted for hours
                 if any(other.stage.name == "cache" and other.artifact is None for other in planned):
