@@ -151,7 +151,9 @@ def train(folder: Path) -> None:
     config, place = TrainConfig(epochs=1, batch_size=1024), folder / "student"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    engine.fit(engine.Job(tapped, objective, loader, "student", config, place, 0, lambda model: {engine.SELECT: 0.0}))
+    engine.fit(
+        engine.Job(tapped, objective, loader, "student", config, place, 0, lambda model: {engine.Job.select: 0.0})
+    )
 
 
 WORK: dict[str, Callable[[Path, int], None]] = {

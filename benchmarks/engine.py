@@ -10,7 +10,6 @@ the repetitions.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import statistics
@@ -27,25 +26,23 @@ import numpy as np
 import torch
 from torch import nn
 
-import students
+from benchmarks.fashion_mnist import CLASSES, SIZE, grey_student, grey_teacher, read_idx, write_images
 from distill import engine, pipeline, stages
 from distill.cache import TeacherCache
 from distill.config import AugmentConfig, TermConfig, TrainConfig
-from distill.contracts import CLEAN_VIEW, Batch, Outputs
+from distill.contracts import CLEAN_VIEW, TRAIN, Batch, Outputs
 from distill.data.loader import InputSpec, Loader
-from distill.data.prepared import PreparedData, write_prepared
-from distill.fusion import FUSIONS
+from distill.data.prepared import PreparedData
 from distill.losses.objective import Objective
-from distill.multimodal import MultimodalModel, Tapped, evaluating
+from distill.multimodal import Tapped, evaluating
 from distill.optimize import build_optimizer
 from distill.progress import progress
 from distill.recipe import load_recipe
 from distill.resources import cpu_seconds, keep_freed_memory
 from distill.step import Trainee
-from distill.tasks import ClassificationHead
 
 FLOORS = {"cached": 0.93, "cached_augmented": 0.80, "live": 0.95, "quickstart": 0.95, "fill": 0.95}
-SIZE, CLASSES, BATCH = 28, 10, 128
+BATCH = 128
 AUGMENT = AugmentConfig.model_validate({"image": {"flip": 0.5, "shift": 3}})
 TERMS = [
     TermConfig(loss="cross_entropy", task="label"),
@@ -68,46 +65,19 @@ class Arm:
     limit: Callable[[int], None]  # works through about that many
 
 
-def read_idx(folder: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read the first training images (uint8 [N, 28, 28]) and labels (int64 [N]) of Fashion-MNIST's IDX files."""
-    (image_file,) = sorted(folder.rglob("train-images-idx3-ubyte.gz"))
-    (label_file,) = sorted(folder.rglob("train-labels-idx1-ubyte.gz"))
-    images = np.frombuffer(gzip.decompress(image_file.read_bytes()), np.uint8, offset=16).reshape(-1, SIZE, SIZE)
-    labels = np.frombuffer(gzip.decompress(label_file.read_bytes()), np.uint8, offset=8)
-    return images[:rows], labels[:rows].astype(np.int64)
-
-
 def write_data(folder: Path, rows: int, source: Path | None) -> PreparedData:
-    """Write prepared data of grey images: Fashion-MNIST's, or noise, on which a step takes as long."""
-    random = np.random.default_rng(0)
-    if source is None:
-        images, labels = random.integers(0, 256, (rows, SIZE, SIZE), np.uint8), random.integers(0, CLASSES, rows)
+    """Write training rows: Fashion-MNIST's first ones, or noise of that size, on which a step takes as long."""
+    if source is not None:
+        images, labels = read_idx(source, TRAIN, rows)
     else:
-        images, labels = read_idx(source, rows)
-    write_prepared(
-        folder,
-        ids=np.arange(rows),
-        split=["train"] * rows,
-        texts=[""] * rows,
-        present={"image": np.ones(rows, bool)},
-        targets={"label": labels},
-        labels={"label": [str(code) for code in range(CLASSES)]},
-        images=np.repeat(images[:, None], 3, axis=1),
-    )
-    return PreparedData.open(folder)
-
-
-def image_model(widths: list[int], blocks: list[int], dim: int) -> MultimodalModel:
-    """A ConvNet with one head."""
-    torch.manual_seed(0)
-    encoders: Any = {"image": students.ConvNet(widths=widths, blocks=blocks)}
-    heads: Any = {"label": ClassificationHead(dim, CLASSES)}
-    return MultimodalModel(encoders, FUSIONS["concat"](["image"], dim), heads, {}, dim=dim, embedding_dim=dim)
+        random = np.random.default_rng(0)
+        images, labels = random.integers(0, 256, (rows, SIZE, SIZE), np.uint8), random.integers(0, CLASSES, rows)
+    return write_images(folder, images, labels, [TRAIN] * rows)
 
 
 def constant(model: nn.Module) -> dict[str, float]:
     """Stands for validation, which a user pays for but which is no part of a step."""
-    return {engine.SELECT: 0.0}
+    return {engine.Job.select: 0.0}
 
 
 def bare_steps(job: engine.Job, batch: Batch, answer: Callable[[], Outputs]) -> Callable[[int], None]:
@@ -142,7 +112,7 @@ def fitting(job: engine.Job, folder: Path) -> Callable[[], None]:
 def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
     """The arms on 28 x 28 images: a student of about 24,000 parameters, a teacher of about 500,000."""
     data = write_data(folder / "data", rows, source)
-    student, teacher = image_model([16, 32, 48], [0, 0, 0], 32), image_model([32, 64, 128], [1, 1, 1], 64)
+    student, teacher = grey_student(), grey_teacher()
     for name, model in (("student", student), ("teacher", teacher)):
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     tapped, live = Tapped(student, []), Tapped(teacher.eval().requires_grad_(False), [])
@@ -151,7 +121,7 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
     def make_loader(augment: AugmentConfig | None, *reads: str) -> Loader:
         spec = InputSpec(True, None, 0)
         options: Any = {"augment": augment, "views": 2 if augment else None, "batch_size": BATCH, "seed": 0}
-        return Loader(data, "train", dict.fromkeys(reads, spec), shuffle=True, **options)
+        return Loader(data, TRAIN, dict.fromkeys(reads, spec), shuffle=True, **options)
 
     def ask(batch: Batch) -> Outputs:
         with torch.inference_mode():
@@ -166,8 +136,18 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
         )
         return TeacherCache.open(folder / name, {})
 
-    def make_arm(name: str, loader: Loader, answer: Callable[[dict[str, Batch]], Outputs], *, stored: bool) -> Arm:
+    def make_arm(name: str, loader: Loader, store: TeacherCache | None = None) -> Arm:
         first = loader.at(0, 0)
+
+        def answers(steps: list[dict[str, Batch]]) -> list[Outputs]:
+            if store is not None:
+                return store.lookup_each([batches["student"] for batches in steps])
+            return [ask(batches["teacher"]) for batches in steps]
+
+        def answer(batches: dict[str, Batch]) -> Outputs:
+            return answers([batches])[0]
+
+        stored = None if store is None else answers
         with evaluating(student):
             objective = Objective(TERMS, tapped(first["student"]), answer(first))
         job = engine.Job(tapped, objective, loader, "student", config, folder, 0, constant, answer, stored)
@@ -191,9 +171,9 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
             ask(one)
 
     return [
-        make_arm("cached", plain, lambda batches: cache(batches["student"]), stored=True),
-        make_arm("cached_augmented", augmented, lambda batches: two_views(batches["student"]), stored=True),
-        make_arm("live", both, lambda batches: ask(batches["teacher"]), stored=False),
+        make_arm("cached", plain, cache),
+        make_arm("cached_augmented", augmented, two_views),
+        make_arm("live", both),
         Arm("fill", rows, fill, forward),
     ]
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import students
-from benchmarks.seed_tables import markdown
+from benchmarks.seed_tables import add_outputs, markdown, put_out
 from distill import evaluate, pipeline, stages
 from distill.build import input_spec
 from distill.config import AugmentConfig, Recipe, TextAugment
@@ -33,7 +33,7 @@ from distill.metrics import paired_cluster_bootstrap
 from distill.recipe import load_recipe
 from distill.report import compare_runs, render_comparison
 from distill.report.compare import t_interval
-from distill.runs import find, fingerprint, finish, locked, read_json, start, write_json
+from distill.runs import find, fingerprint, finish, locked, read_json, start
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 INHERITANCE, KD = "inheritance alone", "KD alone"
@@ -229,8 +229,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on")
     parser.add_argument("--recipe", default="configs/quickstart.yaml")
     parser.add_argument("--output", default="runs/seeds", help="folder of the runs")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    add_outputs(parser)
     parser.add_argument("--full", action="store_true", help="run every stage and compare the reports, bundles included")
     return parser.parse_intermixed_args(arguments)
 
@@ -255,11 +254,7 @@ def main(arguments: Sequence[str]) -> None:
         reports = [read_json(work.path("report") / "report.json") for work in works]
         summary["reports"] = compare_runs(reports, [recipe.name for recipe in recipes])
         text += "\n" + render_comparison(summary["reports"])
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json:
-        write_json(options.json, summary)
+    put_out(options, text, summary)
 
 
 if __name__ == "__main__":

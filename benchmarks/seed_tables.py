@@ -1,13 +1,16 @@
-"""The tables of :mod:`benchmarks.quickstart_seeds`, as Markdown."""
+"""Tables as Markdown, those of :mod:`benchmarks.quickstart_seeds` among them, and where a benchmark puts them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from distill.report import formats
 from distill.report.compare import t_interval
+from distill.runs import write_json
 
 Summary = dict[str, Any]
 
@@ -16,6 +19,21 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [" | ".join(row) for row in (titles, ["---"] * len(titles), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`put_out` reads."""
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+
+
+def put_out(options: argparse.Namespace, text: str, found: Mapping[str, Any]) -> None:
+    """Print tables, and write them and what they show where the options say."""
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text, encoding="utf-8")
+    if options.json:
+        write_json(options.json, dict(found))
 
 
 def mean_and_half(values: Sequence[float]) -> str:

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from distill.config import ModelConfig, Part, TeacherConfig, build_part, check_part, nearest
+from distill.builders import build_part, check_part
+from distill.config import ModelConfig, Part, TeacherConfig, nearest
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.data.loader import InputSpec
+from distill.dual import DualEncoder
 from distill.fusion import FUSIONS
 from distill.multimodal import Encoder, MultimodalModel, Reader
 from distill.tasks import HEADS
@@ -19,6 +21,7 @@ from distill.tasks import HEADS
 Registry = Mapping[str, Callable[..., Encoder]]
 Given = Mapping[str, Mapping[str, Any]]
 AReader = TypeVar("AReader", bound=Reader)
+Model = MultimodalModel | DualEncoder
 
 
 def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list[str], given: Given) -> None:
@@ -36,6 +39,9 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
     """
     for name, part in config.encoders.items():
         check_part(registry, part, f"{where}.encoders.{name}", given.get(name, {}))
+    if config.fusion is None:
+        _check_unfused(config, where)
+        return
     check_part(FUSIONS, config.fusion, f"{where}.fusion", ("modalities",))
     for name in config.head_weights:
         if not config.unimodal_heads:
@@ -50,9 +56,22 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
         check_part(HEADS, part, f"{where}.heads.{task}", ("in_dim", "num_classes"))
 
 
+def _check_unfused(config: ModelConfig, where: str) -> None:
+    """Encoders of one embedding space have nothing behind them that answers tasks."""
+    for name in ("heads", "head_weights", "modality_dropout", "dropout", "members", "pretrain", "class_names"):
+        field = type(config).model_fields.get(name)
+        if field is not None and getattr(config, name) != field.default:
+            raise UserError(f"{where}.{name} is for models with fusion, and {where}.fusion is null; leave it out")
+    if len(config.encoders) != 2:
+        raise UserError(
+            f"{where}.encoders: without fusion a model has two encoders of one embedding space, got "
+            f"{len(config.encoders)}; add or remove some, or give {where}.fusion"
+        )
+
+
 def build_model(
     config: ModelConfig, registry: Registry, num_classes: Mapping[str, int], where: str, given: Given | None = None
-) -> MultimodalModel:
+) -> Model:
     """Build a model with its initial weights.
 
     Args:
@@ -70,6 +89,8 @@ def build_model(
         name: build_part(registry, part, f"{where}.encoders.{name}", **added.get(name, {}))
         for name, part in config.encoders.items()
     }
+    if config.fusion is None:
+        return DualEncoder(encoders, config.embedding_dim)
     widths = {name: encoder.out_dim for name, encoder in encoders.items()}
     members = config.members if isinstance(config, TeacherConfig) else 1
     others = [_build_reader(partial(Reader, widths), config, num_classes, where) for _ in range(members - 1)]
@@ -80,6 +101,7 @@ def _build_reader(
     make: Callable[..., AReader], config: ModelConfig, num_classes: Mapping[str, int], where: str
 ) -> AReader:
     """Build what reads encoders, itself with them or not."""
+    assert config.fusion is not None
     modalities = list(config.encoders)
     fusion = build_part(FUSIONS, config.fusion, f"{where}.fusion", modalities=modalities)
     dim = int(config.fusion.params["dim"])
@@ -101,7 +123,7 @@ def _build_reader(
     )
 
 
-def input_spec(model: MultimodalModel) -> InputSpec:
+def input_spec(model: Model) -> InputSpec:
     """What a model reads: images, and the tokenizer of its text encoder."""
     if "text" not in model.encoders:
         return InputSpec(image="image" in model.encoders, tokenizer=None, max_length=0)

@@ -158,6 +158,13 @@ class TeacherCache:
         """Return the stored outputs of a batch's rows and views, float32, on the batch's device."""
         return self.lookup(batch.ids, batch.views).to(batch.ids.device)
 
+    def lookup_each(self, batches: Sequence[Batch]) -> list[Outputs]:
+        """Return the stored outputs of each batch, float32, on the CPU; faster than one batch after the other."""
+        ids, views = torch.cat([batch.ids for batch in batches]), torch.cat([batch.views for batch in batches])
+        sizes = [len(batch.ids) for batch in batches]
+        found = {name: tensor.split(sizes) for name, tensor in flatten(self.lookup(ids, views)).items()}
+        return [unflatten({name: parts[number] for name, parts in found.items()}) for number in range(len(batches))]
+
     def verify(self) -> None:
         """Check the hash of every file.
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill.build import check_model
-from distill.config import ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, check_part, nearest
+from distill.builders import check_part
+from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
-from distill.losses.objective import LOSSES, check_terms, needs_teacher
+from distill.fitted import Fitted
+from distill.layouts import modality_of
+from distill.losses.scales import own_name
+from distill.losses.terms import (
+    LEARNED,
+    LOSSES,
+    OWN,
+    check_terms,
+    learns_unlabelled,
+    needs_teacher,
+    reads_text_tokens,
+)
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
-from distill.other_teachers import Fitted, check_teachers
+from distill.other_teachers import check_teachers
 from distill.sharding import check_sharding
 from distill.trackers import check_trackers
-from distill.workspace import takes_tokenizer, takes_tokens
+from distill.workspace import takers, takes_tokens
 
 Registry = Mapping[str, Callable[..., Any]]
+CUTS = "tower_weights"
+"""The inheritance for whose sake a student's encoder may be smaller than the teacher's."""
 
 
 def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
@@ -40,54 +55,89 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
             )
     models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
     for where, model in models.items():
-        for modality in model.encoders:
-            if modality not in recipe.data.modalities:
-                hint = nearest(modality, recipe.data.modalities)
-                raise UserError(f"{where}.encoders: the data has no modality {modality!r}; {hint}")
-        given = {name: {"tokenizer_file": ""} for name in _takers(model, encoders)}
-        check_model(model, encoders, where, list(recipe.data.targets), given)
+        check_parts(model, where, encoders, recipe, list(recipe.data.targets))
+    _check_retrieval(recipe)
     others = check_teachers(recipe)
     _check_inheritance(recipe, encoders, inheritances)
     _check_transfer(recipe, others)
+    _check_fit(recipe.teacher)
     _check_pretraining(recipe.teacher)
     _check_class_names(recipe)
     _check_budgets(recipe)
     _check_terms(recipe.teacher.objective, recipe.teacher, recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
+    _check_kept(recipe, encoders)
 
 
-def _takers(model: ModelConfig, encoders: Registry) -> list[str]:
-    """Modalities whose encoder is given its tokenizer."""
-    parts = model.encoders.items()
-    return [name for name, part in parts if part.type in encoders and takes_tokenizer(encoders[part.type])]
+def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Recipe, tasks: Sequence[str]) -> None:
+    """Check that a model's parts are known, take what they are given, and read what the data has.
+
+    Args:
+        model: the model.
+        where: dotted path of the model in the recipe.
+        encoders: encoder type -> class.
+        recipe: whose data it reads.
+        tasks: that it may have heads for.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    for modality in model.encoders:
+        if modality not in recipe.data.modalities:
+            hint = nearest(modality, recipe.data.modalities)
+            raise UserError(f"{where}.encoders: the data has no modality {modality!r}; {hint}")
+    check_model(model, encoders, where, list(tasks), {name: {"tokenizer_file": ""} for name in takers(model, encoders)})
+
+
+def _check_retrieval(recipe: Recipe) -> None:
+    """Models without heads are measured by what they retrieve, which takes images and texts."""
+    models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
+    for where, model in models.items():
+        if model.fusion and not recipe.data.targets:
+            raise UserError(
+                f"{where}.fusion: heads answer tasks, and data.targets names none; add some, or set it to null"
+            )
+        if model.fusion is None and recipe.retrieval is None:
+            raise UserError(f"{where}.fusion is null, and such a model is measured by retrieval; add 'retrieval: {{}}'")
+        missing = {"image", "text"}.difference(model.encoders)
+        if recipe.retrieval is not None and missing:
+            raise UserError(
+                f"retrieval: {where}.encoders has no {min(missing)!r}, without which nothing is found; add it"
+            )
+    for task, templates in ({} if recipe.retrieval is None else recipe.retrieval.prompts).items():
+        place = f"retrieval.prompts.{task}"
+        if task not in recipe.data.targets:
+            raise UserError(f"{place}: the data has no task {task!r}; {nearest(task, recipe.data.targets)}")
+        if not templates or any(template.count("{}") != 1 for template in templates):
+            raise UserError(f"{place}: give texts in which '{{}}' stands once for the name of a class")
 
 
 def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
     """A vocabulary or an embedding comes from the teacher's text encoder, which then has to have its own."""
-    if _takers(recipe.teacher, encoders):
+    if takers(recipe.teacher, encoders):
         kind = recipe.teacher.encoders["text"].type
         raise UserError(f"teacher.encoders.text: {kind} takes its vocabulary from a teacher; a teacher brings its own")
-    takers = _takers(recipe.student, encoders)
-    if takers and "text" not in recipe.teacher.encoders:
-        kind = recipe.student.encoders[takers[0]].type
+    given = takers(recipe.student, encoders)
+    if given and "text" not in recipe.teacher.encoders:
+        kind = recipe.student.encoders[given[0]].type
         raise UserError(
-            f"student.encoders.{takers[0]}: {kind} takes its vocabulary from the teacher, which has no text encoder; "
+            f"student.encoders.{given[0]}: {kind} takes its vocabulary from the teacher, which has no text encoder; "
             "add one to teacher.encoders"
         )
     for name, part in recipe.student.inherit.items():
         check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "project", "student", "token_ids"))
         if not takes_tokens(inheritances[part.type]):
             _check_alike(recipe, name, part.type)
-        elif name not in takers:
+        elif name not in given:
             raise UserError(
                 f"student.inherit.{name}: {part.type} fills an encoder that takes its vocabulary from the teacher; "
-                f"{nearest(name, takers)}"
+                f"{nearest(name, given)}"
             )
 
 
 def _check_alike(recipe: Recipe, name: str, inheritance: str) -> None:
-    """Weights fit an encoder that is built as the teacher's; dropout has none."""
+    """Weights fit an encoder that is built as the teacher's, or cut from such a one; dropout has none."""
     where = f"student.inherit.{name}: {inheritance}"
     for model, encoders in (("student", recipe.student.encoders), ("teacher", recipe.teacher.encoders)):
         if name not in encoders:
@@ -95,7 +145,8 @@ def _check_alike(recipe: Recipe, name: str, inheritance: str) -> None:
     ours, theirs = (
         {"type": part.type, **part.params} for part in (recipe.student.encoders[name], recipe.teacher.encoders[name])
     )
-    for key in sorted({*ours, *theirs} - {"dropout"}):
+    free = {"dropout", "freeze", "cut", "weights", "sha256"} if inheritance == CUTS else {"dropout"}
+    for key in sorted({*ours, *theirs} - free):
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{where}: {key} is {ours.get(key)} in student.encoders.{name} and {theirs.get(key)} in "
@@ -115,11 +166,23 @@ def _check_transfer(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
     if recipe.transfer.texts < round(largest):
         raise UserError(f"{wanted}, and a batch takes {round(largest)} of them; raise it or lower transfer.ratio")
     blind = {name for name, other in others.items() if "text" not in other.modalities}
-    if not needs_teacher([term for term in recipe.student.objective if term.teacher not in blind]):
+    if not learns_unlabelled([term for term in recipe.student.objective if not blind.issuperset(term.teachers)]):
         raise UserError(
-            f"{wanted}, and no term of student.objective reads the teacher, who alone could say what these texts are; "
-            "add such a term or set it to 0"
+            f"{wanted}, and no term of student.objective learns from the teacher without labels, which these texts do "
+            "not have; add such a term or set it to 0"
         )
+
+
+def _check_fit(teacher: TeacherConfig) -> None:
+    """A teacher without anything to learn has no objective, and any other has one."""
+    parts = teacher.encoders.values()
+    fixed = teacher.fusion is None and all(
+        part.params.get("projected") and part.params.get("freeze", True) for part in parts
+    )
+    if not teacher.objective and not fixed:
+        raise UserError("teacher.objective is empty, and the teacher has something to learn; add a term")
+    if fixed and teacher.objective and not any(LEARNED in term.params.values() for term in teacher.objective):
+        raise UserError("teacher.objective: nothing is left to learn there, as its encoders are frozen; set it to []")
 
 
 def _check_pretraining(teacher: TeacherConfig) -> None:
@@ -166,8 +229,8 @@ def _check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:
     if size >= whole:
         raise UserError(f"{place}.size is {size} pixels, and data.working_size is {whole}; give fewer")
     for number, term in enumerate([] if where.startswith("teacher") else recipe.student.objective):
-        tap = (term.taps or {}).get("student", "")
-        if tap.startswith("encoders.image") and not tap.endswith(":mean"):
+        taps = term.tapped("student")
+        if any(tap.startswith("encoders.image") and not tap.endswith(":mean") for tap in taps):
             raise UserError(
                 f"{place}: small images have smaller feature maps than those the teacher saw, and "
                 f"student.objective[{number}] compares them position by position; add ':mean' to its taps"
@@ -196,26 +259,51 @@ def _check_terms(
     for number, term in enumerate(terms):
         place, ours = f"{where}[{number}]", list(recipe.data.targets)
         _check_names(term, model, ours, f"{place}: no")
+        if "group" in term.positives and recipe.data.group is None:
+            raise UserError(f"{place}.positives: the data names no group column; set data.group, or leave 'group' out")
         if others is None or not needs_teacher([term]):
             continue
-        if term.teacher is None:
-            _check_names(term, recipe.teacher, ours, f"{place}: no")
-            _check_width(term, recipe.student, recipe.teacher, place)
-        elif term.teacher not in others:
-            hint = nearest(term.teacher, others) if others else "there are none: add it"
-            raise UserError(f"{place}: no teacher {term.teacher!r} under 'teachers'; {hint}")
-        else:
-            other, having = others[term.teacher], f"{place}: teacher {term.teacher!r} has no"
-            _check_names(term, other.recipe.teacher, [task for task in other.tasks if task in ours], having)
-            _check_width(term, recipe.student, other.recipe.teacher, place)
+        _check_tokens(term, recipe, place)
+        if LOSSES[term.loss].kind == "features+head" and recipe.teacher.members > 1:
+            raise UserError(
+                f"{place}: {term.loss} reads one classifier, and the teacher has {recipe.teacher.members} members with "
+                "one each; set teacher.members to 1, or use another loss"
+            )
+        _check_own(term, recipe.teacher, place)
+        for name in term.teachers:
+            if name is None:
+                _check_names(term, recipe.teacher, ours, f"{place}: no")
+                _check_width(term, recipe.student, recipe.teacher, place)
+            elif name == EMA:
+                _check_average(term, recipe, place)
+            elif name not in others:
+                hint = nearest(name, others) if others else "there are none: add it"
+                raise UserError(f"{place}: no teacher {name!r} under 'teachers'; {hint}")
+            else:
+                other, having = others[name], f"{place}: teacher {name!r} has no"
+                _check_names(term, other.config, [task for task in other.tasks if task in ours], having)
+                _check_width(term, recipe.student, other.config, place)
+
+
+def _check_average(term: TermConfig, recipe: Recipe, place: str) -> None:
+    """The student's own average as a teacher: it has to be there, whole, and has the student's own taps."""
+    for where, train in (("student.train", recipe.student.train), ("prune.train", recipe.prune.train)):
+        if train.ema is None:
+            raise UserError(f"{place}: teacher 'ema' is the average that {where}.ema keeps; set that, as to 0.99")
+        if train.shard:
+            raise UserError(f"{place}: teacher 'ema' needs weights that are not split; set {where}.shard to false")
+    if term.tapped("student") != term.tapped("teacher"):
+        raise UserError(f"{place}: teacher 'ema' is the student with other weights; give both sides the same taps")
 
 
 def _check_names(term: TermConfig, model: ModelConfig, tasks: Sequence[str], missing: str) -> None:
     """A term's task and embedding are among those of a model; ``missing`` begins what is said if not."""
-    names = list(model.heads or tasks)
+    names = list(model.heads or tasks) if model.fusion else []
     if model.unimodal_heads:
         names += [f"{task}.{name}" for task in names for name in (*model.encoders, "fused")]
-    embeddings = [*model.encoders, "fused"]
+    embeddings = [*model.encoders, *(["fused"] if model.fusion else [])]
+    if term.task is not None and not names:
+        raise UserError(f"{missing} task {term.task!r}, as there is no task or no fusion; use losses on embeddings")
     if term.task is not None and term.task not in names:
         raise UserError(f"{missing} task {term.task!r}; {nearest(term.task, names)}")
     for name in [] if term.embedding is None else term.embedding.split(","):
@@ -223,10 +311,53 @@ def _check_names(term: TermConfig, model: ModelConfig, tasks: Sequence[str], mis
             raise UserError(f"{missing} embedding {name!r}; {nearest(name, embeddings)}")
 
 
-def _check_width(term: TermConfig, student: ModelConfig, teacher: TeacherConfig, place: str) -> None:
+def _check_own(term: TermConfig, teacher: TeacherConfig, place: str) -> None:
+    """The teacher's own scale is what its objective learns, or what its weights were trained with."""
+    for name in [name for name, value in term.params.items() if value == OWN]:
+        wanted = own_name(name)
+        learned = any(other.params.get(wanted) == LEARNED for other in teacher.objective)
+        if term.teachers != (None,):
+            raise UserError(f"{place}.params.{name}: only of the run's own teacher is it known; give a number")
+        if not learned and not any(part.params.get("projected") for part in teacher.encoders.values()):
+            raise UserError(
+                f"{place}.params.{name}: no term of teacher.objective learns a {wanted}; set it to 'learned' in one of "
+                "them, or give a number here"
+            )
+
+
+def _check_tokens(term: TermConfig, recipe: Recipe, place: str) -> None:
+    """Texts have no fixed number of tokens, as rows of a cache have and those of a transfer set would need."""
+    if not reads_text_tokens(term):
+        return
+    where = f"{place}: {term.loss} reads the tokens of texts, whose number differs from batch to batch"
+    if recipe.cache.enabled:
+        raise UserError(f"{where}, and a cache holds rows of one shape; set cache.enabled to false")
+    if recipe.transfer.texts:
+        raise UserError(f"{where} and from the data's rows to those of the transfer set; set transfer.texts to 0")
+
+
+def _check_kept(recipe: Recipe, encoders: Registry) -> None:
+    """Of a frozen tower of the teacher the outputs are kept, and its modules never run beside a student."""
+    for number, term in enumerate(recipe.student.objective):
+        for path in term.tapped("teacher") if None in term.teachers else ():
+            part = recipe.teacher.encoders.get(modality_of(path) or "")
+            if part is None or not path.startswith("encoders.") or path.partition(":")[0].count(".") == 1:
+                continue
+            builder = encoders[part.type]
+            freeze = inspect.signature(builder).parameters.get("freeze")
+            if freeze is not None and part.params.get("freeze", freeze.default) and hasattr(builder, "encode"):
+                whole = ".".join(path.split(".")[:2])
+                raise UserError(
+                    f"student.objective[{number}]: the tap {path!r} lies in a frozen tower, whose outputs are kept and "
+                    f"whose modules do not run; tap {whole!r}, its tokens, or set teacher.{whole}.freeze to false"
+                )
+
+
+def _check_width(term: TermConfig, student: ModelConfig, teacher: ModelConfig, place: str) -> None:
     """Pairs of embeddings have no projector: those compared number by number are of one width."""
     loss = LOSSES[term.loss]
-    own, given = student.embedding_dim, teacher.embedding_dim * teacher.members
+    members = teacher.members if isinstance(teacher, TeacherConfig) else 1
+    own, given = student.embedding_dim, teacher.embedding_dim * members
     if loss.kind == "pair+teacher" and loss.one_width and own != given:
         raise UserError(
             f"{place}: {term.loss} compares embeddings of one width, and student.embedding_dim is {own} where the "

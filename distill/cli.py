@@ -141,6 +141,30 @@ def profile(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A recipe, a teacher or a student: a YAML file, or a packaged name.")],
+    overrides: Overrides = None,
+    teacher: TeacherOption = "",
+    student: StudentOption = "",
+    data: DataOption = "",
+    pattern: Annotated[
+        str, typer.Option("--filter", help="Only module paths with this text in them, or like this pattern: '*.attn'.")
+    ] = "",
+    depth: Annotated[int, typer.Option(min=0, help="Levels inside layers, fusion, necks and heads.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """List what the taps of terms may name: modules, the shapes of their outputs, and kinds of features."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # to look costs no download
+    from distill import pipeline, taps
+    from distill.recipe import load_models
+
+    loaded, names = load_models(model, overrides or [], {"teacher": teacher, "student": student, "data": data})
+    found = taps.inspect_models(loaded, names, pipeline.ENCODERS, part=len(names) == 1)
+    for line in [json.dumps(taps.as_json(found, pattern, depth))] if as_json else taps.render(found, pattern, depth):
+        typer.echo(line)
+
+
+@app.command()
 def validate(
     recipe: Annotated[str, typer.Argument(help="A recipe: a YAML file, or the name of a packaged one.")] = "",
     overrides: Overrides = None,
@@ -319,7 +343,7 @@ def _print_plan(recipe: Recipe, force: list[str], *, as_json: bool) -> None:
 
     pipeline.check(recipe)
     stages: list[Mapping[str, str]] = [
-        {"stage": item.stage.name, "state": "up to date" if item.artifact else "to do", "about": item.stage.about}
+        {"stage": item.stage.name, "state": item.state, "about": item.stage.about}
         for item in pipeline.plan(recipe, force=force)
     ]
     cost = estimate.estimate(recipe, pipeline.ENCODERS)

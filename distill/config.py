@@ -1,20 +1,18 @@
-"""The schema of a recipe, and parts: a ``type``, looked up in a registry, and parameters, checked against its builder.
+"""The schema of a recipe, and the words in which its mistakes are told.
 
-YAML never names code. How a recipe is read is in :mod:`distill.recipe`.
+How a recipe is read is in :mod:`distill.recipe`, how its parts are built in :mod:`distill.builders`.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from distill.contracts import UserError
+from distill.schedules import Weight
 
 EXPECTED = {
     "model_type": "Input should be a mapping of keys",
@@ -74,22 +72,37 @@ class AugmentConfig(Strict):
     text: TextAugment = TextAugment()
 
 
+class LabelledConfig(Strict):
+    """Which training rows keep their labels, for experiments on few of them; chosen by a hash of seed and group."""
+
+    groups: float = Field(1.0, gt=0, le=1)  # about that share of the groups (of the rows, without a group column)
+    rows: int | None = Field(None, ge=1)  # that many rows of these: whole groups, but for the last one
+
+
 class DataConfig(Strict):
     """Where rows come from and what their columns mean."""
 
     source: Part
     modalities: dict[str, str] = Field(min_length=1)  # modality -> column
-    targets: dict[str, str] = Field(min_length=1)  # task -> column
+    targets: dict[str, str] = {}  # task -> column; a training row may have none of them
+    labelled: LabelledConfig | None = None  # hides the labels of other training rows; a number means its ``groups``
     split: str = "split"  # column holding train / valid / test
     group: str | None = None  # column whose values stay together in bootstrap intervals
     id: str | None = None  # column of stable integer ids; row numbers where absent
     working_size: int = Field(64, ge=8, le=1024)  # pixels; every image is resized to it before augmentation
-    decode_once: bool = (
-        True  # keep the images at working size on disk; false: decode them from the source in each epoch
-    )
+    decode_once: bool = True  # keep images at working size on disk; false: decode them from the source in each epoch
     two_level_order: int = Field(10**8, ge=1)  # training rows above which an epoch's order is blocks, then windows
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("labelled", mode="before", json_schema_input_type=float | LabelledConfig | None)
+    @classmethod
+    def _share_of_groups(cls, value: Any) -> Any:
+        return {"groups": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+EMA = "ema"
+"""The teacher that is the average of the student's own weights."""
 
 
 def of_teacher(name: str, teacher: str | None) -> str:
@@ -97,22 +110,50 @@ def of_teacher(name: str, teacher: str | None) -> str:
     return name if teacher is None else f"{name}@{teacher}"
 
 
+class MixConfig(Strict):
+    """How a term's teachers are mixed, row by row; weights add up to 1 over the teachers that can read a row."""
+
+    by: Literal["weights", "learned", "confidence"] = "weights"
+    weights: list[Annotated[float, Field(gt=0)]] | None = None  # one a teacher, in proportion; "learned" begins there
+    average: Literal["losses", "probabilities"] = "losses"  # of the loss's values, or of what the teachers predict
+
+
 class TermConfig(Strict):
     """One term of an objective: a loss on one task, one embedding or one pair of taps."""
 
     loss: str
-    weight: float = Field(1.0, ge=0)
+    weight: Weight = 1.0
     task: str | None = None  # "category", or "category.image" for the head of one modality
     embedding: str | None = None  # "image", "text" or "fused"; "image,text" for a contrastive loss
-    taps: dict[Literal["student", "teacher"], str] | None = None
-    teacher: str | None = None  # which of the recipe's ``teachers`` it reads; the run's own where absent
-    params: dict[str, Any] = {}
+    taps: dict[Literal["student", "teacher"], str | list[str]] | None = None  # a list for losses on several stages
+    # of the recipe's ``teachers``, or "ema"; absent or "teacher": the run's own
+    teacher: str | list[str] | None = None
+    mix: MixConfig | None = None  # of a list of teachers; a word means its ``by``
+    positives: list[Literal["text", "image", "group"]] = []  # rows with an equal one are no negatives of each other
+    params: dict[str, Any] = {}  # of the loss; numbers may be a Schedule
+
+    @field_validator("mix", mode="before", json_schema_input_type=str | MixConfig | None)
+    @classmethod
+    def _by_a_word(cls, value: Any) -> Any:
+        return {"by": value} if isinstance(value, str) else value
 
     @property
     def name(self) -> str:
         """The name under which the term is logged."""
-        target = self.task or self.embedding or (self.taps or {}).get("student", "")
-        return of_teacher(f"{self.loss}/{target}", self.teacher)
+        target = self.task or self.embedding or ",".join(self.tapped("student"))
+        teacher = "+".join(self.teacher) if isinstance(self.teacher, list) else self.teachers[0]
+        return of_teacher(f"{self.loss}/{target}", teacher)
+
+    @property
+    def teachers(self) -> tuple[str | None, ...]:
+        """The teachers that it names; None is the run's own."""
+        names = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        return tuple(None if name == "teacher" else name for name in names)
+
+    def tapped(self, side: Literal["student", "teacher"]) -> list[str]:
+        """The taps of one side."""
+        paths = (self.taps or {}).get(side, [])
+        return [paths] if isinstance(paths, str) else paths
 
 
 class ProgressiveResizing(Strict):
@@ -154,17 +195,15 @@ class TrainConfig(Strict):
     validate_every: int = Field(1, ge=1)  # epochs
     checkpoint_minutes: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
-    max_minutes: float | None = Field(
-        None, gt=0
-    )  # of steps and what they wait for; the epoch that it ends in is validated and kept
+    max_minutes: float | None = Field(None, gt=0)  # of steps and their waiting; the last epoch is validated and kept
     not_finite: Literal["raise", "skip", "rollback"] = "raise"  # skip a bad step, or go back to the last checkpoint too
 
 
 class ModelConfig(Strict):
-    """Encoders, one a modality, their fusion, and one head a task."""
+    """Encoders, one a modality, their fusion, and one head a task; without fusion, encoders of one embedding space."""
 
     encoders: dict[str, Part] = Field(min_length=1)
-    fusion: Part = Part(type="concat")
+    fusion: Part | None = Part(type="concat")
     heads: dict[str, Part] = {}  # task -> head; every task of the data gets a classification head if empty
     embedding_dim: int = Field(128, ge=1)  # width of the shared image / text / fused embedding space
     unimodal_heads: bool = True  # logits = mean of the fused head and one head a modality
@@ -187,13 +226,14 @@ class TeacherConfig(ModelConfig):
     class_names: ClassNamesConfig = ClassNamesConfig()
     pretrain: dict[str, TrainConfig] = {}  # modality -> budget in which its encoder learns alone, a frozen one too
     train: TrainConfig = TrainConfig()
-    objective: list[TermConfig] = Field(min_length=1)
+    objective: list[TermConfig]  # empty where it has nothing to learn
 
 
 class OtherTeacherConfig(Strict):
-    """A teacher that another run has fitted."""
+    """A model of another run that teaches here."""
 
     run: str  # that run's folder, OUTPUT/NAME
+    stage: Literal["teacher", "baseline", "student", "pruned"] = "teacher"  # which of its models
 
 
 class StudentConfig(ModelConfig):
@@ -219,6 +259,7 @@ class CacheConfig(Strict):
     enabled: bool = True  # false: the teacher runs live in every step
     views: int = Field(4, ge=1)  # augmentation views a row
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    taps: list[str] = []  # of the run's own teacher, stored beside those that terms read: for other terms to come
 
 
 class PruneConfig(Strict):
@@ -244,7 +285,7 @@ class ExportConfig(Strict):
     """The exported bundles and their gates."""
 
     opset: int = Field(20, ge=18)
-    min_agreement_fp32: float = Field(0.995, ge=0, le=1)  # top-1, bundle against its source, validation rows
+    min_agreement_fp32: float = Field(0.995, ge=0, le=1)  # top-1, or mean cosine of embeddings; validation rows
     min_agreement_int8: float = Field(0.98, ge=0, le=1)
     quantize: QuantizeConfig = QuantizeConfig()
 
@@ -254,6 +295,13 @@ class BenchConfig(Strict):
 
     repeats: int = Field(200, ge=10)
     threads: int = Field(1, ge=1)
+
+
+class RetrievalConfig(Strict):
+    """How well images find their texts and texts their images, and images the names of their classes."""
+
+    prompts: dict[str, list[str]] = {}  # task -> templates such as "a photo of a {}", for zero-shot classes
+    logit_scale: float = Field(100.0, gt=0)  # of zero-shot logits: a cosine is multiplied with it
 
 
 class ReportConfig(Strict):
@@ -270,9 +318,7 @@ class Recipe(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", coerce_numbers_to_str=True)
     seed: int = Field(0, ge=0, lt=2**31)
     output: str = "runs"
-    trackers: list[TrackerName] = [
-        "tensorboard"
-    ]  # who is told of each training beside metrics.jsonl; no result depends on it
+    trackers: list[TrackerName] = ["tensorboard"]  # who is told of trainings beside metrics.jsonl; changes no result
     # threads that make batches ahead; by default none where the processor trains and images are decoded, else one
     workers: int | None = Field(None, ge=0, le=64)
     data: DataConfig
@@ -284,6 +330,7 @@ class Recipe(Strict):
     prune: PruneConfig = PruneConfig()
     export: ExportConfig = ExportConfig()
     bench: BenchConfig = BenchConfig()
+    retrieval: RetrievalConfig | None = None  # a model without heads needs it
     report: ReportConfig = ReportConfig()
 
 
@@ -312,54 +359,3 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     close = close or [choice for choice in known if len(word) > 2 and choice.startswith(word)]
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}choices: {', '.join(known)}"
-
-
-def check_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: str, given: Iterable[str] = ()) -> None:
-    """Check a part's type and parameters against its builder's signature, without building.
-
-    Args:
-        registry: type -> builder.
-        part: the type and its parameters.
-        where: dotted path of the part, for the message.
-        given: parameters that the caller adds, which the part may leave out.
-
-    Raises:
-        UserError: unknown type, unknown parameter, one of the wrong type, or a required one is missing.
-    """
-    if part.type not in registry:
-        raise UserError(f"{where}: unknown type {part.type!r}; {nearest(part.type, registry)}")
-    builder, added = registry[part.type], set(given)
-    signature = inspect.signature(builder).parameters
-    settable = [name for name in signature if name not in added and name != "self"]
-    hints = get_type_hints(getattr(builder, "__init__") if inspect.isclass(builder) else builder)  # noqa: B009
-    for name, value in part.params.items():
-        if name not in settable:
-            raise UserError(f"{where}: {part.type} has no parameter {name!r}; {nearest(name, settable)}")
-        _check_type(hints.get(name, Any), value, f"{where}.{name}")
-    for name in settable:
-        if signature[name].default is inspect.Parameter.empty and name not in part.params:
-            raise UserError(f"{where}: {part.type} needs the parameter {name!r}; add it")
-
-
-def _check_type(hint: Any, value: Any, where: str) -> None:
-    try:
-        TypeAdapter(hint).validate_python(value, strict=True)
-    except ValidationError as error:
-        raise UserError(f"{where} is {shortened(value)}: {complaint(error.errors()[0])}") from error
-    except PydanticUserError:
-        return  # a class of our own, which no recipe can hold: the builder is the judge
-
-
-def build_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: str, **given: Any) -> Any:
-    """Build a part after :func:`check_part`; ``given`` are arguments that the caller adds.
-
-    Raises:
-        UserError: as :func:`check_part`, or the builder refuses a value.
-    """
-    check_part(registry, part, where, given)
-    try:
-        return registry[part.type](**given, **part.params)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {part.type} cannot be built: {one_line(error)}") from error

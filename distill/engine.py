@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +24,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from distill import checkpoint
-from distill.averaging import Average, load_state, trained_state
+from distill.averaging import Average, MeanTeacher, kept_state, load_state, trained_state
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
-from distill.data.batches import Batches, ahead
+from distill.data.batches import Batches, made_and_finished
 from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped
@@ -37,9 +38,10 @@ from distill.sharding import split, whole
 from distill.step import Stepper, Trainee, Watch
 from distill.trackers import EVERY, Tracking, untracked
 
-SELECT = "valid/accuracy"
 CHECKPOINT = "checkpoint"
 Teacher = Callable[[dict[str, Batch]], Outputs]
+Stored = Callable[[list[dict[str, Batch]]], list[Outputs]]
+Step = tuple[dict[str, Batch], Teacher | None]
 Item = TypeVar("Item")
 
 
@@ -56,8 +58,9 @@ class Job:
         folder: where weights, metrics and checkpoints go.
         seed: of dropout and the like; the order of rows is the loader's.
         teacher: all batches of a step -> teacher outputs, cached or live; None without a teacher.
-        teacher_ahead: it is asked while batches are made ahead, in the loader's threads: it only looks up.
-        validate: model -> metrics, among them ``valid/accuracy``, by which the best epoch is chosen.
+        stored: the same for several steps at once, from a store: asked instead while batches are made ahead.
+        validate: model -> metrics, among them that of ``select``.
+        select: the metric by which the best epoch is chosen.
         report: progress in steps.
         watch: gives a context for each named part of a step, to take its time.
         track: gives what is told of steps and epochs.
@@ -72,7 +75,8 @@ class Job:
     seed: int
     validate: Callable[[nn.Module], dict[str, float]]
     teacher: Teacher | None = None
-    teacher_ahead: bool = False
+    stored: Stored | None = None
+    select: str = "valid/accuracy"
     report: Progress = silent
     watch: Watch = nullcontext
     track: Tracking = untracked
@@ -122,7 +126,7 @@ def fit(job: Job) -> dict[str, Any]:
         state, kept = _restore(place, trainee, optimizer, average, ranks)
     elif config.not_finite == "rollback":
         _save(place, trainee, optimizer, average, state, kept, ranks)
-    step = Stepper(accelerator, ranks, trainee, optimizer, config, folder)
+    step = Stepper(accelerator, ranks, trainee, optimizer, config, folder, _own_teacher(job, average))
     per_epoch = len(job.loader)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
     saved, ended = time.monotonic(), state.step >= total
@@ -147,6 +151,7 @@ def fit(job: Job) -> dict[str, Any]:
                 for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                     group["lr"] = lr * factor
                 trainee.image_size = image_size(state.step, total, config)
+                trainee.objective.advance(state.step, total)
                 rows, values = step(batches, job.reads, ask)
                 if average and values:
                     average.update(state.step)
@@ -158,7 +163,9 @@ def fit(job: Job) -> dict[str, Any]:
                 state.step, state.batch = state.step + 1, state.batch + 1
                 state.seconds += time.monotonic() - began
                 if values and state.step % EVERY == 0:
-                    tell(state.step, {"step/lr": factor * config.lr, **{f"step/{n}": v for n, v in values.items()}})
+                    objective = trainee.objective
+                    told = {"lr": factor * config.lr, **objective.moving(), **objective.learned_values(), **values}
+                    tell(state.step, {f"step/{name}": value for name, value in told.items()})
                 job.report(state.step, total, _note(state))
                 ended = state.step >= total or _out_of_time(state, config, ranks, accelerator.device)
                 if ended:
@@ -192,10 +199,19 @@ def _trainee(job: Job, ranks: Ranks, device: torch.device) -> Trainee:
     config = job.config
     trainee = Trainee(job.tapped, job.objective, job.watch, compiled=config.compile, channels_last=config.channels_last)
     if ranks.count > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(trainee)
+        nn.SyncBatchNorm.convert_sync_batchnorm(trainee.model)  # a part may have no rows on some ranks
     if config.shard:
         trainee.shard(ranks)
     return trainee.to(device)
+
+
+def _own_teacher(job: Job, average: Average | None) -> MeanTeacher | None:
+    """The average as a teacher, where the objective reads it."""
+    if not job.objective.reads_average:
+        return None
+    if average is None or job.config.shard:
+        raise UserError("a term reads the teacher 'ema', which needs train.ema, and weights that are not split")
+    return MeanTeacher(job.tapped, average)
 
 
 def _end_epoch(
@@ -211,32 +227,37 @@ def _end_epoch(
     """Log the epoch, validate when due, and return the weights to keep."""
     entry = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
     entry |= {f"train/{name}": total / max(1, state.rows) for name, total in state.sums.items()}
+    entry |= {f"train/{name}": value for name, value in trainee.objective.moving().items()}
     state.epoch, state.batch, state.sums, state.rows = state.epoch + 1, 0, {}, 0
     if last or state.epoch == job.config.epochs or state.epoch % job.config.validate_every == 0:
         with average.applied(trainee) if average else _unchanged():
             entry |= job.validate(trainee.model)
-            better = entry[SELECT] >= state.best
+            better = entry[job.select] >= state.best
             if better:
-                state.best, state.best_epoch = entry[SELECT], state.epoch
+                state.best, state.best_epoch = entry[job.select], state.epoch
             if better or job.config.keep == "last":
-                kept = {name: value.detach().clone() for name, value in trained_state(trainee).items()}
+                kept = {name: value.detach().clone() for name, value in kept_state(trainee).items()}
     state.history.append(entry)
     if join().first:
         _write_metrics(job.folder, state)
     return kept
 
 
-def _asked(job: Job, epoch: int, start: int) -> Iterator[tuple[dict[str, Batch], Teacher | None]]:
-    """The batches of an epoch, each with the teacher to ask; one that is asked ahead has its answer ready."""
+def _asked(job: Job, epoch: int, start: int) -> Iterator[Step]:
+    """The batches of an epoch, each with the teacher to ask; stored answers are ready by then."""
 
-    def make(number: int) -> tuple[dict[str, Batch], Teacher | None]:
-        batches = job.loader.at(epoch, number)
-        if job.teacher is None or not job.teacher_ahead:
-            return batches, job.teacher
-        answer, own = job.teacher(batches), {job.reads: batches[job.reads]}  # nobody reads the others any more
-        return own, lambda placed: answer.to(placed[job.reads].ids.device)
+    def answered(made: list[dict[str, Batch]]) -> list[Step]:
+        if job.stored is None:
+            return [(batches, job.teacher) for batches in made]
+        own = [{job.reads: batches[job.reads]} for batches in made]  # nobody reads the others any more
+        return [(batches, partial(_placed, answer)) for batches, answer in zip(own, job.stored(made), strict=True)]
 
-    return ahead(make, range(start, len(job.loader)), job.loader.workers)
+    return made_and_finished(partial(job.loader.at, epoch), answered, range(start, len(job.loader)), job.loader.workers)
+
+
+def _placed(answer: Outputs, batches: dict[str, Batch]) -> Outputs:
+    """An answer on the device of the batches."""
+    return answer.to(next(iter(batches.values())).ids.device)
 
 
 def _watched(items: Iterator[Item], watch: Watch) -> Iterator[Item]:

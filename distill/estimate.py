@@ -9,21 +9,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from distill.build import build_model, example_batch, input_spec
+from distill.build import Model, example_batch, input_spec
 from distill.cache import default_shard_rows, flatten
-from distill.config import AugmentConfig, ModelConfig, Recipe, TrainConfig
+from distill.config import AugmentConfig, Recipe, TrainConfig
 from distill.contracts import TRAIN, Batch, Outputs, UserError
+from distill.data.labelled import keep_labels
 from distill.data.loader import InputSpec
 from distill.data.rows import count_splits, number_classes, read_rows
 from distill.data.sources import open_source
-from distill.multimodal import MultimodalModel, OneModality
+from distill.losses.terms import labelled_alone
+from distill.multimodal import OneModality
 from distill.other_teachers import Teachers, check_labels
 from distill.shards import DTYPES, shard_size
 from distill.towers import frozen_towers
-from distill.workspace import TEACHER, takes_tokenizer
+from distill.workspace import TEACHER, untrained
 
 ROWS, LENGTH, REPEATS = 64, 8, 3  # of the batch that is timed
 ID_BYTES, HEADER_BYTES, SHARD_BYTES, MANIFEST_BYTES = 4, 70, 1000, 2000  # of files that describe, roughly
@@ -38,10 +41,10 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         encoders: encoder type -> class.
 
     Returns:
-        ``rows`` a split; ``num_params`` of teachers and student; ``disk_bytes`` of the data's images and
-        of towers, at most, and of the cache with the answers to the transfer set, within a few percent;
-        ``seconds`` of encoding and training, from a few steps timed here and now. What needs weights that are not
-        there is left out, and ``missing`` says why.
+        ``rows`` a split; ``labelled`` ones of train; ``num_params`` of teachers and student; ``disk_bytes`` of the
+        data's images and of towers, at most, and of the cache with the answers to the transfer set, within a few
+        percent; ``seconds`` of encoding and training, from a few steps timed here and now. What needs weights that are
+        not there is left out, and ``missing`` says why.
 
     Raises:
         UserError: the data cannot be read, a teacher lacks a tap, or one of another run cannot be rebuilt.
@@ -49,20 +52,25 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     rows = read_rows(recipe.data, open_source(recipe.data.source, Path.cwd()), Path(tempfile.gettempdir()))
     _, labels = number_classes(rows)
     counts = count_splits(rows)
-    found: dict[str, Any] = {"rows": counts, "num_params": {}}
+    labelled = int(np.count_nonzero(keep_labels(rows, recipe.data.labelled, recipe.seed)))
+    found: dict[str, Any] = {"rows": counts, "labelled": labelled, "num_params": {}}
     pixels = 3 * recipe.data.working_size**2 if "image" in recipe.data.modalities else 0
     found["disk_bytes"] = {"data": len(rows.ids) * pixels if recipe.data.decode_once else 0}
     num_classes = {task: len(names) for task, names in labels.items()}
-    student = _build(recipe.student, "student", encoders, num_classes)
+    student = untrained(recipe.student, "student", encoders, num_classes)
     found["num_params"]["student"] = _num_params(student)
     check_labels(recipe, labels)
     try:
-        teacher = _build(recipe.teacher, "teacher", encoders, num_classes)
+        teacher = untrained(recipe.teacher, "teacher", encoders, num_classes)
     except UserError as error:
         return {**found, "missing": str(error)}
     teachers = Teachers(recipe, encoders, labels, teacher.eval())
     found["num_params"] |= teachers.num_params()
     views, train = (recipe.cache.views if recipe.data.augment != AugmentConfig() else 1), counts[TRAIN]
+    fitted, learnt = (
+        0 if not terms else labelled if labelled_alone(terms) else train
+        for terms in (recipe.teacher.objective, recipe.student.objective)
+    )
     texts, pretrain = recipe.transfer.texts, recipe.teacher.pretrain
     encode, batch, tower_bytes = _encoded(teacher, recipe)
     batches = {name: _example(spec, recipe) for name, spec in teachers.specs.items()} | {TEACHER: batch}
@@ -79,14 +87,14 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     mixed = step["student"] + (recipe.transfer.ratio * _seconds_a_row(student, _texts_alone(example)) if texts else 0)
     found["seconds"] = {
         "towers": inputs * encode,
-        "teacher": _trained(recipe.teacher.train, train) * step["teacher"],
+        "teacher": _trained(recipe.teacher.train, fitted) * step["teacher"],
         "cache": train * views * answer + texts * (encode + answer),
-        "baseline": _trained(recipe.student.train, train) * step["student"],
-        "student": _trained(recipe.student.train, train) * mixed,
-        "pruned": _trained(recipe.prune.train, train) * mixed,
+        "baseline": _trained(recipe.student.train, learnt) * step["student"],
+        "student": _trained(recipe.student.train, learnt) * mixed,
+        "pruned": _trained(recipe.prune.train, learnt) * mixed,
     }
     if pretrain:
-        learning = [_trained(part, train) * _alone(teacher, name, recipe) for name, part in pretrain.items()]
+        learning = [_trained(part, labelled) * _alone(teacher, name, recipe) for name, part in pretrain.items()]
         found["seconds"]["pretrain"] = sum(learning)
     return found
 
@@ -94,6 +102,7 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
 def render(found: Mapping[str, Any]) -> list[str]:
     """Return an estimate as lines of text."""
     rows = ", ".join(f"{count} {split}" for split, count in found["rows"].items())
+    rows += f", {found['labelled']} of train labelled" if found["labelled"] < found["rows"][TRAIN] else ""
     params = ", ".join(f"{name} {count:,}" for name, count in found["num_params"].items())
     disk = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in found["disk_bytes"].items())
     lines = [f"rows: {rows}", f"parameters: {params}", f"disk, at most: {disk}"]
@@ -104,13 +113,7 @@ def render(found: Mapping[str, Any]) -> list[str]:
     return [*lines, f"time, roughly, if nothing is done yet: {seconds} ({note})"]
 
 
-def _build(config: ModelConfig, where: str, encoders: Registry, num_classes: Mapping[str, int]) -> MultimodalModel:
-    takers = [name for name, part in config.encoders.items() if takes_tokenizer(encoders[part.type])]
-    given = {name: {"tokenizer_file": Path("tokenizer.json")} for name in takers}
-    return build_model(config, encoders, num_classes, where, given)
-
-
-def _num_params(model: MultimodalModel) -> int:
+def _num_params(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -119,7 +122,7 @@ def _example(spec: InputSpec, recipe: Recipe) -> Batch:
     return example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
 
 
-def _encoded(model: MultimodalModel, recipe: Recipe) -> tuple[float, Batch, float]:
+def _encoded(model: Model, recipe: Recipe) -> tuple[float, Batch, float]:
     """Return seconds a row of the frozen towers, a batch that holds their outputs, and those outputs' bytes a row."""
     spec = input_spec(model)
     batch = _example(spec, recipe)
@@ -140,10 +143,9 @@ def _trained(config: TrainConfig, rows: int) -> int:
     return min(config.epochs * rows, (config.max_steps or config.epochs * rows) * config.batch_size)
 
 
-def _alone(model: MultimodalModel, modality: str, recipe: Recipe) -> float:
+def _alone(model: Any, modality: str, recipe: Recipe) -> float:
     """Seconds a row of an encoder that learns alone."""
-    encoder: Any = model.encoders[modality]
-    encoder.thaw()
+    model.encoders[modality].thaw()
     return _seconds_a_row(OneModality(model, modality), _example(input_spec(model), recipe))
 
 
@@ -175,5 +177,12 @@ def _least_seconds(work: Callable[[], Any]) -> float:
 
 
 def _seconds_a_row(model: nn.Module, batch: Batch) -> float:
-    """Seconds of forward and backward, the best of a few."""
-    return _least_seconds(lambda: sum(v.sum() for v in model.train()(batch).logits.values()).backward()) / ROWS
+    """Seconds of forward and backward, the best of a few; of a model without anything to learn, of the forward."""
+
+    def step() -> None:
+        said = model.train()(batch)
+        total = torch.stack([value.sum() for value in (said.logits or said.embeddings).values()]).sum()
+        if total.requires_grad:
+            total.backward()
+
+    return _least_seconds(step) / ROWS

@@ -1,7 +1,9 @@
 """A model's predictions on a split, from torch or from a bundle on its runtime; kept as safetensors.
 
 ``NAME.safetensors`` holds ``ids`` [N], ``logits.TASK`` [N, C] and ``subset.MODALITY.TASK`` [N, C] (the logits with
-only that modality present); ``targets.safetensors`` holds ``ids``, ``group`` and ``target.TASK``.
+only that modality present), ``embedding.MODALITY`` [N, D] where retrieval is measured; ``targets.safetensors`` holds
+``ids``, ``group``, ``target.TASK``, and the fields of :class:`~distill.retrieval.Pairs` as
+``FIELD.MODALITY`` where retrieval is measured.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from torch import nn
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.data.batches import Batches
 from distill.multimodal import evaluating, only
-from distill.predict import Predictor
+from distill.predict import EMBEDDING, Predictor
 from distill.progress import Progress, silent
+from distill.retrieval import Pairs, scores
 from distill.runs import atomic
 
 Arrays = dict[str, NDArray[np.float32]]
+ACCURACY, RECALL = "valid/accuracy", "valid/recall@1"
+"""What the best epoch is chosen by: of models with heads, and of those without."""
 
 
 def final_logits(outputs: Outputs) -> dict[str, torch.Tensor]:
@@ -32,7 +37,12 @@ def final_logits(outputs: Outputs) -> dict[str, torch.Tensor]:
 
 
 def predict_torch(
-    model: nn.Module, batches: Callable[[], Iterator[Batch]], *, subsets: Sequence[str] = (), report: Progress = silent
+    model: nn.Module,
+    batches: Callable[[], Iterator[Batch]],
+    *,
+    subsets: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
+    report: Progress = silent,
 ) -> Arrays:
     """Run a torch model in eval mode over clean batches.
 
@@ -40,10 +50,11 @@ def predict_torch(
         model: ``Batch -> Outputs``.
         batches: makes the iterator over the split.
         subsets: modalities to keep alone, in further passes over the same rows.
+        embeddings: modalities whose embeddings are wanted.
         report: called with (rows done, rows done): the total is not known here.
 
     Returns:
-        ``logits.TASK`` float32 [N, C] and, for each subset, ``subset.MODALITY.TASK``.
+        ``logits.TASK`` float32 [N, C], for each subset ``subset.MODALITY.TASK``, and ``embedding.MODALITY`` [N, D].
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     done = 0
@@ -52,20 +63,28 @@ def predict_torch(
         for batch in (batch.to(device) for batch in batches()):
             passes = {"logits": batch, **{f"subset.{name}": only(batch, name) for name in subsets}}
             for prefix, rows in passes.items():
-                for task, logits in final_logits(model(rows)).items():
-                    parts.setdefault(f"{prefix}.{task}", []).append(logits.float().cpu().numpy())
+                said = model(rows)
+                found = {f"{prefix}.{task}": logits for task, logits in final_logits(said).items()}
+                if rows is batch:
+                    found |= {f"embedding.{name}": said.embeddings[name] for name in embeddings}
+                for name, values in found.items():
+                    parts.setdefault(name, []).append(values.float().cpu().numpy())
             done += len(batch.ids)
             report(done, done)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def predict_bundle(predictor: Predictor, batches: Callable[[], Iterator[Batch]]) -> Arrays:
-    """Run an exported bundle on its own runtime over the same batches: ``logits.TASK`` float32 [N, C]."""
+def predict_bundle(
+    predictor: Predictor, batches: Callable[[], Iterator[Batch]], *, embeddings: Sequence[str] = ()
+) -> Arrays:
+    """Run an exported bundle on its own runtime over the same batches, for the same arrays without subsets."""
     parts: dict[str, list[NDArray[np.float32]]] = {}
+    wanted = {f"{EMBEDDING}{name}": f"embedding.{name}" for name in embeddings}
     for batch in batches():
-        for name, values in predictor.run(feeds(batch)).items():
-            if not name.startswith("embedding_"):
-                parts.setdefault(f"logits.{name}", []).append(values.astype(np.float32))
+        for output, values in predictor.run(feeds(batch)).items():
+            name = wanted.get(output) if output.startswith(EMBEDDING) else f"logits.{output}"
+            if name:
+                parts.setdefault(name, []).append(values.astype(np.float32))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
@@ -105,12 +124,41 @@ def validation_accuracy(
                     right = (logits.argmax(dim=1) == labels) & known
                     counts[task] = counts.get(task, 0) + torch.stack([right.sum(), known.sum()])
     sums = total(torch.stack(list(counts.values()))).tolist() if counts else []
-    scores = {
+    shares = {
         f"valid/{task}_accuracy": right / known for task, (right, known) in zip(counts, sums, strict=True) if known
     }
-    if not scores:
+    if not shares:
         raise UserError("no validation row has a label, so the best weights cannot be chosen; label some of the split")
-    return {**scores, "valid/accuracy": float(np.mean(list(scores.values())))}
+    return {**shares, ACCURACY: float(np.mean(list(shares.values())))}
+
+
+def validation_recall(
+    model: nn.Module,
+    batches: Callable[[], Iterator[Batch]],
+    pairs: Pairs,
+    gather: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+) -> dict[str, float]:
+    """How many images find a text of theirs first, and texts an image: what model selection reads without labels.
+
+    Args:
+        model: ``Batch -> Outputs`` with embeddings "image" and "text".
+        batches: makes the iterator over the split, or over one rank's share of each batch.
+        pairs: of the split's rows.
+        gather: joins the rows of all ranks.
+
+    Returns:
+        ``valid/DIRECTION_recall@K`` and ``valid/recall@1``, the mean of both directions, in [0, 1].
+    """
+    device = next(model.parameters(), torch.empty(0)).device
+    parts: dict[str, list[NDArray[np.float32]]] = {modality: [] for modality in pairs.first_rows}
+    with evaluating(model):
+        for batch in (batch.to(device) for batch in batches()):
+            said = model(batch).embeddings
+            for name, rows in parts.items():
+                rows.append(gather(said[name]).float().cpu().numpy())
+    found = scores({name: np.concatenate(rows) for name, rows in parts.items()}, pairs)
+    logged = {f"valid/{direction}_{name}": share for direction, each in found.items() for name, share in each.items()}
+    return {**logged, RECALL: float(np.mean([each["recall@1"] for each in found.values()]))}
 
 
 def clean_batches(loader: Batches, reads: str) -> Callable[[], Iterator[Batch]]:

@@ -44,8 +44,8 @@ def backward_in_parts(
         generators.append(_rng_state(device))
         # With gradients, as the second time: kernels of attention draw their dropout otherwise without.
         leaves.append(_leaves(forward(part)))
-    behind = _rng_state(device)
     result = loss_backward(_joined(leaves, torch.cat(list(rows))))
+    behind = _rng_state(device)  # losses draw too
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
     for part, state, cached in zip(parts, generators, leaves, strict=True):

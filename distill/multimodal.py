@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distill.config import nearest
 from distill.contracts import Batch, Outputs, UserError
 from distill.dropout import Dropout
+from distill.layouts import arranged, modality_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,10 +47,14 @@ class Encoder(nn.Module):
     Attributes:
         out_dim: D, the width of tokens and pooled vector.
         frozen: whether its parameters are fixed; its outputs may then be computed once and kept.
+        projected: whether its pooled vector lies in an embedding space that it shares with another encoder.
+        own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
     """
 
     out_dim: int
     frozen: bool = False
+    projected: bool = False
+    own_scale: Mapping[str, float] = {}
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode a batch."""
@@ -308,15 +313,16 @@ def _lengthened(values: Tensor, rows: int) -> Tensor:
 class Tapped:
     """Calls a model and adds the outputs of some of its modules to what it returns.
 
-    A tap is a module path such as ``encoders.image.stages.3``; a trailing ``:mean`` averages a feature map over
-    its positions ([B, C, H, W] or [B, T, C] -> [B, C]), which keeps caches small.
+    A tap is a module path such as ``encoders.image.stages.3``; of an encoder itself (``encoders.image``) it gives the
+    tokens. A trailing ``:mean`` averages a feature over its positions ([B, C, H, W] or [B, T, C] -> [B, C]), which
+    keeps caches small.
 
     Args:
         model: any ``Batch -> Outputs`` module; hooks are registered on it.
         paths: the taps.
 
     Raises:
-        UserError: the model has no such module.
+        UserError: the model has no such module; when called, what it gives is no tensor.
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
@@ -333,11 +339,17 @@ class Tapped:
                 raise UserError(f"tap {path!r}: the only reduction is ':mean'")
             modules[name].register_forward_hook(self._reader(path, bool(reduction)))
 
-    def _reader(self, path: str, mean: bool) -> Callable[[nn.Module, object, Tensor], None]:
-        def read(module: nn.Module, args: object, output: Tensor) -> None:
-            if mean and output.ndim > 2:
-                output = output.mean(dim=(2, 3) if output.ndim == 4 else 1)
-            self._features[path] = output
+    def _reader(self, path: str, mean: bool) -> Callable[[nn.Module, object, object], None]:
+        modality = modality_of(path)
+
+        def read(module: nn.Module, args: object, output: object) -> None:
+            feature = tapped_tensor(output)
+            if feature is None:
+                raise UserError(
+                    f"tap {path!r}: this module gives a {type(output).__name__} and no tensor; tap a part of it "
+                    "(`distill inspect` lists them)"
+                )
+            self._features[path] = arranged(feature, "mean", modality) if mean else feature
 
         return read
 
@@ -352,6 +364,12 @@ class Tapped:
                 here = value if len(value) == int(rows.sum()) else value[rows[: len(value)]]
                 features[path] = spread(here, rows)
         return outputs._replace(features=features)
+
+
+def tapped_tensor(output: object) -> Tensor | None:
+    """What a tap makes of a module's output: a tensor, the tokens of an encoder, or nothing."""
+    found = output.tokens if isinstance(output, Encoded) else output
+    return found if isinstance(found, Tensor) else None
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distill.config import Part, TrainConfig, check_part, nearest, one_line
+from distill.builders import check_part
+from distill.config import Part, TrainConfig, nearest, one_line
 from distill.contracts import UserError
 from distill.sharding import local
 
@@ -230,3 +231,14 @@ def _refusals(what: str) -> Generator[None]:
         yield
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # the last: betas of one number
         raise UserError(f"{what}: {one_line(error)}") from error
+
+
+def as_many_steps(train: TrainConfig, theirs: int, ours: int) -> TrainConfig:
+    """Return a budget of epochs of ``theirs`` batches in epochs of ``ours``: as many steps, about as many checks."""
+    if ours == theirs:
+        return train
+    steps = min(train.epochs * theirs, train.max_steps or train.epochs * theirs)
+    longer = {"epochs": -(-steps // ours), "validate_every": max(1, round(train.validate_every * theirs / ours))}
+    if train.patience is not None:
+        longer["patience"] = max(1, round(train.patience * theirs / ours))
+    return train.model_copy(update={**longer, "max_steps": steps})

@@ -1,4 +1,4 @@
-"""Teachers that other runs have fitted: found in their runs' folders, rebuilt, and asked beside this run's own.
+"""Models of other runs as teachers: checked against this run's recipe, and asked beside this run's own teacher.
 
 A recipe names them under ``teachers``, and a term of the student's objective picks one by its key ``teacher``. They are
 asked about the same rows and views as the run's own teacher, each with its own inputs. What one says stands beside the
@@ -10,150 +10,26 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.build import input_spec
-from distill.config import Recipe, nearest, of_teacher
-from distill.contracts import Artifact, Batch, Outputs, UserError
+from distill.build import Model, input_spec
+from distill.config import EMA, Recipe, nearest, of_teacher
+from distill.contracts import Batch, Outputs, UserError
 from distill.data.loader import InputSpec
-from distill.data.prepared import LABELS_FILE
 from distill.data.rows import number_classes, read_rows
 from distill.data.sources import open_source
 from distill.data.transforms import resize_images
-from distill.losses.objective import tap_paths
-from distill.multimodal import MultimodalModel, Tapped
-from distill.runs import MANIFEST, find, fingerprint, read_json, sha256_file
-from distill.workspace import TEACHER, WEIGHTS_FILE, Registry, Workspace
+from distill.fitted import Fitted, Labels, find_fitted
+from distill.losses.terms import reads_text_tokens, tap_paths
+from distill.multimodal import Tapped
+from distill.runs import fingerprint, sha256_file
+from distill.workspace import BASELINE, TEACHER, Registry, Workspace
 
-Labels = Mapping[str, Sequence[str]]
-"""Task -> names of its classes, in order of label."""
-RESOLVED_FILE, TOKENIZER = "recipe.resolved.json", "tokenizer"
-ORIGIN = "origin"
-"""In the info of a run's stage ``teacher``: what :func:`origin` returned."""
-AGAIN = "run its recipe again (`distill cache RECIPE`)"
 SHOWN = 5  # names that a message lists
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A teacher in the folder of the run that fitted it.
-
-    Attributes:
-        name: what this run's recipe calls it.
-        folder: that run's.
-        recipe: that run's.
-        labels: those of that run's data.
-        fingerprint: of that run's stage ``teacher``.
-        weights_sha256: of its weights.
-        tokenizer: hash of the file that it was fitted with; empty if it reads no text.
-    """
-
-    name: str
-    folder: Path
-    recipe: Recipe
-    labels: Labels
-    fingerprint: str
-    weights_sha256: str
-    tokenizer: str
-
-    @property
-    def modalities(self) -> list[str]:
-        """What it reads."""
-        return list(self.recipe.teacher.encoders)
-
-    @property
-    def tasks(self) -> list[str]:
-        """What it has heads for."""
-        return list(self.recipe.teacher.heads or self.labels)
-
-    def columns(self, labels: Labels) -> dict[str, list[int]]:
-        """Each task whose classes have the same names as in ``labels`` -> its column of each class there, in order."""
-        theirs = {task: {name: column for column, name in enumerate(self.labels[task])} for task in self.tasks}
-        shared = [task for task in theirs if theirs[task].keys() == set(labels.get(task, ()))]
-        return {task: [theirs[task][name] for name in labels[task]] for task in shared}
-
-    def model(self, encoders: Registry) -> MultimodalModel:
-        """The model with its fitted weights, in eval mode and without gradients.
-
-        Raises:
-            UserError: weights do not fit, pretrained parts are not there, or its tokenizer is another one by now.
-        """
-        done = {stage: Artifact(stage, self.folder / stage, self.fingerprint) for stage in ("data", TEACHER)}
-        try:
-            model = Workspace(self.recipe, encoders, {}, done, quiet=True).teacher()
-        except UserError as error:  # which speaks of the other run's recipe
-            raise UserError(f"teachers.{self.name}.run: {self.folder}: {error}") from error
-        if _tokenizer(model) != self.tokenizer:
-            raise UserError(f"teachers.{self.name}.run: its tokenizer has changed since it was fitted; {AGAIN}")
-        return model
-
-
-def origin(recipe: Recipe, labels: Labels, model: MultimodalModel) -> dict[str, str]:
-    """What a fitted teacher is rebuilt from, beside its weights, as hashes.
-
-    The recipe in a run's folder may change while its teacher stays. Many changes would not fit the weights, but some
-    would, in silence.
-    """
-    return {**_described(recipe, labels), TOKENIZER: _tokenizer(model)}
-
-
-def _described(recipe: Recipe, labels: Labels) -> dict[str, str]:
-    unrelated = {"train", "objective", "pretrain", "class_names"}
-    model = recipe.teacher.model_dump(exclude=unrelated, exclude_defaults=True)  # later versions add keys
-    for part in model["encoders"].values():
-        part.pop("weights", None)  # where they lay before the fit; the teacher's own file has them
-    parts = [model, list(recipe.teacher.encoders), recipe.data.working_size]
-    return {RESOLVED_FILE: fingerprint(parts), f"data/{LABELS_FILE}": fingerprint(labels)}
-
-
-def _tokenizer(model: MultimodalModel) -> str:
-    file = input_spec(model).tokenizer
-    return "" if file is None else sha256_file(file)
-
-
-def find_fitted(name: str, recipe: Recipe, *, verify: bool = False) -> Fitted:
-    """Read what the folder of another run says about its teacher.
-
-    Args:
-        name: one of the recipe's ``teachers``.
-        recipe: this run's.
-        verify: compare the hashes of the teacher's files too.
-
-    Raises:
-        UserError: there is no finished teacher, or something has changed since it was fitted.
-    """
-    folder, where = Path(recipe.teachers[name].run), f"teachers.{name}.run"
-    if not (folder / TEACHER / MANIFEST).is_file():
-        raise UserError(
-            f"{where}: {folder} holds no finished teacher; give the folder OUTPUT/NAME of a run that has fitted one"
-        )
-    try:
-        manifest = read_json(folder / TEACHER / MANIFEST)
-        key, noted = manifest["fingerprint"], dict(manifest["info"].get(ORIGIN, {}))
-        weights = manifest["files"][WEIGHTS_FILE]["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not what a run wrote
-        raise UserError(f"{where}: {folder / TEACHER / MANIFEST} is damaged; {AGAIN}") from error
-    if not noted:
-        raise UserError(f"{where}: {folder} was fitted by an earlier version, which did not note from what; {AGAIN}")
-    if verify and find(folder / TEACHER, TEACHER, key) is None:
-        raise UserError(f"{where}: files in {folder / TEACHER} have changed since they were written; {AGAIN}")
-    try:
-        theirs = Recipe.model_validate(read_json(folder / RESOLVED_FILE))
-        labels = read_json(folder / "data" / LABELS_FILE)
-        found = _described(theirs, labels)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{where}: {RESOLVED_FILE} or data/{LABELS_FILE} in {folder} is absent or damaged; {AGAIN}"
-        ) from error
-    for file, value in found.items():
-        if noted.get(file) != value:
-            raise UserError(f"{where}: {folder / file} has changed since the teacher there was fitted; {AGAIN}")
-    return Fitted(name, folder, theirs, labels, key, weights, noted.get(TOKENIZER, ""))
 
 
 def check_teachers(recipe: Recipe) -> dict[str, Fitted]:
@@ -166,12 +42,12 @@ def check_teachers(recipe: Recipe) -> dict[str, Fitted]:
         UserError: the first mistake found.
     """
     own = (Path(recipe.output) / recipe.name).resolve()
-    read = {term.teacher for term in recipe.student.objective}
+    read = {name for term in recipe.student.objective for name in term.teachers}
     for name, entry in recipe.teachers.items():
-        if name == TEACHER or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        if name in (TEACHER, EMA) or not re.fullmatch(r"[A-Za-z0-9_]+", name):
             raise UserError(
-                f"teachers: {name!r} cannot name a teacher; use letters, digits and '_', and not {TEACHER!r}, "
-                "which is the run's own"
+                f"teachers: {name!r} cannot name a teacher; use letters, digits and '_', and neither {TEACHER!r}, "
+                f"which is the run's own, nor {EMA!r}, the average of the student's weights"
             )
         if name not in read:
             raise UserError(
@@ -195,20 +71,23 @@ def check_labels(recipe: Recipe, labels: Labels) -> None:
         UserError: names of classes are missing or beside them; the first few are given.
     """
     for number, term in enumerate(recipe.student.objective):
-        if term.teacher is None or term.task is None:
-            continue
-        fitted, task = find_fitted(term.teacher, recipe), term.task.split(".")[0]
-        if task in fitted.columns(labels):
-            continue
-        differing = {
-            "lacks": set(labels[task]).difference(fitted.labels[task]),
-            "has besides": set(fitted.labels[task]).difference(labels[task]),
-        }
-        said = " and ".join(f"{verb} {_listed(names)}" for verb, names in differing.items() if names)
-        raise UserError(
-            f"student.objective[{number}]: teacher {term.teacher!r} has other classes of {task!r} than this run's "
-            f"data: it {said}; fit it on the same classes, or read its embeddings or taps instead"
-        )
+        for other in term.teachers if term.task else ():
+            if other in recipe.teachers:
+                _check_classes(find_fitted(other, recipe), str(term.task).split(".")[0], labels, number)
+
+
+def _check_classes(fitted: Fitted, task: str, labels: Labels, number: int) -> None:
+    if task in fitted.columns(labels):
+        return
+    differing = {
+        "lacks": set(labels[task]).difference(fitted.labels[task]),
+        "has besides": set(fitted.labels[task]).difference(labels[task]),
+    }
+    said = " and ".join(f"{verb} {_listed(names)}" for verb, names in differing.items() if names)
+    raise UserError(
+        f"student.objective[{number}]: teacher {fitted.name!r} has other classes of {task!r} than this run's "
+        f"data: it {said}; fit it on the same classes, or read its embeddings or taps instead"
+    )
 
 
 def check_models(recipe: Recipe, encoders: Registry) -> None:
@@ -221,6 +100,32 @@ def check_models(recipe: Recipe, encoders: Registry) -> None:
         Tapped(find_fitted(name, recipe).model(encoders), tap_paths(recipe.student.objective, TEACHER, name))
 
 
+def check_tokenizers(work: Workspace) -> None:
+    """Check that losses on the tokens of texts meet the same tokens in student and teacher.
+
+    Args:
+        work: with the stages ``data`` and ``vocabulary``, which may have cut the student's tokenizer.
+
+    Raises:
+        UserError: the tokenizers differ.
+    """
+
+    def tokens(model: Model) -> tuple[str, int]:
+        spec = input_spec(model)
+        return ("" if spec.tokenizer is None else sha256_file(spec.tokenizer), spec.max_length)
+
+    for number, term in enumerate(work.recipe.student.objective):
+        name = term.teachers[0]
+        if not reads_text_tokens(term) or name == EMA:
+            continue
+        teacher = work.blank(TEACHER) if name is None else find_fitted(name, work.recipe).model(work.encoders)
+        if tokens(work.blank(BASELINE)) != tokens(teacher):
+            raise UserError(
+                f"student.objective[{number}]: {term.loss} compares token by token, and student and teacher cut texts "
+                "in other ways; give both the same tokenizer and max_length, or use ':mean' taps with fitnet or cosine"
+            )
+
+
 def _listed(names: set[str]) -> str:
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(map(repr, sorted(names)[:SHOWN])) + rest
@@ -231,6 +136,12 @@ def check_source_labels(recipe: Recipe) -> None:
     if any(term.teacher and term.task for term in recipe.student.objective):
         source = open_source(recipe.data.source, Path.cwd())
         check_labels(recipe, number_classes(read_rows(recipe.data, source, Path(tempfile.gettempdir())))[1])
+
+
+def own_taps(recipe: Recipe) -> list[str]:
+    """The taps of the run's own teacher: those that terms read, and those that the recipe wants to be stored too."""
+    stored = recipe.cache.taps if recipe.cache.enabled else []
+    return sorted({*stored, *tap_paths(recipe.student.objective, TEACHER)})
 
 
 def cache_parts(recipe: Recipe) -> dict[str, Any]:
@@ -249,15 +160,18 @@ def cache_parts(recipe: Recipe) -> dict[str, Any]:
 
 
 def provenance(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Further teacher -> the name of the run that fitted it, and the fingerprint of its stage ``teacher`` there."""
+    """Further teacher -> the name of the run that fitted it, the stage there, and that stage's fingerprint."""
     found = {name: find_fitted(name, recipe) for name in recipe.teachers}
-    return {name: {"run": fitted.recipe.name, "fingerprint": fitted.fingerprint} for name, fitted in found.items()}
+    return {
+        name: {"run": fitted.recipe.name, "stage": fitted.stage, "fingerprint": fitted.fingerprint}
+        for name, fitted in found.items()
+    }
 
 
 def modalities_read(recipe: Recipe) -> dict[str | None, list[str]]:
     """Teacher -> the modalities that it reads; None is the run's own."""
     found: dict[str | None, list[str]] = {name: find_fitted(name, recipe).modalities for name in recipe.teachers}
-    return found | {None: list(recipe.teacher.encoders)}
+    return found | {None: list(recipe.teacher.encoders), EMA: list(recipe.student.encoders)}
 
 
 class Teachers:
@@ -277,10 +191,10 @@ class Teachers:
         UserError: a teacher of another run cannot be rebuilt, or has not the classes that a term reads.
     """
 
-    def __init__(self, recipe: Recipe, encoders: Registry, labels: Labels, own: MultimodalModel) -> None:
+    def __init__(self, recipe: Recipe, encoders: Registry, labels: Labels, own: Model) -> None:
         check_labels(recipe, labels)
         self.own = own
-        self._own = Tapped(own, tap_paths(recipe.student.objective, TEACHER))
+        self._own = Tapped(own, own_taps(recipe))
         self._others: dict[str, _Other] = {}
         for name in recipe.teachers:
             fitted, taps = find_fitted(name, recipe, verify=True), tap_paths(recipe.student.objective, TEACHER, name)
@@ -315,7 +229,7 @@ class Teachers:
 class _Other:
     """A teacher of another run that answers with this run's classes, under names of its own."""
 
-    def __init__(self, fitted: Fitted, model: MultimodalModel, taps: Sequence[str], labels: Labels) -> None:
+    def __init__(self, fitted: Fitted, model: Model, taps: Sequence[str], labels: Labels) -> None:
         self.model, self._name, self._size = model, fitted.name, fitted.recipe.data.working_size
         self._tapped = Tapped(model, taps)
         self._columns = {task: torch.tensor(columns) for task, columns in fitted.columns(labels).items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +15,22 @@ import students
 import teachers
 from distill import results, stages
 from distill.check import check_recipe
-from distill.config import Recipe, nearest
+from distill.config import LabelledConfig, Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
-from distill.losses.objective import tap_paths
-from distill.other_teachers import cache_parts, check_labels, check_models
+from distill.losses.terms import labelled_alone
+from distill.other_teachers import cache_parts, check_labels, check_models, check_tokenizers, own_taps
+from distill.planning import Planned, Stage, look_up
 from distill.progress import progress
-from distill.ranks import join
+from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import cpu_seconds, keep_freed_memory
-from distill.runs import discard, find, fingerprint, finish, locked, start, write_json
+from distill.runs import copy_stage, discard, find, fingerprint, finish, locked, start, write_json
 from distill.trackers import Trackers
 from distill.workspace import Workspace
 from teachers.weights import weights_identity
 
 ENCODERS = {**teachers.ENCODERS, **students.ENCODERS}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run.
-
-    Attributes:
-        name: also its folder's.
-        about: a few words for the plan.
-        run: writes the stage's folder and returns what the report should know.
-        parents: stages whose artifacts it reads.
-        config: the part of the recipe that its content depends on, as JSON values.
-        version: raised when the stage's code changes what it writes.
-        resumes: it can go on in a folder that a killed run left.
-        together: all ranks of a launch share its work; the others are the first one's alone.
-        mends: of a finished folder that was damaged it keeps the whole files, which it checks one by one. Training does
-            not: its files are one result.
-    """
-
-    name: str
-    about: str
-    run: Callable[[Workspace, Path], dict[str, Any]]
-    parents: tuple[str, ...]
-    config: Callable[[Recipe], Any]
-    version: int = 1
-    resumes: bool = False
-    together: bool = False
-    mends: bool = False
 
 
 def _student_architecture(recipe: Recipe) -> Any:
@@ -107,16 +79,19 @@ def _transfer(recipe: Recipe) -> Any:
 
 def _data(recipe: Recipe) -> Any:
     fields = {name: value for name, value in _identity(recipe)["data"].items() if name != "augment"}
-    return [fields, source_fingerprint(recipe.data, Path.cwd())]
+    files = source_fingerprint(recipe.data, Path.cwd())
+    if recipe.data.labelled in (None, LabelledConfig()):  # hides nothing, so there is nothing to choose
+        return [fields | {"labelled": None}, files]
+    return [fields, files, recipe.seed]
 
 
 def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
     with progress("read data", quiet=work.quiet) as report:
-        return prepare(work.recipe.data, folder, Path.cwd(), report)
+        return prepare(work.recipe.data, folder, Path.cwd(), report, seed=work.recipe.seed)
 
 
 STAGES = (
-    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=2),
+    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=4),
     Stage("vocabulary", "cut the teacher's vocabulary to the student's", stages.cut_vocabulary, ("data",), _vocabulary),
     Stage(
         "pretrain", "let encoders learn alone", stages.pretrain, ("data",), _pretraining, resumes=True, together=True
@@ -146,6 +121,7 @@ STAGES = (
         stages.fit_teacher,
         ("data", "pretrain", "towers"),
         lambda r: [_identity(r)["teacher"], r.seed],
+        version=2,
         resumes=True,
         together=True,
     ),
@@ -154,7 +130,7 @@ STAGES = (
         "store the teacher's outputs",
         stages.fill_cache,
         ("data", "towers", "transfer", "teacher"),
-        lambda r: [r.cache.model_dump(), tap_paths(r.student.objective, "teacher"), cache_parts(r)],
+        lambda r: [r.cache.model_dump(exclude={"taps"}), own_taps(r), cache_parts(r)],
         version=2,
         resumes=True,
         together=True,
@@ -170,6 +146,7 @@ STAGES = (
             r.student.model_dump(include={"train", "baseline"}, exclude={"train": {"shard"}}),
             r.data.augment.model_dump(),
             r.cache.views,
+            labelled_alone(r.student.objective),  # a student of labelled rows alone takes fewer steps
             r.seed,
         ],
         resumes=True,
@@ -241,21 +218,6 @@ STAGES = (
 NAMES = [stage.name for stage in STAGES]
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One line of a plan.
-
-    Attributes:
-        stage: the stage.
-        key: its fingerprint.
-        artifact: what is there already, if it is up to date.
-    """
-
-    stage: Stage
-    key: str
-    artifact: Artifact | None
-
-
 def run_folder(recipe: Recipe) -> Path:
     """Where a recipe's run lies: ``OUTPUT/NAME``."""
     return Path(recipe.output) / recipe.name
@@ -288,14 +250,13 @@ def plan(recipe: Recipe, *, until: str | None = None, force: Sequence[str] = ())
             what = f"stage {name!r} is not needed for {until!r}" if name in NAMES else f"unknown stage {name!r}"
             raise UserError(f"--force: {what}; {nearest(name, known)}")
     folder, rerun = run_folder(recipe), descendants(force)
+    others = [Path(entry.run) for entry in recipe.teachers.values()]
     keys: dict[str, str] = {}
     planned = []
     for stage in stages_needed:
         part = [stage.config(recipe), stage.version, [keys[parent] for parent in stage.parents]]
         keys[stage.name] = fingerprint(stage.name, part)
-        fresh = stage.name in rerun
-        artifact = None if fresh else find(folder / stage.name, stage.name, keys[stage.name])
-        planned.append(Planned(stage, keys[stage.name], artifact))
+        planned.append(look_up(stage, keys[stage.name], folder, others, fresh=stage.name in rerun))
     return planned
 
 
@@ -359,23 +320,41 @@ def run(
         work = Workspace(recipe, ENCODERS, students.INHERITANCES, quiet=quiet, ranks=ranks, trackers=trackers)
         for item in planned:
             artifact = item.artifact
+            if item.lender is not None:
+                say(f"{item.stage.name}: copied from {item.lender}, where it is the same")
+                artifact = _copied(item, item.lender, ranks, folder / item.stage.name)
             if artifact is None:
                 say(f"{item.stage.name}: {item.stage.about}")
                 artifact = _run_stage(item, work, folder / item.stage.name)
                 cost = artifact.info["cost"]
                 say(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
             work.done[item.stage.name] = artifact
-            if item.stage.name == "data":
-                check_labels(recipe, work.labels())  # before a teacher is fitted for hours
-                if any(other.stage.name == "cache" and other.artifact is None for other in planned):
-                    check_models(recipe, ENCODERS)
+            _check_teachers(work, item.stage.name, {other.stage.name for other in planned if other.artifact is None})
         ranks.wait()
     return work.done
+
+
+def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:
+    """Check what a finished stage makes known of the student's teachers, before one is fitted for hours."""
+    if finished == "data":
+        check_labels(work.recipe, work.labels())
+        if "cache" in waiting:
+            check_models(work.recipe, ENCODERS)
+    if finished == "vocabulary" and waiting.intersection(("student", "pruned")):
+        check_tokenizers(work)
 
 
 def workspace(recipe: Recipe, done: dict[str, Artifact]) -> Workspace:
     """Open the finished stages of a run."""
     return Workspace(recipe, ENCODERS, students.INHERITANCES, done, quiet=True)
+
+
+def _copied(item: Planned, lender: Path, ranks: Ranks, folder: Path) -> Artifact | None:
+    """A stage that another run has; None if that run has changed by now."""
+    if ranks.first:
+        copy_stage(lender / item.stage.name, folder)
+    ranks.wait()
+    return find(folder, item.stage.name, item.key)
 
 
 def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:

@@ -24,6 +24,8 @@ BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json
 BUNDLE_FORMAT, BUNDLE_VERSION = "multidistill-bundle", 1
 
 RUNTIME = "onnxruntime"
+EMBEDDING = "embedding_"
+"""Begins the name of an output that is no task's."""
 
 
 def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
@@ -135,8 +137,14 @@ class Predictor:
             For each row: task -> ``label``, ``probability`` (0 to 1) and ``top``, a list of such pairs.
 
         Raises:
-            UserError: a row has no modality that the model reads, or an unreadable one; the row is named.
+            UserError: a row has no modality that the model reads, or an unreadable one; the row is named. Or the model
+                gives embeddings and no classes.
         """
+        if not self.labels:
+            raise UserError(
+                f"{self.info['name']} gives embeddings and has no classes to predict; use Predictor.embed and compare "
+                "images with texts"
+            )
         results: list[dict[str, dict[str, Any]]] = []
         for start in range(0, len(rows), batch_size):
             outputs = self.run(self._feeds(rows[start : start + batch_size], start))
@@ -144,6 +152,23 @@ class Predictor:
             for row in range(len(rows[start : start + batch_size])):
                 results.append({task: _ranked(p[row], self.labels[task], top_k) for task, p in tasks.items()})
         return results
+
+    def embed(self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 64) -> dict[str, NDArray[np.float32]]:
+        """Return embeddings: "image", "text" or "fused" -> [N, E]; of models without classes they have length 1.
+
+        Args:
+            rows: as those of :meth:`predict`.
+            batch_size: rows a run of the graph.
+
+        Raises:
+            UserError: as :meth:`predict`; models with classes give embeddings as well.
+        """
+        parts: dict[str, list[NDArray[np.float32]]] = {}
+        for start in range(0, len(rows), batch_size):
+            for name, values in self.run(self._feeds(rows[start : start + batch_size], start)).items():
+                if name.startswith(EMBEDDING):
+                    parts.setdefault(name.removeprefix(EMBEDDING), []).append(values)
+        return {name: np.concatenate(values) for name, values in parts.items()}
 
     def _feeds(self, rows: Sequence[Mapping[str, Any]], start: int) -> dict[str, NDArray[Any]]:
         try:

@@ -41,7 +41,11 @@ def profile_student(work: Workspace, steps: int) -> dict[str, Any]:
         job = stages.student_job(work, Path(temporary))
         changes = {"max_steps": WARM_UP + steps, "epochs": WARM_UP + steps, "patience": None, "max_minutes": None}
         config = job.config.model_copy(update={**changes, "checkpoint_minutes": OFTEN})
-        engine.fit(replace(job, config=config, validate=_no_validation, report=clock.report, watch=clock.watch))
+        engine.fit(
+            replace(
+                job, config=config, validate=lambda model: {job.select: 0.0}, report=clock.report, watch=clock.watch
+            )
+        )
     clock.seconds.setdefault(CHECKPOINT, 0.0)
     step_ms = 1000 * (clock.ended - clock.began - clock.seconds[CHECKPOINT]) / steps
     parts = {name: 1000 * clock.seconds.get(name, 0.0) / steps for name in PARTS}
@@ -92,7 +96,3 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _no_validation(model: torch.nn.Module) -> dict[str, float]:
-    return {engine.SELECT: 0.0}

@@ -78,9 +78,10 @@ class Ranks:
         return [bytes(part.cpu().numpy()) for part in gather_uneven(own)]
 
     def average_buffers(self, module: nn.Module) -> None:
-        """Replace floating buffers (BatchNorm's running statistics) by their mean over the ranks."""
+        """Replace BatchNorm's running statistics by their mean over the ranks; other buffers are equal."""
         if self.count > 1:
-            for buffer in module.buffers():
+            norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+            for buffer in [buffer for norm in norms for buffer in norm.buffers(recurse=False)]:
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer.div_(self.count)

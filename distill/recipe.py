@@ -1,8 +1,9 @@
 """How a recipe is read: YAML, part files, overrides, then validation.
 
 ``data:``, ``teacher:`` and ``student:`` hold a mapping, or name a part file: a path relative to the recipe,
-or a name among the packaged configs (``configs/teachers/NAME.yaml``). Paths of data and weights start from the
-folder of the file that names them, those on the command line from the working directory.
+or a name among the packaged configs (``configs/teachers/NAME.yaml``). Paths of data, weights and other runs start
+from the folder of the file that names them, those on the command line from the working directory; so do runs that a
+packaged recipe names, as its own output lies there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from distill.contracts import UserError
 
 PARTS = {"data": "data", "teacher": "teachers", "student": "students"}
 """Part -> folder of its packaged files."""
+QUICK_START, RECIPES = "quickstart", "recipes"
+"""A packaged recipe, and the folder of those beside it."""
 LOCAL = "path:"
 """Begins the name of weights that lie in a folder."""
 SAMPLE, HUB = "sample:", "hub:"
@@ -61,6 +64,41 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), parts: dict[str
             raw[key] = _read(files[key])
     recipe = _validated(_assigned(raw, assigned, file), files)
     return _anchored(recipe, files, assigned)
+
+
+def load_models(
+    name: str, overrides: Sequence[str] = (), parts: dict[str, str] | None = None
+) -> tuple[Recipe, tuple[str, ...]]:
+    """Read a recipe, or a teacher's or student's part in the place of that of the quick start.
+
+    Args:
+        name: a recipe or such a part: a YAML file, or a packaged name.
+        overrides: as of :func:`load_recipe`; those of a part begin with ``teacher.`` or ``student.`` too.
+        parts: as of :func:`load_recipe`.
+
+    Returns:
+        The recipe, and which of its models are meant: both of a recipe, or the one that the part describes.
+
+    Raises:
+        UserError: as :func:`load_recipe`.
+    """
+    given = _part_of(name)
+    if given is None:
+        return load_recipe(name, overrides, parts), ("student", "teacher")
+    return load_recipe(QUICK_START, overrides, {**(parts or {}), given: name}), (given,)
+
+
+def _part_of(name: str) -> str | None:
+    """The key of a recipe that a file is the part of; None where it is none."""
+    for folder in ("", PARTS["teacher"], PARTS["student"]):
+        try:
+            raw = _read(_find(name, Path.cwd(), folder))
+        except UserError:
+            continue
+        if "encoders" not in raw:
+            return None
+        return "student" if "baseline" in raw else "teacher"
+    return None
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -107,7 +145,9 @@ def _anchored(recipe: Recipe, files: dict[str, Path], assigned: Iterable[str]) -
     def base(*location: str) -> Path:
         dotted = ".".join(location)
         here = any(dotted == key or dotted.startswith(f"{key}.") for key in assigned)
-        return Path.cwd() if here else files.get(location[0], files[""]).parent
+        file = files.get(location[0], files[""])
+        runs_of_packaged = location[0] == "teachers" and file.is_relative_to(packaged_configs())
+        return Path.cwd() if here or runs_of_packaged else file.parent
 
     def absolute(value: Any, *location: str, prefix: str = "") -> Any:
         if isinstance(value, list):
@@ -132,11 +172,11 @@ def _anchored(recipe: Recipe, files: dict[str, Path], assigned: Iterable[str]) -
 
 def _find(name: str, base: Path, folder: str) -> Path:
     suffixed = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-    packaged = packaged_configs() / folder
-    for candidate in (base / name, base / suffixed, base / folder / suffixed, packaged / suffixed):
+    packaged = [packaged_configs() / place for place in ([folder] if folder else ["", RECIPES])]
+    for candidate in (base / name, base / suffixed, base / folder / suffixed, *(at / suffixed for at in packaged)):
         if candidate.is_file():
             return candidate
-    known = [p.stem for p in packaged.glob("*.yaml")]
+    known = [file.stem for at in packaged for file in at.glob("*.yaml")]
     what = folder.removesuffix("s") or "recipe"
     raise UserError(f"no {what} file {name!r} in {base} or among the packaged ones; {nearest(name, known)}")
 
@@ -154,12 +194,13 @@ def _read(file: Path) -> dict[str, Any]:
 def _explain(error: ValidationError, files: dict[str, Path]) -> str:
     """Turn pydantic's first problem into one sentence."""
     problem, more = error.errors()[0], error.error_count() - 1
-    where = ".".join(str(step) for step in problem["loc"])
+    where = ".".join(str(step) for step in problem["loc"] if not str(step).startswith("="))  # which tags of unions do
     file = files.get(str(problem["loc"][0]), files[""])
     rest = f" (and {more} more)" if more else ""
     if problem["type"] == "extra_forbidden":
         section = _section(problem["loc"][:-1])
-        return f"{file}: unknown key {where!r}; {nearest(str(problem['loc'][-1]), section.model_fields)}{rest}"
+        known = [field.alias or name for name, field in section.model_fields.items()]
+        return f"{file}: unknown key {where!r}; {nearest(str(problem['loc'][-1]), known)}{rest}"
     if problem["type"] == "missing":
         return f"{file}: {where!r} is missing; add it{rest}"
     return f"{file}: {where!r} is {shortened(problem['input'])}: {complaint(problem)}{rest}"

@@ -5,27 +5,31 @@ from __future__ import annotations
 import io
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from distill import bench, evaluate
-from distill.build import example_batch, input_spec
-from distill.contracts import TEST, TRAIN, VALID
+from distill.build import Model, example_batch, input_spec
+from distill.contracts import TEST, TRAIN, VALID, Batch
+from distill.data.loader import InputSpec
+from distill.dual import DualEncoder
 from distill.export.bundle import parity, write_bundle
-from distill.export.onnx import export_onnx
-from distill.multimodal import MultimodalModel
+from distill.export.onnx import export_onnx, extract_tower
 from distill.other_teachers import provenance
 from distill.predict import MODEL_FILE, load
 from distill.progress import progress
 from distill.quantize import quantize_static
 from distill.report import ModelEntry, ReportContext, write_report
+from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 FP32, INT8 = "onnx-fp32", "onnx-int8"
@@ -36,6 +40,7 @@ SHIPPED = "pruned"
 """The model that is exported into bundles."""
 VERSIONS = ("torch", "transformers", "accelerate", "timm", "onnx", "onnxruntime", "torch-pruning", "numpy")
 CALIBRATION_BATCH = 32
+PAIR = ("image", "text")
 
 
 def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -77,23 +82,56 @@ def quantize_bundle(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def _write_gated(work: Workspace, bundle: Path, graph: Path, info: Mapping[str, Any], least: float) -> dict[str, Any]:
-    """Write a bundle and compare it with its torch source on the validation rows, on its own runtime."""
+    """Write a bundle and compare it with its torch source on the validation rows, on its own runtime.
+
+    Of a model without fusion there are further bundles, one for each encoder, and these are compared: each has its
+    part of the graph and runs alone.
+    """
     model = work.model(SHIPPED)
     spec = input_spec(model)
-    write_bundle(
-        bundle,
-        model_path=graph,
-        preprocessor=work.preprocessor(spec),
-        labels=work.data().labels,
-        name=f"{work.recipe.name} {bundle.name}",
-        source={"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint},
-        info=info,
-    )
+    source = {"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint}
+
+    def write(folder: Path, path: Path, reads: InputSpec, info: Mapping[str, Any]) -> None:
+        name, labels = f"{work.recipe.name} {folder.name}", work.data().labels if work.recipe.student.fusion else {}
+        preprocessor = work.preprocessor(reads)
+        write_bundle(
+            folder, model_path=path, preprocessor=preprocessor, labels=labels, name=name, source=source, info=info
+        )
+
+    write(bundle, graph, spec, info)
+    for modality, folder in _towers(model, bundle).items():
+        folder.mkdir(exist_ok=True)
+        extract_tower(graph, modality, folder / MODEL_FILE)
+        alone = replace(spec, image=False) if modality == "text" else replace(spec, tokenizer=None)
+        parts = (model.encoders[modality], model.embedders[modality])
+        write(folder, folder / MODEL_FILE, alone, {**info, "num_params": sum(map(bench.num_params, parts))})
     loader = work.clean_loader(VALID, spec, STUDENT)
     batches = evaluate.clean_batches(loader, STUDENT)
-    source = evaluate.predict_torch(model, batches)
-    found = evaluate.predict_bundle(load(bundle), batches)
-    return parity(source, found, min_agreement=least, ids=loader.data.ids[loader.row_positions])
+    said = evaluate.predict_torch(model, batches, embeddings=_compared(model))
+    found = _bundle_says(model, bundle, batches)
+    return parity(said, found, min_agreement=least, ids=loader.data.ids[loader.row_positions])
+
+
+def _towers(model: Model, bundle: Path) -> dict[str, Path]:
+    """Modality -> the bundle of its encoder alone, beside that of both; none of a model with fusion."""
+    names = model.encoders if isinstance(model, DualEncoder) else ()
+    return {name: bundle.with_name(f"{bundle.name}-{name}") for name in names}
+
+
+def _compared(model: Model) -> list[str]:
+    """The embeddings that answer in place of heads."""
+    return list(model.encoders) if isinstance(model, DualEncoder) else []
+
+
+def _bundle_says(
+    model: Model, bundle: Path, batches: Callable[[], Iterator[Batch]], embeddings: Sequence[str] = ()
+) -> evaluate.Arrays:
+    """What a bundle answers, or those of its encoders together."""
+    towers = _towers(model, bundle)
+    if not towers:
+        return evaluate.predict_bundle(load(bundle), batches, embeddings=embeddings)
+    parts = [evaluate.predict_bundle(load(path), batches, embeddings=[name]) for name, path in towers.items()]
+    return {name: array for part in parts for name, array in part.items()}
 
 
 def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -101,6 +139,8 @@ def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
     data = work.data()
     rows = data.rows(TEST)
     targets = {f"target.{task}": values[rows] for task, values in data.targets.items()}
+    if work.recipe.retrieval is not None:
+        targets |= _retrieval_targets(work)
     evaluate.write_arrays(
         folder / "targets.safetensors", {"ids": data.ids[rows], "group": data.groups[rows], **targets}
     )
@@ -113,17 +153,66 @@ def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
     return {"rows": len(rows), "models": names}
 
 
-def _torch_arrays(work: Workspace, model: MultimodalModel, name: str) -> evaluate.Arrays:
+def _retrieval_targets(work: Workspace) -> dict[str, NDArray[Any]]:
+    pairs = work.pairs(TEST)
+    return {
+        f"{part}.{name}": values
+        for part, found in zip(pairs._fields, pairs, strict=True)
+        for name, values in found.items()
+    }
+
+
+def _torch_arrays(work: Workspace, model: Model, name: str) -> evaluate.Arrays:
     reads = TEACHER if name == TEACHER else STUDENT
-    loader = work.towers(work.clean_loader(TEST, input_spec(model), reads), model, reads)
-    subsets = list(model.encoders) if len(model.encoders) > 1 else []
-    return evaluate.predict_torch(model, evaluate.clean_batches(loader, reads), subsets=subsets)
+    spec = input_spec(model)
+    loader = work.towers(work.clean_loader(TEST, spec, reads), model, reads)
+    subsets = list(model.encoders) if len(model.encoders) > 1 and not isinstance(model, DualEncoder) else []
+    wanted = PAIR if work.recipe.retrieval is not None else ()
+    arrays = evaluate.predict_torch(model, evaluate.clean_batches(loader, reads), subsets=subsets, embeddings=wanted)
+
+    def read(batches: Callable[[], Iterator[Batch]]) -> evaluate.Arrays:
+        return evaluate.predict_torch(model, batches, embeddings=["text"])
+
+    return arrays | _zero_shot(work, spec, reads, arrays, read)
 
 
 def _bundle_arrays(work: Workspace, name: str) -> evaluate.Arrays:
-    spec = input_spec(work.model(SHIPPED))
+    model, bundle = work.model(SHIPPED), work.path(BUNDLES[name]) / name
+    spec = input_spec(model)
     batches = evaluate.clean_batches(work.clean_loader(TEST, spec, STUDENT), STUDENT)
-    return evaluate.predict_bundle(load(work.path(BUNDLES[name]) / name), batches)
+    wanted = PAIR if work.recipe.retrieval is not None else ()
+    arrays = _bundle_says(model, bundle, batches, wanted)
+    towers, size = _towers(model, bundle), work.recipe.data.working_size
+    texts = load(towers.get("text", bundle))
+
+    def read(batches: Callable[[], Iterator[Batch]]) -> evaluate.Arrays:
+        whole = batches if towers else lambda: (_with_blank_images(batch, size) for batch in batches())
+        return evaluate.predict_bundle(texts, whole, embeddings=["text"])
+
+    return arrays | _zero_shot(work, spec, STUDENT, arrays, read)
+
+
+def _with_blank_images(batch: Batch, size: int) -> Batch:
+    """Texts alone, as a graph reads them that has an input for images too."""
+    blank = torch.zeros((len(batch.ids), 3, size, size), dtype=torch.uint8)
+    return batch._replace(inputs={"image": blank, **batch.inputs})
+
+
+def _zero_shot(
+    work: Workspace,
+    spec: InputSpec,
+    reads: str,
+    arrays: evaluate.Arrays,
+    read: Callable[[Callable[[], Iterator[Batch]]], evaluate.Arrays],
+) -> evaluate.Arrays:
+    """Logits of the tasks whose classes have prompts, from a model's embeddings of images and of the prompts."""
+    config, found = work.recipe.retrieval, {}
+    for task, templates in ({} if config is None else config.prompts).items():
+        prompts = read(evaluate.clean_batches(work.prompts_loader(spec, reads, task, templates), reads))
+        images = arrays["embedding.image"]
+        scale = 1.0 if config is None else config.logit_scale
+        found[f"logits.{task}{ZERO_SHOT}"] = zero_shot_logits(images, prompts["embedding.text"], len(templates), scale)
+    return found
 
 
 def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -158,7 +247,7 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
     return {"models": measured, "processor": platform.processor() or platform.machine()}
 
 
-def _median_row(work: Workspace, model: MultimodalModel) -> dict[str, NDArray[Any]]:
+def _median_row(work: Workspace, model: Model) -> dict[str, NDArray[Any]]:
     spec = input_spec(model)
     loader = work.clean_loader(TEST, spec, TEACHER)
     rows = loader.row_positions
@@ -175,16 +264,27 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
     predictions = work.path("evaluate")
     kept = evaluate.read_arrays(predictions / "targets.safetensors")
     measured = work.done["bench"].info["models"]
+    fused = recipe.teacher.fusion is not None or recipe.student.fusion is not None
+    tasks = dict(data.labels) if fused else {}
+    pairs = None
+    if recipe.retrieval is not None:
+        tasks |= {f"{task}{ZERO_SHOT}": data.labels[task] for task in recipe.retrieval.prompts}
+        pairs = Pairs(*({name: kept[f"{part}.{name}"] for name in PAIR} for part in Pairs._fields))
     context = ReportContext(
         name=recipe.name,
         recipe=recipe.model_dump(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tasks=data.labels,
-        targets={task: kept[f"target.{task}"] for task in data.labels},
+        tasks=tasks,
+        targets={task: kept[f"target.{task.removesuffix(ZERO_SHOT)}"] for task in tasks},
+        pairs=pairs,
         groups=kept["group"],
         ids=kept["ids"],
         models=[_entry(work, name, predictions, measured[name]) for name in (*TRAINED, *BUNDLES)],
-        data={**work.done["data"].info, "fingerprint": work.done["data"].fingerprint},
+        data={
+            **work.done["data"].info,
+            "fingerprint": work.done["data"].fingerprint,
+            "test_fingerprint": data.fingerprint(TEST),
+        },
         seeds=[recipe.seed],
         versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
         curves={name: _curve(work.path(name) / "metrics.jsonl") for name in TRAINED},
@@ -213,6 +313,7 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
         stage=BUNDLES.get(name, name),
         runtime="onnxruntime" if name in BUNDLES else "torch",
         logits={key.removeprefix("logits."): values for key, values in arrays.items() if key.startswith("logits.")},
+        embeddings={name: arrays[f"embedding.{name}"] for name in PAIR if f"embedding.{name}" in arrays},
         subsets=subsets,
         num_params=measured["num_params"],
         flops=measured["flops"],

@@ -110,6 +110,23 @@ def start(folder: Path, key: str, *, resume: bool = False, mend: bool = False) -
     return folder
 
 
+def copy_stage(source: Path, folder: Path) -> None:
+    """Copy a finished stage of another run to where this run has it; whole, or not at all."""
+    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    temporary = folder.with_name(f".{folder.name}.copy")
+    try:
+        with room_for(folder, sum(path.stat().st_size for path in files)):
+            for path in files:
+                target = temporary / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def discard(folder: Path) -> None:
     """Make a stage's folder neither finished nor resumable."""
     for name in (MANIFEST, MARKER):

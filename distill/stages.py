@@ -16,19 +16,33 @@ import numpy as np
 import torch
 
 from distill import checkpoint, engine, prune
-from distill.build import example_batch, input_spec
+from distill.averaging import as_mean_teacher, join_teachers
+from distill.build import Model, example_batch, input_spec
+from distill.builders import build_part
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights, save_weights
-from distill.config import Recipe, TermConfig, TrainConfig, build_part
-from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Outputs, UserError
+from distill.config import EMA, Recipe, TermConfig, TrainConfig
+from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs, UserError
 from distill.data.batches import Batches
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
+from distill.fitted import ORIGIN, origin
 from distill.inventory import TRANSFER as TRANSFER_PART
-from distill.losses.objective import Objective, counts_classes, needs_teacher, tap_paths
-from distill.multimodal import MultimodalModel, OneModality, Tapped, evaluating
-from distill.other_teachers import ORIGIN, Teachers, cache_parts, modalities_read, origin
+from distill.losses.objective import Objective
+from distill.losses.scales import with_own
+from distill.losses.terms import (
+    classifiers,
+    compares_keys,
+    counts_classes,
+    labelled_alone,
+    needs_teacher,
+    stores_rows,
+    tap_paths,
+)
+from distill.multimodal import OneModality, Tapped, evaluating
+from distill.optimize import as_many_steps
+from distill.other_teachers import Teachers, cache_parts, modalities_read, own_taps
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.runs import read_array, seed_everything, write_json
@@ -36,6 +50,7 @@ from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
     BASELINE,
     EVALUATION_BATCH,
+    PRUNED,
     STUDENT,
     TEACHER,
     TEXTS_FILE,
@@ -45,6 +60,8 @@ from distill.workspace import (
 )
 
 TOKENS_FILE = "token_ids.npy"
+SCALE = "own_scale"
+"""In the info of the stage ``teacher``: the scale and bias that it was trained with."""
 
 
 def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -59,8 +76,8 @@ def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
             continue  # ended; with its checkpoint it was killed on the way there
         place.mkdir(exist_ok=True)
         terms = [term for term in config.objective if (term.task or "").endswith(f".{modality}")]
-        whole = work.blank(TEACHER)
-        whole.encoders[modality].thaw()  # type: ignore[operator]
+        whole: Any = work.blank(TEACHER)
+        whole.encoders[modality].thaw()
         model: Any = OneModality(whole, modality)
         loader = _teachers_rows(work, model, train, repeat=False)
         _fit(work, _job(work, place, model, loader, TEACHER, train, terms), f"pretrain {modality}")
@@ -68,18 +85,27 @@ def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Train the teacher's free parts on the labels; a teacher without any is kept as it is."""
+    """Train the teacher's free parts, on the labelled rows if its terms read labels; one without is kept as it is."""
     config = work.recipe.teacher
     model = work.pretrained_teacher()
+    encoders: list[Any] = list(model.encoders.values())
+    scale = next((dict(encoder.own_scale) for encoder in encoders if encoder.own_scale), {})
+    if not config.objective:
+        if work.ranks.first:
+            save_weights(model, folder / WEIGHTS_FILE)
+            (folder / "metrics.jsonl").touch()
+        return {ORIGIN: origin(work.recipe, work.labels(), model, TEACHER), SCALE: scale}
     loader = _teachers_rows(work, model, config.train, repeat="image" in frozen_towers(model))
-    info = _fit(work, _job(work, folder, model, loader, TEACHER, config.train, config.objective), "fit teacher")
-    return {**info, ORIGIN: origin(work.recipe, work.labels(), model)}
+    job = _job(work, folder, model, loader, TEACHER, config.train, config.objective)
+    info = _fit_model(work, job, "fit teacher", TEACHER)
+    learnt = {name.partition("/")[0]: value for name, value in job.objective.learned_values().items()}
+    return {**info, SCALE: scale | learnt}
 
 
 def _teachers_rows(work: Workspace, model: Any, train: TrainConfig, *, repeat: bool) -> Batches:
-    """Training rows, with names of classes behind them if the teacher is to read any."""
-    spec = input_spec(model)
-    loader = work.towers(work.train_loader({TEACHER: spec}, train, repeat=repeat), model)
+    """Training rows that the objective can use, with names of classes behind them if the teacher is to read any."""
+    spec, labelled = input_spec(model), labelled_alone(work.recipe.teacher.objective)
+    loader = work.towers(work.train_loader({TEACHER: spec}, train, repeat=repeat, labelled=labelled), model)
     names = work.class_names_loader({TEACHER: spec}, train.batch_size) if spec.tokenizer else None
     return loader if names is None else MixedLoader(loader, work.towers(names, model), TEACHER, spec.pad_id)
 
@@ -129,17 +155,12 @@ def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
     return {"texts": len(texts), "from": len(known), "words": len(words)}
 
 
-def training_views(loader: Loader, recipe: Recipe) -> list[int]:
-    """The views that training reads: K augmented ones, or the clean one where nothing augments."""
-    return sorted({loader.view(epoch) for epoch in range(recipe.cache.views)})
-
-
 def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
     """Store the teachers' outputs for every training row and view, and for the transfer set."""
     recipe = work.recipe
     teachers = _teachers(work)
     loader = work.train_loader(teachers.specs, recipe.student.train)
-    views = training_views(loader, recipe)
+    views = sorted({loader.view(epoch) for epoch in range(recipe.cache.views)})  # the clean one if nothing augments
     info = _fill(work, folder, teachers, work.towers(loader, teachers.own), views, "fill teacher cache")
     transfer = work.transfer_loader(teachers.specs, EVALUATION_BATCH)
     if transfer is not None:
@@ -192,7 +213,7 @@ def cache_key(work: Workspace) -> dict[str, Any]:
         "transfer": done["transfer"].fingerprint,
         "augmentation": recipe.data.augment.model_dump(),
         "seed": recipe.seed,
-        "outputs": tap_paths(recipe.student.objective, TEACHER),
+        "outputs": own_taps(recipe),
         **cache_parts(recipe),
     }
 
@@ -233,16 +254,27 @@ def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def train_baseline(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Train the student at the same budget without teacher and without inheritance."""
+    """Train the student on the labels, for as many steps, without teacher and without inheritance.
+
+    Where a student learns from unlabelled rows too, the labelled ones repeat, with new views each time: the few that a
+    cache has would be read very often.
+    """
     config = work.recipe.student
-    model = work.blank(BASELINE)
-    loader = work.train_loader({STUDENT: input_spec(model)}, config.train)
-    return _fit(work, _job(work, folder, model, loader, STUDENT, config.train, config.baseline), "train baseline")
+    model, data = work.blank(BASELINE), work.data()
+    theirs, ours = labelled_alone(config.objective), labelled_alone(config.baseline)
+    read, learnt = (
+        -(-len(data.rows(TRAIN, labelled=labelled)) // config.train.batch_size) for labelled in (theirs, ours)
+    )
+    specs = {STUDENT: input_spec(model)}
+    loader = work.train_loader(specs, config.train, repeat=read == learnt, labelled=ours)
+    train = as_many_steps(config.train, read, learnt)
+    job = _job(work, folder, model, loader, STUDENT, train, config.baseline)
+    return _fit_model(work, job, "train baseline", BASELINE)
 
 
 def distil_student(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the student from labels and teacher, from what it inherited on."""
-    return _fit(work, student_job(work, folder), "distil student")
+    return _fit_model(work, student_job(work, folder), "distil student", STUDENT)
 
 
 def student_job(work: Workspace, folder: Path) -> engine.Job:
@@ -263,10 +295,10 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
         plan.save(folder / "plan.json")
     smaller: Any = prune.apply(work.model(STUDENT), plan)
     _freeze_inherited(recipe, smaller)
-    return _fit(work, _distillation(work, folder, smaller, recipe.prune.train), "recover pruned")
+    return _fit_model(work, _distillation(work, folder, smaller, recipe.prune.train), "recover pruned", PRUNED)
 
 
-def _freeze_inherited(recipe: Recipe, model: MultimodalModel) -> None:
+def _freeze_inherited(recipe: Recipe, model: Model) -> None:
     """Fix the inherited tables that the recipe keeps."""
     for name, part in recipe.student.inherit.items():
         table: Any = getattr(model.encoders[name], "table", None)
@@ -274,38 +306,43 @@ def _freeze_inherited(recipe: Recipe, model: MultimodalModel) -> None:
             table.requires_grad_(False)
 
 
-def _distillation(work: Workspace, folder: Path, model: MultimodalModel, train: TrainConfig) -> engine.Job:
+def _distillation(work: Workspace, folder: Path, model: Model, train: TrainConfig) -> engine.Job:
     """Training with the student's objective, from the cache or from the live teacher."""
     recipe = work.recipe
-    terms = recipe.student.objective
+    terms = with_own(recipe.student.objective, work.done[TEACHER].info[SCALE])
     specs = {STUDENT: input_spec(model)}
     if not needs_teacher(terms):
-        return _job(work, folder, model, work.train_loader(specs, train), STUDENT, train, terms)
+        loader: Batches = work.train_loader(specs, train, labelled=labelled_alone(terms))
+        return _job(work, folder, model, loader, STUDENT, train, terms)
     if recipe.cache.enabled:
-        job = _job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, _cached(work))
-        return replace(job, teacher_ahead=True)
+        stored = _cached(work)
+        job = _job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, lambda b: stored([b])[0])
+        return replace(job, stored=stored)
     teachers = _teachers(work)
     loader = _mixed(work, specs | teachers.specs, train, teachers.own)
     return _job(work, folder, model, loader, STUDENT, train, terms, _live(work, teachers))
 
 
-def _mixed(
-    work: Workspace, specs: dict[str, InputSpec], train: TrainConfig, teacher: MultimodalModel | None = None
-) -> Batches:
-    """Labelled training rows, with those of the transfer set behind them if there is one."""
-    rows = work.train_loader(specs, train)
+def _mixed(work: Workspace, specs: dict[str, InputSpec], train: TrainConfig, teacher: Model | None = None) -> Batches:
+    """The training rows that terms learn from, with those of the transfer set behind them if there is one."""
+    rows = work.train_loader(specs, train, labelled=labelled_alone(work.recipe.student.objective))
     loader = rows if teacher is None else work.towers(rows, teacher)
     transfer = work.transfer_loader(specs, train.batch_size)
     return loader if transfer is None else MixedLoader(loader, transfer, STUDENT, specs[STUDENT].pad_id)
 
 
-def _cached(work: Workspace) -> engine.Teacher:
+def _cached(work: Workspace) -> engine.Stored:
     """The teachers' stored answers."""
     cache = TeacherCache.open(work.path("cache"), cache_key(work))
     if not work.recipe.transfer.texts:
-        return lambda batches: cache(batches[STUDENT])
+        return lambda steps: cache.lookup_each([batches[STUDENT] for batches in steps])
     transfer = TeacherCache.open(work.path("cache") / TRANSFER_PART, cache_key(work))
-    return lambda batches: join_outputs(cache(batches[STUDENT + LABELLED]), transfer(batches[STUDENT + TRANSFER]))
+
+    def both(steps: list[dict[str, Batch]]) -> list[Outputs]:
+        labelled = cache.lookup_each([batches[STUDENT + LABELLED] for batches in steps])
+        return list(map(join_outputs, labelled, transfer.lookup_each([b[STUDENT + TRANSFER] for b in steps])))
+
+    return both
 
 
 def _live(work: Workspace, teachers: Teachers) -> engine.Teacher:
@@ -313,6 +350,12 @@ def _live(work: Workspace, teachers: Teachers) -> engine.Teacher:
     if not work.recipe.transfer.texts:
         return teachers
     return lambda batches: join_outputs(teachers(batches, LABELLED), teachers(batches, TRANSFER))
+
+
+def _fit_model(work: Workspace, job: engine.Job, label: str, stage: str) -> dict[str, Any]:
+    """Run the engine for a model that other runs may name as a teacher."""
+    model: Any = job.tapped.model
+    return {**_fit(work, job, label), ORIGIN: origin(work.recipe, work.labels(), model, stage)}
 
 
 def _fit(work: Workspace, job: engine.Job, label: str) -> dict[str, Any]:
@@ -326,7 +369,7 @@ def _fit(work: Workspace, job: engine.Job, label: str) -> dict[str, Any]:
 def _job(
     work: Workspace,
     folder: Path,
-    model: MultimodalModel,
+    model: Model,
     loader: Batches,
     reads: str,
     train: TrainConfig,
@@ -338,9 +381,16 @@ def _job(
     first = loader.at(0, 0)
     with evaluating(model):
         student_example = tapped(first[reads])
-    seed_everything(work.recipe.seed)  # the projectors start alike, whatever ran before in this process
+    seed_everything(work.recipe.seed)  # projectors and parts start alike, whatever ran before in this process
     counts = work.class_counts() if counts_classes(terms) else None
     read = modalities_read(work.recipe) if teacher else None
-    objective = Objective(terms, student_example, teacher(first) if teacher else None, counts, read)
-    validate = work.validator(model, reads)
-    return engine.Job(tapped, objective, loader, reads, train, folder, work.recipe.seed, validate, teacher)
+    said = teacher(first) if teacher else None
+    if any(EMA in term.teachers for term in terms):
+        said = join_teachers(said, as_mean_teacher(student_example))
+    rows, heads = work.training_rows() if stores_rows(terms) else None, work.classifiers(classifiers(terms))
+    keys, seed = work.row_keys() if compares_keys(terms) else None, work.recipe.seed
+    objective = Objective(
+        terms, student_example, said, counts, read, seed=seed, rows=rows, classifiers=heads, row_keys=keys
+    )
+    validate, select = work.validator(model, reads)
+    return engine.Job(tapped, objective, loader, reads, train, folder, seed, validate, teacher, select=select)

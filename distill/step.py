@@ -13,11 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from distill.averaging import join_teachers
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.transforms import resize_images
 from distill.gradient_cache import backward_in_parts
-from distill.losses.objective import Objective, tap_paths
+from distill.losses.objective import Objective
+from distill.losses.terms import tap_paths
 from distill.multimodal import Tapped
 from distill.ranks import Ranks
 from distill.runs import write_json
@@ -113,6 +115,8 @@ class Trainee(nn.Module):
         self, outputs: Outputs, teacher: Outputs | None, batch: Batch, shares: list[float] | None, ranks: Ranks | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of outputs."""
+        if self.shards:  # a unit gives a gradient of zero to each of its inputs that it does not read
+            outputs = self.objective.without_unread(outputs)
         with self.watch("loss"):
             return self.objective(outputs, teacher, batch, shares, ranks)
 
@@ -141,6 +145,7 @@ class Stepper:
         optimizer: of its parameters.
         config: clipping, micro-batches, and what to do about values that are not finite.
         folder: where the rows of such steps are listed.
+        own_teacher: answers the trained model's batch beside the teacher.
     """
 
     def __init__(
@@ -151,13 +156,16 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         folder: Path,
+        own_teacher: Callable[[Batch], Outputs] | None = None,
     ) -> None:
         self.ranks, self.trainee, self.optimizer, self.config, self.folder = ranks, trainee, optimizer, config, folder
         self.device, self.scaler = accelerator.device, accelerator.scaler
         self.parameters = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
+        self._own_teacher = own_teacher
         self.micro_batches = config.accumulate  # more once the memory did not suffice
         self.skipped = 0  # steps in a row
-        self._buffers = list(trainee.buffers())
+        self._buffers = list(trainee.model.buffers())
+        self._statistics = [*self._buffers, *_batch_statistics(trainee.objective)]  # what a forward pass changes
         self._compares_ranks = ranks.count > 1 and any(trainee.objective.relational)
 
     def __call__(
@@ -179,7 +187,9 @@ class Stepper:
         batches = {name: batch.to(self.device) for name, batch in batches.items()}
         with self.trainee.watch("teacher"):
             teacher = ask(batches) if ask else None
-        before = [buffer.clone() for buffer in self._buffers] if self.config.not_finite != "raise" else []
+            if self._own_teacher is not None:
+                teacher = join_teachers(teacher, self._own_teacher(batches[reads]))
+        before = [buffer.clone() for buffer in self._statistics] if self.config.not_finite != "raise" else []
         rows, values = self._gradients(batches[reads], teacher)
         with self.trainee.watch("optimizer"):
             return self._update(batches[reads], teacher, rows, values, before)
@@ -205,6 +215,10 @@ class Stepper:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if overflow:
+            self.trainee.objective.forget()
+        else:
+            self.trainee.objective.settle(self.ranks)
         return rows, values
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
@@ -219,6 +233,7 @@ class Stepper:
         whole = self.ranks.sum(self.trainee.objective.num_rows(batch).to(self.device)).cpu() if together else None
         while True:
             self.optimizer.zero_grad(set_to_none=True)
+            self.trainee.objective.forget()
             try:
                 logged = self._forward_backward(batch, teacher, whole)
                 break
@@ -237,7 +252,7 @@ class Stepper:
         """The sum of each value over the ranks."""
         if self.ranks.count == 1 and self.device.type == "cpu":  # one by one three times as fast as stacked
             return {name: value.item() for name, value in logged.items()}
-        together = torch.stack([value.to(logged["loss"].dtype) for value in logged.values()])
+        together = torch.stack([value.detach().to(logged["loss"].dtype) for value in logged.values()])
         return dict(zip(logged, self.ranks.sum(together).tolist(), strict=True))
 
     def _forward_backward(self, batch: Batch, teacher: Outputs | None, whole: Tensor | None) -> dict[str, Tensor]:
@@ -254,7 +269,8 @@ class Stepper:
         logged: dict[str, Tensor] = {}
         for part, some, share in zip(parts, rows, self._shares(parts, whole), strict=True):
             answer = teacher if len(rows) == 1 or teacher is None else take(teacher, some)
-            values = _logged(*self._backward(*self._precisely(self.trainee)(part, answer, share, self.ranks)))
+            loss, terms = self._backward(*self._precisely(self.trainee)(part, answer, share, self.ranks))
+            values = {"loss": loss, **terms} if len(rows) == 1 else _logged(loss, terms)
             logged = {name: logged[name] + value for name, value in values.items()} if logged else values
         return logged
 
@@ -311,7 +327,7 @@ class Stepper:
         path = self.folder / (NOT_FINITE if self.ranks.first else f"not_finite.{self.ranks.rank}.json")
         write_json(path, {"what": what, "ids": batch.ids.tolist(), "terms": shown})
         self.optimizer.zero_grad(set_to_none=True)
-        for buffer, value in zip(self._buffers, before, strict=bool(before)):
+        for buffer, value in zip(self._statistics, before, strict=bool(before)):
             buffer.copy_(value)
         self.skipped += 1
         if self.config.not_finite == "raise" or self.skipped >= MOST_SKIPPED:
@@ -360,6 +376,12 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
+
+
+def _batch_statistics(module: nn.Module) -> list[Tensor]:
+    """The buffers of its BatchNorms."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def _has_batch_norm(module: nn.Module) -> bool:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from distill.build import Model
 from distill.cache import STORE_MANIFEST, EncodedStore, encode_once
 from distill.contracts import CLEAN_VIEW, Batch
 from distill.data.batches import Batches
 from distill.data.loader import Loader
-from distill.multimodal import MultimodalModel
 from distill.progress import Progress
 from distill.ranks import Ranks
 from distill.runs import read_json
@@ -38,13 +38,13 @@ class Rows:
     view: int
 
 
-def frozen_towers(model: MultimodalModel) -> list[str]:
+def frozen_towers(model: Model) -> list[str]:
     """Modalities whose encoder is frozen and can be run apart from the model."""
     return [name for name, encoder in model.encoders.items() if encoder.frozen and hasattr(encoder, "encode")]
 
 
 def encode_towers(
-    model: MultimodalModel,
+    model: Model,
     sources: Mapping[str, Sequence[Rows]],
     folder: Path,
     *,
@@ -199,7 +199,7 @@ def _text_inputs(sources: Sequence[Rows], reads: str) -> _Inputs:
         mask = torch.arange(longest) < lengths[:, None]
         device = next(encoder.parameters()).device
         tokens = encoder.encode(text.to(device), mask.to(device))
-        return torch.nn.functional.pad(tokens, (0, 0, 0, width - 1 - longest))
+        return tokens if encoder.projected else torch.nn.functional.pad(tokens, (0, 0, 0, width - 1 - longest))
 
     return _Inputs(keys, np.concatenate(ids)[order], np.concatenate(views)[order], encode)
 

@@ -9,21 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill import evaluate, prune
-from distill.build import build_model, input_spec
-from distill.checkpoint import load_weights
+from distill.build import Model, build_model, input_spec
+from distill.checkpoint import load_weights, read_tensors
 from distill.config import ModelConfig, Recipe, TrainConfig
-from distill.contracts import TRAIN, VALID, Artifact
-from distill.data.class_names import class_names
+from distill.contracts import TRAIN, VALID, Artifact, Batch, UserError
+from distill.data.class_names import class_names, spoken
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import as_data
 from distill.data.prepared import LABELS_FILE, PreparedData
-from distill.multimodal import MultimodalModel, OneModality
+from distill.data.texts import Texts
+from distill.dual import DualEncoder
+from distill.multimodal import OneModality
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
+from distill.retrieval import Pairs, pairs_of
 from distill.runs import read_json, seed_everything
 from distill.towers import TowerOutputs, WithTowers, frozen_towers
 from distill.trackers import Trackers, Tracking, untracked
@@ -33,6 +37,7 @@ EVALUATION_BATCH = 128
 TEACHER: Final = "teacher"
 STUDENT: Final = "student"
 BASELINE: Final = "baseline"
+PRUNED: Final = "pruned"
 TEXTS_FILE = "texts.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -87,7 +92,39 @@ class Workspace:
         """Task -> int64 [C], the training rows of each class."""
         return {task: torch.from_numpy(counts) for task, counts in self.data().class_counts(TRAIN).items()}
 
-    def blank(self, name: str) -> MultimodalModel:
+    def training_rows(self) -> Batch:
+        """Ids and presence of the rows that a student learns from a teacher on, those of the transfer set last."""
+        sets = [self.data()]
+        if self.recipe.transfer.texts:
+            sets.append(as_data(read_json(self.path("transfer") / TEXTS_FILE), sets[0]))
+        own = [data.rows(TRAIN) for data in sets]
+        ids = torch.cat([torch.tensor(data.ids[rows]) for data, rows in zip(sets, own, strict=True)])
+        present = {
+            name: torch.cat([torch.tensor(data.present[name][rows]) for data, rows in zip(sets, own, strict=True)])
+            for name in sets[0].present
+        }
+        return Batch(ids, torch.zeros_like(ids), {}, present, {})
+
+    def row_keys(self) -> dict[str, Tensor]:
+        """int64 [N] each: "id" of the training rows, and what is equal for rows of one "text", "image" or "group"."""
+        data = self.data()
+        rows = data.rows(TRAIN)
+        assert isinstance(data.texts, Texts)
+        columns = {"id": data.ids, "text": data.texts.numbers, "image": data.image_codes, "group": data.groups}
+        return {name: torch.from_numpy(values[rows].astype(np.int64)) for name, values in columns.items()}
+
+    def classifiers(self, tasks: list[str]) -> dict[str, Tensor]:
+        """Task (or TASK.modality) -> float [C, D], the weights of the fitted teacher's linear heads."""
+        if not tasks:
+            return {}
+        weights, found = read_tensors(self.path("teacher") / WEIGHTS_FILE), {}
+        for name in tasks:
+            task, _, head = name.partition(".")
+            path = f"unimodal_heads.{name}" if head not in ("", "fused") else f"heads.{task}"
+            found[name] = weights[f"{path}.linear.weight"]
+        return found
+
+    def blank(self, name: str) -> Model:
         """A model with its initial weights, the same for the same seed: teacher, baseline or student."""
         seed_everything(self.recipe.seed)
         where = TEACHER if name == TEACHER else STUDENT
@@ -96,38 +133,38 @@ class Workspace:
 
     def takers(self, config: ModelConfig) -> list[str]:
         """Modalities of a model whose encoder is given its tokenizer."""
-        return [name for name, part in config.encoders.items() if takes_tokenizer(self.encoders[part.type])]
+        return takers(config, self.encoders)
 
     def _given(self, config: ModelConfig, name: str) -> dict[str, dict[str, Any]]:
         """Encoder parameters that the pipeline adds: the tokenizer that a student takes over from its teacher."""
         stage = "vocabulary" if name == BASELINE else "inherit"
         return {taker: {"tokenizer_file": self.path(stage) / TOKENIZER_FILE} for taker in self.takers(config)}
 
-    def pretrained_teacher(self) -> MultimodalModel:
+    def pretrained_teacher(self) -> Model:
         """The teacher as its joint fit begins: encoders that learnt alone have what they learnt."""
-        model = self.blank(TEACHER)
+        model: Any = self.blank(TEACHER)
         for modality in self.recipe.teacher.pretrain:
             for member in model.members:
                 load_weights(OneModality(model, modality, member), self.path("pretrain") / modality / WEIGHTS_FILE)
         return model
 
-    def teacher(self) -> MultimodalModel:
+    def teacher(self) -> Model:
         """The fitted teacher, in eval mode and without gradients."""
         model = self.blank(TEACHER)
         load_weights(model, self.path("teacher") / "model.safetensors")
         return model.eval().requires_grad_(False)
 
-    def model(self, name: str) -> MultimodalModel:
+    def model(self, name: str) -> Model:
         """A finished model by name: teacher, baseline, student or pruned."""
         if name == TEACHER:
             return self.teacher()
         model: Any = self.blank(BASELINE if name == BASELINE else STUDENT)
-        if name == "pruned":
-            model = prune.apply(model, prune.PrunePlan.load(self.path("pruned") / "plan.json"))
+        if name == PRUNED:
+            model = prune.apply(model, prune.PrunePlan.load(self.path(PRUNED) / "plan.json"))
         load_weights(model, self.path(name) / "model.safetensors")
         return model.eval()
 
-    def towers(self, loader: Loader, model: MultimodalModel, reads: str = TEACHER) -> Loader | WithTowers:
+    def towers(self, loader: Loader, model: Model, reads: str = TEACHER) -> Loader | WithTowers:
         """The loader, with the kept outputs of the model's frozen towers in its batches."""
         names = frozen_towers(model)
         if reads != TEACHER or not names:
@@ -136,7 +173,9 @@ class Workspace:
         repeats = {"text": self.recipe.data.augment.text.views}
         return WithTowers(loader, {n: TowerOutputs(folder / n, key, repeats.get(n)) for n in names}, reads)
 
-    def train_loader(self, specs: dict[str, InputSpec], config: TrainConfig, *, repeat: bool = True) -> Loader:
+    def train_loader(
+        self, specs: dict[str, InputSpec], config: TrainConfig, *, repeat: bool = True, labelled: bool = False
+    ) -> Loader:
         """Shuffled, augmented training rows; their views repeat as the cache's do, or are new in each epoch."""
         recipe = self.recipe
         return Loader(
@@ -148,6 +187,7 @@ class Workspace:
             augment=recipe.data.augment,
             views=recipe.cache.views if repeat else None,
             shuffle=True,
+            labelled=labelled,
             group_by_length=config.group_by_length,
             two_level_rows=recipe.data.two_level_order,
             **self._slices(),
@@ -181,12 +221,40 @@ class Workspace:
         options |= changes
         return Loader(self.data(), split, {reads: spec}, augment=None, shuffle=False, **options)
 
-    def validator(self, model: MultimodalModel, reads: str) -> Callable[[nn.Module], dict[str, float]]:
-        """A function from a model to its metrics on the validation rows, of which each rank reads its share."""
+    def validator(self, model: Model, reads: str) -> tuple[Callable[[nn.Module], dict[str, float]], str]:
+        """A function from a model to its metrics on the validation rows, of which each rank reads its share.
+
+        Also the name of the one by which the best epoch is chosen.
+        """
         loader = self.towers(self.clean_loader(VALID, input_spec(model), reads, **self._slices()), model, reads)
-        return partial(
-            evaluate.validation_accuracy, batches=evaluate.clean_batches(loader, reads), total=self.ranks.sum
-        )
+        batches = evaluate.clean_batches(loader, reads)
+        if isinstance(model, DualEncoder):
+            measure = partial(evaluate.validation_recall, pairs=self.pairs(VALID), gather=self.ranks.gather)
+            return partial(measure, batches=batches), evaluate.RECALL
+        return partial(evaluate.validation_accuracy, batches=batches, total=self.ranks.sum), evaluate.ACCURACY
+
+    def pairs(self, split: str) -> Pairs:
+        """Which images and texts of a split belong together; rows are counted in order of id.
+
+        Raises:
+            UserError: no row has both.
+        """
+        data = self.data()
+        rows = data.rows(split)
+        assert isinstance(data.texts, Texts)
+        codes = {"image": data.image_codes[rows], "text": data.texts.numbers[rows]}
+        pairs = pairs_of(codes, {name: data.present[name][rows] for name in codes})
+        if not len(pairs.first_rows["image"]):
+            raise UserError(f"no row of split {split!r} has an image and a text, so nothing can be retrieved; add some")
+        return pairs
+
+    def prompts_loader(self, spec: InputSpec, reads: str, task: str, templates: list[str]) -> Loader:
+        """The templates filled with the names of a task's classes, all templates of the first class first."""
+        data = self.data()
+        texts = [template.replace("{}", spoken(name)) for name in data.labels[task] for template in templates]
+        options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "seed": self.recipe.seed, "workers": self.workers}
+        specs = {reads: replace(spec, image=False)}
+        return Loader(as_data(texts, data), TRAIN, specs, augment=None, shuffle=False, **options)
 
     def tracking(self, folder: Path, config: TrainConfig) -> Tracking:
         """What tells the trackers of a training in a folder of a stage."""
@@ -206,6 +274,18 @@ class Workspace:
         size = self.recipe.data.working_size if spec.image else None
         text = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
         return Preprocessor(size, text)
+
+
+def untrained(config: ModelConfig, where: str, encoders: Registry, num_classes: Mapping[str, int]) -> Model:
+    """A model as it is built, before any stage has run: with a tokenizer's name where it takes one from a teacher."""
+    given = {name: {"tokenizer_file": Path(TOKENIZER_FILE)} for name in takers(config, encoders)}
+    return build_model(config, encoders, num_classes, where, given)
+
+
+def takers(config: ModelConfig, encoders: Registry) -> list[str]:
+    """Modalities of a model whose encoder is given its tokenizer."""
+    parts = config.encoders.items()
+    return [name for name, part in parts if part.type in encoders and takes_tokenizer(encoders[part.type])]
 
 
 def takes_tokenizer(builder: Callable[..., Any]) -> bool:

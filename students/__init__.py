@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from students.inherit import encoder_weights, token_embeddings
+from students.inherit import encoder_weights, token_embeddings, tower_weights
 from students.text import StaticEmbeddings
 from students.vision import ConvNet
 
@@ -12,6 +12,18 @@ ENCODERS = {
     "static_embeddings": StaticEmbeddings,
 }
 
-INHERITANCES: dict[str, Callable[..., Any]] = {"encoder_weights": encoder_weights, "token_embeddings": token_embeddings}
+INHERITANCES: dict[str, Callable[..., Any]] = {
+    "encoder_weights": encoder_weights,
+    "token_embeddings": token_embeddings,
+    "tower_weights": tower_weights,
+}
 
-__all__ = ["ENCODERS", "INHERITANCES", "ConvNet", "StaticEmbeddings", "encoder_weights", "token_embeddings"]
+__all__ = [
+    "ENCODERS",
+    "INHERITANCES",
+    "ConvNet",
+    "StaticEmbeddings",
+    "encoder_weights",
+    "token_embeddings",
+    "tower_weights",
+]

@@ -1,4 +1,4 @@
-"""What a student's encoders inherit from the teacher's: a static embedding for each token, or all weights.
+"""What a student's encoders inherit from the teacher's: a static embedding for each token, all weights, or some.
 
 The teacher's text tower is run over its own vocabulary, one token at a time, and the outputs are reduced by PCA (as in
 Model2Vec, Tulkens & van Dongen 2024). A table with fewer rows than the teacher has tokens is shared: every token stays,
@@ -7,6 +7,7 @@ and those that mean nearly the same to the teacher have one row (Model2Vec's voc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from distill.contracts import UserError
 from students.vocabulary import frame_ids, renumber, special_tokens, word_pieces
 
+LAYER = re.compile(r"(\blayers?\.)(\d+)\.")  # of a weight's name in transformers
 ROUNDS = 1  # of k-means; it starts from the tokens that were kept, and more rounds gave no more accuracy
 CHUNK = 1024  # tokens whose distances to all centres are held at once
 
@@ -139,6 +141,37 @@ def token_embeddings(
             renumber(encoder.tokenizer_file, dict(zip(vocabulary, rows.tolist(), strict=True)), student.tokenizer_file)
         student.table.weight.copy_(table)
     student.table.weight.requires_grad_(not freeze)
+
+
+def tower_weights(*, encoder: Any, student: Any) -> None:
+    """Start a student's transformer tower with a part of the teacher's, which may be deeper and wider.
+
+    Layers are taken evenly, the first and the last among them; of each weight the first rows and columns, and so the
+    first heads (the manual inheritance of TinyCLIP: Wu et al. 2023, arXiv 2309.12314).
+
+    Args:
+        encoder: the teacher's encoder, with a ``tower`` in transformers format.
+        student: the student's encoder, whose ``tower`` is written.
+
+    Raises:
+        UserError: the towers are of different kinds.
+    """
+    given, wanted = encoder.tower.state_dict(), student.tower.state_dict()
+    depths = [tower.config.num_hidden_layers for tower in (student.tower, encoder.tower)]
+    taken = np.linspace(0, depths[1] - 1, depths[0]).round().astype(int).tolist()
+    found = {}
+    for name, tensor in wanted.items():
+        source = LAYER.sub(lambda match: f"{match[1]}{taken[int(match[2])]}.", name)
+        if source not in given or given[source].ndim != tensor.ndim:
+            raise UserError(f"the student's tower is of another kind than the teacher's, which has no {source!r}")
+        packed = 3 if "in_proj_" in name else 1  # queries, keys and values in one weight
+        parts = zip(given[source].chunk(packed), tensor.chunk(packed), strict=True)
+        found[name] = torch.cat([big[tuple(slice(size) for size in small.shape)] for big, small in parts])
+    try:
+        student.tower.load_state_dict(found)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the student's tower is larger than the teacher's: {reason}") from error
 
 
 def encoder_weights(*, encoder: Any, student: Any) -> None:

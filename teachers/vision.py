@@ -69,7 +69,10 @@ class TimmEncoder(Encoder):
         if image.shape[-1] != self.size:
             pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
         features = self.net.forward_features((pixels - self.mean) / self.std)
-        return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+        if features.ndim == 3:
+            return features
+        last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
 
     def train(self, mode: bool = True) -> TimmEncoder:
         """Switch mode; a frozen model stays in eval mode, so that BatchNorm keeps its statistics."""

@@ -48,7 +48,10 @@ def make_job(prepared, wordpiece_file, tmp_path):
     ):
         loader = loader or tiny.make_loader(prepared, wordpiece_file)
         model = model or tiny.make_model(wordpiece_file, dropout=0.2, modality_dropout=0.2)
-        tapped, made = tiny.make_objective(model, objective, loader.at(0, 0)["student"], example)
+        ids = torch.tensor(prepared.ids[prepared.rows("train")])
+        tapped, made = tiny.make_objective(
+            model, objective, loader.at(0, 0)["student"], example, rows=tiny.only_ids(ids)
+        )
         valid = tiny.make_loader(prepared, wordpiece_file, split="valid", shuffle=False, augment=None)
         validate = partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student"))
         folder = tmp_path / name

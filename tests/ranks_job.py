@@ -9,21 +9,23 @@ import json
 import os
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny import around, make_loader, make_objective, terms
+from tiny import around, make_loader, make_objective, only_ids, terms
 from torch import nn
 
 from distill import engine, evaluate
+from distill.averaging import as_mean_teacher, join_teachers
 from distill.config import TrainConfig
+from distill.contracts import Outputs
 from distill.data.prepared import PreparedData
 from distill.engine import Job, fit
 from distill.interrupts import InterruptedRunError
-from distill.multimodal import Encoded, Encoder, Tapped
+from distill.multimodal import Encoded, Encoder, Tapped, evaluating
 from distill.ranks import join
+from distill.retrieval import pairs_of
 from distill.sharding import local, whole
 from distill.step import Stepper
 
@@ -40,7 +42,25 @@ TERMS = [
     {"loss": "rkd", "embedding": "text", "weight": 0.01},
     {"loss": "sp", "embedding": "image"},
     {"loss": "dist", "task": "kind"},
+    {"loss": "crd", "embedding": "text", "weight": 0.1, "params": {"dim": 4, "negatives": 9}},
+    {"loss": "queue_kl", "embedding": "image", "params": {"size": 30, "teacher_temperature": 0.1}},
+    {"loss": "ctkd", "task": "tone", "params": {"strength": {"from": 0.0, "to": 1.0, "until": 0.5}}},
+    {"loss": "clip_afd", "embedding": "image,text", "weight": {"from": 1.0, "to": 0.1, "schedule": "cosine"}},
+    {
+        "loss": "siglip",
+        "embedding": "image,text",
+        "weight": 0.1,
+        "positives": ["text", "group"],
+        "params": {"logit_scale": "learned", "logit_bias": "learned"},
+    },
+    {"loss": "kd", "task": "kind", "teacher": ["teacher", "eye"], "mix": "learned"},
+    {"loss": "dkd", "task": "kind", "teacher": ["teacher", "eye"], "mix": "confidence"},
+    {"loss": "dist", "task": "tone", "teacher": ["teacher", "eye"], "mix": "learned"},
+    {"loss": "mse_logits", "task": "kind", "teacher": "ema"},
 ]
+BY_DEFAULT = len(TERMS) - 1  # the last one needs train.ema
+EYE = {"eye": ["image"]}
+"""What the second teacher reads; the row without an image is the first one's alone."""
 
 
 class Pixels(Encoder):
@@ -87,15 +107,22 @@ def main() -> None:
     loader = make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows, **slices)
     valid = make_loader(data, tokenizer, split="valid", shuffle=False, augment=None, **slices)
     student, teacher = make_model(8, 0), make_model(8, 1).eval().requires_grad_(False)
-    objective = terms(*(TERMS[number] for number in settings.pop("terms", range(len(TERMS)))))
-    asked = Tapped(teacher, ["encoders.image.layer"])
+    objective = terms(*(TERMS[number] for number in settings.pop("terms", range(BY_DEFAULT))))
+    asked, eye = Tapped(teacher, ["encoders.image.layer"]), make_model(8, 2).eval().requires_grad_(False)
 
     def ask(batches):
         with torch.no_grad():
-            return asked(batches["teacher"])
+            said = eye(batches["teacher"]).logits
+            return join_teachers(asked(batches["teacher"]), Outputs({f"{k}@eye": v for k, v in said.items()}, {}, {}))
 
     first = next(make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows).epoch(0))
-    tapped, made = make_objective(student, objective, first["student"], ask(first))
+    rows_read = data.rows("train")
+    columns = {"id": data.ids, "text": data.texts.numbers, "image": data.image_codes, "group": data.groups}
+    keys = {name: torch.tensor(values[rows_read].astype("int64")) for name, values in columns.items()}
+    known = {"rows": only_ids(keys["id"]), "row_keys": keys, "reads": EYE}
+    with evaluating(student):
+        example = join_teachers(ask(first), as_mean_teacher(student(first["student"])))
+    tapped, made = make_objective(student, objective, first["student"], example, **known)
     config = TrainConfig.model_validate({"epochs": 5, "batch_size": rows, "lr": 0.01} | settings)
     run = results / "run"
     run.mkdir(parents=True, exist_ok=True)
@@ -116,15 +143,25 @@ def main() -> None:
 
     engine.Stepper = Noting
     batches = evaluate.clean_batches(valid, "student")
-    validate = partial(evaluate.validation_accuracy, batches=batches, total=ranks.sum)
+    own = data.rows("valid")
+    pairs = pairs_of(
+        {name: columns[name][own] for name in ("image", "text")},
+        {name: data.present[name][own] for name in ("image", "text")},
+    )
+
+    def validate(model):
+        recall = evaluate.validation_recall(model, batches, pairs, ranks.gather)
+        return {**recall, **evaluate.validation_accuracy(model, batches, ranks.sum)}
+
     try:
-        info = fit(Job(tapped, made, loader, "student", config, run, 0, validate, ask))
+        info = fit(Job(tapped, made.double(), loader, "student", config, run, 0, validate, ask))
     except InterruptedRunError:
         if stop is None:
             raise
         return
     if ranks.first:
         save_file(kept, results / "gradients.safetensors")
+        save_file(dict(made.named_buffers()), results / "memories.safetensors")
         (results / "losses.json").write_text(json.dumps({"losses": losses, "info": info, "held": held}))
 
 

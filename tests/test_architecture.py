@@ -12,7 +12,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("distill", "teachers", "students")
 
 LEVELS = {
-    1: {"distill", "distill.contracts", "distill.config", "distill.progress"},
+    1: {
+        "distill",
+        "distill.contracts",
+        "distill.config",
+        "distill.builders",
+        "distill.schedules",
+        "distill.progress",
+    },
     2: {
         "distill.runs",
         "distill.inventory",
@@ -32,6 +39,7 @@ LEVELS = {
         "distill.sharding",
         "distill.trackers",
         "distill.interrupts",
+        "distill.layouts",
         "distill.data",
         "distill.preprocess",
         "distill.predict",
@@ -39,6 +47,8 @@ LEVELS = {
         "distill.fusion",
         "distill.tasks",
         "distill.multimodal",
+        "distill.dual",
+        "distill.retrieval",
         "distill.metrics",
     },
     3: {"teachers", "students"},
@@ -57,12 +67,15 @@ LEVELS = {
     },
     5: {
         "distill.workspace",
+        "distill.fitted",
         "distill.other_teachers",
+        "distill.planning",
         "distill.stages",
         "distill.results",
         "distill.check",
         "distill.estimate",
         "distill.profile",
+        "distill.taps",
         "distill.pipeline",
     },
     6: {"distill.cli", "distill.cache_commands", "distill.__main__"},

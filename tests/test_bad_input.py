@@ -108,6 +108,10 @@ def change_rows(folder, change):
             r"student\.objective\[3\]: clip_fd compares embeddings of one width, and student\.embedding_dim is 8 "
             r"where the teacher's are 32 wide \(embedding_dim · members\); set it to 32, or use clip_relational_kl",
         ),
+        (
+            "student.objective.3.embedding='image,text'",
+            r"student\.objective\[3\]: cosine reads one embedding, got 'image,",
+        ),
         ("student.objective.3.embedding=fuse", r"student\.objective\[3\]: no embedding 'fuse'; did you mean 'fused'\?"),
         ("student.baseline.0.loss=kd", r"student\.baseline: a term reads a teacher, and this stage has none"),
         ("student.inherit.text.type=token", r"student\.inherit\.text: unknown type 'token'; did you mean 'token_embed"),
@@ -139,11 +143,33 @@ def change_rows(folder, change):
         ),
         ("transfer.texts=9", r"transfer\.texts is 9, and a batch takes 16 of them; raise it or lower transfer\.ratio"),
         ("data.source.type=tabel", r"data\.source: unknown type 'tabel'; did you mean 'table'\?"),
+        ("student.objective.2.weight=-1", r"'student\.objective\.2\.weight' is -1: Input should be greater than or"),
+        ("student.objective.2.weight={from: 1}", r"'student\.objective\.2\.weight\.to' is missing; add it"),
+        (
+            "student.objective.2.weight={from: 1, to: 0, till: 1}",
+            r"unknown key 'student\.objective\.2\.weight\.till'; did you mean 'until'\? choices: from, schedule, to",
+        ),
+        (
+            "student.objective.2.params.temperature={from: 1}",
+            r"student\.objective\[2\]\.params\.temperature is {'from': 1}: to: Field required; write {from: NUMBER",
+        ),
+        (
+            "student.objective.2.params.temperature={from: 4, to: 0, until: 0.5}",
+            r"student\.objective\[2\]\.params\.temperature is 0\.0: Input should be greater than 0",
+        ),
+        (
+            "student.objective.4={loss: token_mse, taps: {student: token_necks.text, teacher: token_necks.text}}",
+            r"student\.objective\[4\]: token_mse reads the tokens of texts, .*; set cache\.enabled to false",
+        ),
         ("data.source.path=3", r"data\.source\.path is 3: Input should be a valid string"),
     ],
 )
 def test_config(project, override, sentence):
     assert re.search(sentence, refusal(distill("validate", "recipe.yaml", override)))
+
+
+def test_the_runs_own_teacher_may_be_named(project):
+    assert distill("validate", "recipe.yaml", "student.objective.2.teacher=teacher").code == 0
 
 
 def test_weights_of_heads_need_heads(project):

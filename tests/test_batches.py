@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.data import batches
-from distill.data.batches import AT_ONCE, PREFETCH, ahead
+from distill.data.batches import AT_ONCE, PREFETCH, ahead, made_and_finished
 
 
 @given(start=st.integers(0, 30), count=st.integers(0, 30), workers=st.sampled_from([0, 1, 3]))
@@ -53,6 +53,30 @@ def test_threads_are_ahead_by_as_much_as_they_may() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_goes_wrong_while_making_one_is_raised_behind_those_before_it(workers: int) -> None:
     found = ahead(lambda number: 1 / (3 - number), range(10), workers)
+    assert [next(found) for _ in range(3)] == [1 / 3, 1 / 2, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(found)
+
+
+def test_the_second_step_takes_several_at_once_without_workers() -> None:
+    taken: list[list[int]] = []
+
+    def finish(made: list[int]) -> list[str]:
+        assert made
+        taken.append(made)
+        return [str(number) for number in made]
+
+    for workers, most in ((0, AT_ONCE), (2, 1)):
+        for numbers in (range(2 * AT_ONCE), range(2 * AT_ONCE + 1)):
+            taken.clear()
+            found = list(made_and_finished(lambda number: number, finish, numbers, workers))
+            assert found == list(map(str, numbers))
+            assert max(map(len, taken)) <= most and sum(map(len, taken)) == len(numbers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_the_second_step_is_raised_behind_those_before_it(workers: int) -> None:
+    found = made_and_finished(float, lambda made: [1 / (3 - number) for number in made], range(10), workers)
     assert [next(found) for _ in range(3)] == [1 / 3, 1 / 2, 1]
     with pytest.raises(ZeroDivisionError):
         next(found)

@@ -72,6 +72,20 @@ def test_it_answers_a_batch_like_a_teacher(tmp_path: Path) -> None:
     same(TeacherCache.open(tmp_path, KEY)(batch), teacher(IDS, 0))
 
 
+def test_several_batches_are_looked_up_at_once(tmp_path: Path) -> None:
+    fill(tmp_path)
+    cache = TeacherCache.open(tmp_path, KEY)
+    batches = [
+        Batch(torch.tensor(ids), torch.tensor(views), {}, {}, {})
+        for ids, views in (([31, 3, 13], [0, 1, -1]), ([3], [1]), ([7, 22], [0, 0]))
+    ]
+    batches.append(Batch(batches[0].ids[:0], batches[0].views[:0], {}, {}, {}))
+    for found, batch in zip(cache.lookup_each(batches), batches, strict=True):
+        same(found, cache(batch))
+    with pytest.raises(UserError, match="does not hold row 5;"):
+        cache.lookup_each([batches[0], batches[0]._replace(ids=torch.tensor([3, 5, 7]))])
+
+
 def test_an_empty_batch_and_the_shapes_of_rows(tmp_path: Path) -> None:
     fill(tmp_path)
     none = TeacherCache.open(tmp_path, KEY).lookup(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))

@@ -11,7 +11,7 @@ from tiny_project import ROOT, distill, make_project, refusal, run_python
 from distill import __version__
 
 STAGE_VERBS = ["train", "cache", "prune", "quantize", "export", "evaluate", "bench"]
-VERBS = ["run", *STAGE_VERBS, "compare", "predict", "validate", "doctor"]
+VERBS = ["run", *STAGE_VERBS, "compare", "inspect", "predict", "validate", "doctor"]
 
 
 def test_help_is_instant_and_imports_no_torch():

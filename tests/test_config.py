@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_project import RECIPE
 
-from distill.config import Part, Recipe, TermConfig, build_part, check_part, nearest, shortened
+from distill.builders import build_part, check_part
+from distill.config import Part, Recipe, TermConfig, nearest, shortened
 from distill.contracts import UserError
-from distill.recipe import load_recipe, packaged_configs
+from distill.recipe import RECIPES, load_recipe, packaged_configs
 
+PACKAGED = [*packaged_configs().glob("*.yaml"), *(packaged_configs() / RECIPES).glob("*.yaml")]
 PART = "encoders: {image: {type: convnet, widths: [4], blocks: [0]}}\nobjective: [{loss: cross_entropy, task: shape}]\n"
 
 
@@ -24,11 +26,11 @@ def recipe_file(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("name", [path.stem for path in packaged_configs().glob("*.yaml")])
-def test_packaged_recipes_are_valid_by_name_and_by_path(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
+def test_packaged_recipes_are_valid_by_name_and_by_path(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_recipe(name) == load_recipe(packaged_configs() / f"{name}.yaml")
-    assert load_recipe(name).name == name
+    assert load_recipe(path.stem) == load_recipe(path)
+    assert load_recipe(path.stem).name == path.stem
 
 
 @pytest.mark.parametrize("part, folder", [("teacher", "teachers"), ("student", "students"), ("data", "data")])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from distill.config import Part, build_part
+from distill.builders import build_part
+from distill.config import Part
 from distill.contracts import UserError
 from distill.fusion import FUSIONS, CrossAttentionFusion
 

@@ -7,7 +7,9 @@ from tiny import make_batch, make_model, make_objective, terms
 from torch import nn
 
 from distill.config import TrainConfig
+from distill.contracts import Outputs
 from distill.engine import _accelerator
+from distill.gradient_cache import backward_in_parts
 from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
 from distill.ranks import Ranks
@@ -52,6 +54,28 @@ def batch_of(rows):
         batch.present[name][row] = False
     batch.targets["kind"][5] = -100
     return batch
+
+
+def test_what_a_loss_draws_is_not_drawn_again():
+    """Masks of a loss are others in the next step, though the second forward repeats the draws of the first."""
+    model, batch = nn.Linear(1, 3), make_batch(4)
+    rows = [torch.tensor([0, 2]), torch.tensor([1, 3])]
+    drawn, seen = [], []
+
+    def forward(part):
+        seen.append(torch.rand(1).item())
+        return Outputs({"kind": model(part.ids[:, None].float())}, {}, {})
+
+    def loss_backward(outputs):
+        drawn.append(torch.rand(1).item())
+        loss = outputs.logits["kind"].sum()
+        loss.backward()
+        return loss, {}
+
+    for _ in range(3):
+        backward_in_parts([take(batch, some) for some in rows], rows, forward, loss_backward, [])
+    assert len({*drawn, *seen}) == 3 + 6  # each part's own number twice
+    assert seen[:2] == seen[2:4] and seen[4:6] == seen[6:8]
 
 
 def assert_alike(one, other):

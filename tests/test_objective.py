@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from tiny import terms
 
 from distill import losses
+from distill.config import TermConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, Outputs, UserError
-from distill.losses.objective import LOSSES, Objective, check_terms, needs_teacher, tap_paths
+from distill.losses.objective import Objective
+from distill.losses.terms import LOSSES, check_terms, needs_teacher, tap_paths
 from distill.step import take
 
 ROWS = 6
@@ -64,6 +66,8 @@ TAPS = {"student": "encoders.image.tap", "teacher": "encoders.image.tap"}
         ({"loss": "clip_fd", "task": "kind"}, "clip_fd needs exactly one of embedding, got"),
         ({"loss": "dist", "embedding": "fused"}, "dist needs exactly one of task, got"),
         ({"loss": "fitnet", "taps": {"student": "a"}}, "taps needs both 'student' and 'teacher'"),
+        ({"loss": "cosine", "embedding": "image,text"}, "cosine reads one embedding, got 'image,text'; give one name"),
+        ({"loss": "queue_kl", "embedding": "fused,"}, "queue_kl reads one embedding, got 'fused,'"),
     ],
 )
 def test_a_term_that_makes_no_sense_is_refused_before_anything_is_built(item, message):
@@ -231,7 +235,7 @@ def test_a_projector_is_made_where_widths_differ(student_shape, teacher_shape, e
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [((8, 3, 3), (8, 4, 4)), ((5, 8), (6, 8)), ((8,), (8, 3, 3)), ((5, 8), (8,))]
+    ("one", "other"), [((8,), (8, 3, 3)), ((8,), (5, 8)), ((7, 8), (8, 3, 3)), ((8, 2, 2, 2), (8, 3, 3, 3))]
 )
 def test_features_that_no_projector_can_bring_together_are_refused(one, other):
     with pytest.raises(UserError, match=r"no projector fits features of shapes .* choose taps of equal layout"):
@@ -245,7 +249,10 @@ def test_embeddings_of_unequal_width_get_a_projector_too(batch):
     assert objective.projectors["0"].weight.shape == (9, 4)
 
 
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.kind == "pair+teacher"])
+OF_PAIRS = [name for name, loss in LOSSES.items() if loss.kind == "pair+teacher" and loss.part is None]
+
+
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_pairs_of_both_models_are_normalised(name, batch):
     student, teacher = outputs(), outputs(1)
     rows = [F.normalize(o.embeddings[side], dim=-1) for o in (student, teacher) for side in ("image", "text")]
@@ -255,7 +262,7 @@ def test_pairs_of_both_models_are_normalised(name, batch):
     torch.testing.assert_close(value(item, batch, student, scaled), getattr(losses, name)(*rows))
 
 
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.kind == "pair+teacher"])
+@pytest.mark.parametrize("name", OF_PAIRS)
 def test_pairs_of_unequal_width_are_compared_by_their_relations_alone(name, batch):
     item = {"loss": name, "embedding": "image,text"}
     student, teacher = outputs(width=4), outputs(1, width=9)
@@ -282,3 +289,94 @@ def test_pairs_are_normalised_before_halves_are_rounded(batch):
     item = {"loss": "clip_infonce", "embedding": "image,text", "params": {"logit_scale": 100.0}}
     expected = value(item, batch, student._replace(embeddings=same))
     torch.testing.assert_close(value(item, batch, student._replace(embeddings=rounded)), expected)
+
+
+def test_cckd_gets_normalised_rows(batch):
+    student, teacher = outputs(width=4), outputs(1, width=9)
+    rows = [F.normalize(o.embeddings["fused"], dim=-1) for o in (student, teacher)]
+    found = value({"loss": "cckd", "embedding": "fused", "params": {"gamma": 0.7}}, batch, student, teacher)
+    torch.testing.assert_close(found, losses.cckd(*rows, gamma=0.7))
+
+
+SEVERAL = {"loss": "clip_ensemble_ce", "embedding": "image,text", "teacher": ["teacher", "big"]}
+
+
+def test_a_term_of_several_teachers_reads_all_of_them(batch):
+    student, own, big = outputs(), outputs(1, width=9), outputs(2, width=5)
+    both = own._replace(embeddings=own.embeddings | {f"{name}@big": rows for name, rows in big.embeddings.items()})
+    pairs = [F.normalize(o.embeddings[side], dim=-1) for o in (student, own, big) for side in ("image", "text")]
+    item = {**SEVERAL, "params": {"teacher_scales": [50.0, 30.0]}}
+    torch.testing.assert_close(
+        value(item, batch, student, both), losses.clip_ensemble_ce(*pairs, teacher_scales=(50.0, 30.0))
+    )
+    objective = Objective(terms(item), student, both, reads={None: ["image", "text"], "big": ["image"]})
+    assert objective.num_rows(without(batch, "image", 1, 4)).tolist() == [4]
+    assert terms(item)[0].teachers == (None, "big") and objective.relational == [True]
+
+
+def test_the_runs_own_teacher_may_be_named():
+    item = {"loss": "kd", "task": "kind"}
+    named, unnamed = terms({**item, "teacher": "teacher"}, item)
+    assert named.teachers == unnamed.teachers == (None,) and named.name == unnamed.name == "kd/kind"
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (SEVERAL, "clip_ensemble_ce needs the parameter 'teacher_scales'; add it to params"),
+        (
+            {**SEVERAL, "params": {"teacher_scales": [1.0]}},
+            "needs different teachers and a number in teacher_scales for",
+        ),
+        ({**SEVERAL, "teacher": ["a", "a"], "params": {"teacher_scales": [1.0, 2.0]}}, "needs different teachers"),
+        ({**SEVERAL, "teacher": "big", "params": {"teacher_scales": [1.0, 2.0]}}, "needs different teachers"),
+        ({**SEVERAL, "teacher": [], "params": {"teacher_scales": []}}, "needs different teachers"),
+        ({"loss": "cosine", "embedding": "fused", "teacher": ["a", "b"]}, "cosine reads one teacher, got a list"),
+        (
+            {"loss": "kd", "task": "kind", "weight": {"from": 1, "to": -1}},
+            r"objective\[0\].weight is -1.0: Input should be greater than or equal to 0",
+        ),
+        (
+            {"loss": "kd", "task": "kind", "params": {"temperature": {"from": 1, "till": 3}}},
+            "params.temperature is .*: to: Field required; write {from: NUMBER, to: NUMBER",
+        ),
+        (
+            {"loss": "kd", "task": "kind", "params": {"temperature": "hot"}},
+            "params.temperature is 'hot': Input should be a",
+        ),
+        ({"loss": "rkd", "embedding": "text", "params": {"squared": {"from": 0, "to": 1}}}, "params.squared is 0.0"),
+        (
+            {"loss": "token_mse", "taps": {"student": "encoders.image.a", "teacher": "encoders.text.a"}},
+            "token_mse needs taps of one modality's encoder on both sides",
+        ),
+        ({"loss": "token_mse", "taps": {"student": "fusion", "teacher": "fusion"}}, "taps of one modality's encoder"),
+        ({"loss": "token_mse", "embedding": "text"}, "token_mse needs exactly one of taps"),
+    ],
+)
+def test_lists_schedules_and_tokens_that_make_no_sense_are_refused(item, message):
+    with pytest.raises(UserError, match=message):
+        check_terms(terms(item), "objective")
+
+
+SLOPE = {"from": 4.0, "to": 0.0, "until": 0.5}
+
+
+def test_weights_and_parameters_move_with_the_steps(batch):
+    student, teacher = outputs(), outputs(1)
+    items = terms(
+        {"loss": "kd", "task": "kind", "weight": SLOPE},
+        {"loss": "kd", "task": "kind", "params": {"temperature": {"from": 1, "to": 3, "schedule": "cosine"}}},
+    )
+    objective = Objective(items, student, teacher)
+    one, two = student.logits["kind"], teacher.logits["kind"]
+    for step, weight, temperature in ((0, 4.0, 1.0), (5, 2.0, 1.2928932), (10, 0.0, 2.0), (15, 0.0, 2.7071068)):
+        objective.advance(step, 20)
+        expected = weight * losses.kd(one, two) + losses.kd(one, two, temperature=temperature)
+        torch.testing.assert_close(objective(student, teacher, batch)[0], expected)
+        assert objective.moving() == pytest.approx({"weight/kd/kind": weight})
+
+
+def test_a_schedule_is_written_as_it_was_read():
+    item = terms({"loss": "kd", "task": "kind", "weight": SLOPE})[0]
+    assert item.model_dump()["weight"] == {**SLOPE, "schedule": "linear"}
+    assert TermConfig.model_validate(item.model_dump()) == item

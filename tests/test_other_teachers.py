@@ -16,9 +16,11 @@ from distill.cache import TeacherCache, flatten
 from distill.contracts import CLEAN_VIEW, Batch, Outputs, UserError
 from distill.data.mixed import LABELLED
 from distill.data.transforms import resize_images
-from distill.losses.objective import Objective, tap_paths
+from distill.fitted import find_fitted
+from distill.losses.objective import Objective
+from distill.losses.terms import tap_paths
 from distill.multimodal import evaluating
-from distill.other_teachers import Teachers, _listed, find_fitted
+from distill.other_teachers import Teachers, _listed
 from distill.recipe import load_recipe
 from distill.runs import read_json
 from distill.stages import cache_key
@@ -65,6 +67,9 @@ OBJECTIVE = [
     {"loss": "fitnet", "taps": {"student": TAP, "teacher": TAP}, "teacher": "eye"},
     {"loss": "kd", "task": "shape.text", "teacher": "reader"},
     {"loss": "cosine", "embedding": "fused", "teacher": "reader"},
+    {"loss": "dkd", "task": "colour", "teacher": ["teacher", "eye"], "mix": "confidence"},
+    {"loss": "kd", "task": "colour", "teacher": ["eye", "teacher"], "mix": "learned"},
+    {"loss": "dist", "task": "shape", "teacher": ["teacher", "reader"], "mix": {"average": "probabilities"}},
 ]
 TEACHERS = "teachers={eye: {run: runs/eye}, reader: {run: runs/reader}}"
 MAIN = [
@@ -203,13 +208,16 @@ def test_live_teachers_give_the_student_that_cached_ones_give(project):
 def test_terms_are_logged_apart_and_the_report_names_the_teachers(project):
     lines = [json.loads(line) for line in Path("runs/tiny/student/metrics.jsonl").read_text().splitlines()]
     names = ("kd/colour", "kd/colour@eye", f"fitnet/{TAP}@eye", "kd/shape.text@reader", "cosine/fused@reader")
-    assert {f"train/{name}" for name in names} <= lines[-1].keys()
+    mixed = ("dkd/colour@teacher+eye", "kd/colour@eye+teacher", "dist/shape@teacher+reader")
+    assert {f"train/{name}" for name in (*names, *mixed)} <= lines[-1].keys()
+    shares = [lines[-1][f"train/mix/kd/colour@eye+teacher/{name}"] for name in ("eye", "teacher")]
+    assert sum(shares) == pytest.approx(1) and shares[0] != 0.5
     report = read_json(Path("runs/tiny/report/report.json"))
     fingerprint = read_json(Path("runs/eye/teacher/manifest.json"))["fingerprint"]
-    assert report["teachers"]["eye"] == {"run": "eye", "fingerprint": fingerprint}
+    assert report["teachers"]["eye"] == {"run": "eye", "stage": "teacher", "fingerprint": fingerprint}
     assert [model["name"] for model in report["models"]][:2] == ["teacher", "baseline"]
     for file in ("report.html", "report.md"):
-        assert f"fitted by run eye, {fingerprint}" in Path("runs/tiny/report", file).read_text()
+        assert f"teacher of run eye, {fingerprint}" in Path("runs/tiny/report", file).read_text()
 
 
 def test_cache_info_tells_whose_outputs_it_holds(project):
@@ -354,7 +362,7 @@ def only(name, run="runs/eye", loss="kd", task="colour", target=None):
             "student.objective[0]: teacher 'reader' has other classes of 'colour' than this run's data: "
             "it lacks '10', '2', '33' and has besides 'cat', 'moon', 'sun'; fit it",
         ),
-        ([*only("eye"), "transfer.texts=30"], "no term of student.objective reads the teacher, who alone could say"),
+        ([*only("eye"), "transfer.texts=30"], "no term of student.objective learns from the teacher without labels"),
     ],
 )
 def test_what_cannot_teach_is_refused_by_validate(project, overrides, sentence):
@@ -398,7 +406,7 @@ def test_another_recipe_in_the_folder_than_that_of_its_teacher_is_refused(copied
 @pytest.mark.parametrize(
     ("file", "sentence"),
     [
-        ("tokenizer.json", "teachers.reader.run: its tokenizer has changed since it was fitted"),
+        ("tokenizer.json", "teachers.reader.run: its tokenizer has changed or gone since it was fitted"),
         ("config.json", "pretrained weights are not there"),
     ],
 )

@@ -88,6 +88,8 @@ def test_report_keeps_its_contract(project):
             assert model[field] > 0
         assert 0 < model["latency_ms"]["p50"] <= model["latency_ms"]["p95"]
     assert report["data"]["rows"] == {"train": 72, "valid": 15, "test": 9}
+    assert report["data"]["test_fingerprint"] != report["data"]["fingerprint"]
+    assert all(entry["step"] > 0 for epochs in report["curves"].values() for entry in epochs)
 
 
 @pytest.mark.parametrize("stage, bundle", [("export", "onnx-fp32"), ("quantize", "onnx-int8")])

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -55,10 +56,10 @@ def config(**changes) -> DataConfig:
     return DataConfig.model_validate(values | changes)
 
 
-def run(folder, rows, progress=None, **changes):
+def run(folder, rows, progress=None, seed=0, **changes):
     """Write the table, prepare it, and return (info, data, report)."""
     pa_parquet.write_table(pa.Table.from_pylist(rows), folder / "t.parquet", row_group_size=3)
-    info = prepare(config(**changes), folder / "data", folder, progress)
+    info = prepare(config(**changes), folder / "data", folder, progress, seed=seed)
     return info, PreparedData.open(folder / "data"), report_of(folder)
 
 
@@ -78,6 +79,8 @@ def test_everything_is_written(tmp_path):
     assert all(values.all() and values.dtype == bool for values in data.present.values())
     assert info == {
         "rows": {"train": 6, "valid": 2, "test": 2},
+        "labelled": {"train": 6, "valid": 2, "test": 2},
+        "hidden_labels": 0,
         "num_classes": {"label": 2, "colour": 2},
         "modalities": ["image", "text"],
         "bad_rows": 0,
@@ -141,11 +144,12 @@ def test_too_many_bad_rows_stop_with_the_first_example(tmp_path):
 def test_missing_targets(tmp_path):
     rows = good_rows()
     rows[0]["label"] = None
-    rows[1]["label"], rows[1]["colour"] = "", None
+    rows[7]["label"], rows[7]["colour"] = "", None
     info, data, report = run(tmp_path, rows, max_bad_fraction=0.1)
     assert info["bad_rows"] == 1 and report["bad_rows"]["rows"][0]["reason"] == "no target"
     assert data.targets["label"][0] == IGNORE and data.targets["colour"][0] == 0
     assert report["missing_targets"] == {"label": 1, "colour": 0}
+    assert info["labelled"] == {"train": 6, "valid": 1, "test": 2}
 
 
 def test_missing_modalities_are_marked(tmp_path):
@@ -328,3 +332,26 @@ def test_the_message_says_how_many_bad_rows_are_listed(tmp_path, monkeypatch):
     rows = [row | {"image": b"not an image"} for row in good_rows()[:3]] + good_rows()[3:]
     with pytest.raises(UserError, match=r"3 of 10 rows .*; the first 2 are listed in"):
         run(tmp_path, rows)
+
+
+def test_the_hash_of_a_split_is_that_of_its_rows_alone(prepared):
+    test, train = prepared.rows("test")[0], prepared.rows("train")[0]
+
+    def changed(row):
+        """Data that differ in one thing of a row, each in another."""
+        targets, present = ({k: v.copy() for k, v in part.items()} for part in (prepared.targets, prepared.present))
+        ids, images, texts = prepared.ids.copy(), np.array(prepared.images), list(prepared.texts)
+        targets["tone"][row] = 1 - targets["tone"][row]
+        present["text"][row] = False
+        ids[row], images[row, 0, 0, 0], texts[row] = ids[row] + 1, images[row, 0, 0, 0] + 1, "another"
+        values = {"ids": ids, "images": images, "texts": texts, "targets": targets, "present": present}
+        return [replace(prepared, **{name: value}) for name, value in values.items()]
+
+    own = prepared.fingerprint("test")
+    assert {data.fingerprint("test") for data in changed(train)} == {own}
+    others = [data.fingerprint("test") for data in changed(test)]
+    assert own not in others and len(set(others)) == len(others)
+    labels = prepared.labels | {"tone": prepared.labels["tone"][::-1]}
+    swapped = prepared.targets | {"tone": 1 - prepared.targets["tone"]}
+    assert replace(prepared, labels=labels, targets=swapped).fingerprint("test") == own  # classes count by name
+    assert replace(prepared, labels=labels).fingerprint("test") != own

@@ -53,6 +53,7 @@ def train(place, name, count, *settings):
     [
         pytest.param([], id="adamw"),
         pytest.param(["accumulate=3", 'optimizer="sgd"'], id="micro"),
+        pytest.param(["terms=[0,1,2,19]", "ema=0.9"], id="mean-teacher", marks=pytest.mark.slow),
         pytest.param(["batch_size=79"], id="one-row-for-two-ranks", marks=pytest.mark.slow),
     ],
 )
@@ -95,7 +96,15 @@ def assert_one_as_two(place, settings, *only_two):
     for term, value in one[1].items():
         torch.testing.assert_close(two[1][term], value, rtol=1e-6, atol=1e-9, msg=term)
     assert_same(two[2], one[2])
+    recalls = [[line["valid/recall@1"] for line in map(json.loads, metrics(place / f"{name}-{n}"))] for n in (1, 2)]
+    assert recalls[0] == pytest.approx(recalls[1], abs=1e-9)
+    memories = [load_file(place / f"{name}-{count}" / "memories.safetensors") for count in (1, 2)]
+    assert_same(memories[1], memories[0])
     return one[0], two[0]
+
+
+def metrics(folder):
+    return (folder / "run" / "metrics.jsonl").read_text().splitlines()
 
 
 def assert_same(found, expected):

@@ -31,6 +31,7 @@ from distill.report import (
 from distill.report.build import finite
 from distill.report.compare import t_interval, t_quantile
 from distill.report.context import shipped
+from distill.report.figures import learning_curves
 from distill.report.svg import Scale, node, slots, spread
 
 NUM_ROWS, NUM_GROUPS = 300, 60
@@ -397,6 +398,17 @@ def test_formats(written, expected):
     assert written.replace("\u00a0", " ") == expected
 
 
+def test_curves_are_drawn_by_step_where_each_entry_has_one(full):
+    epochs = [{"epoch": e + 1, "step": 10 * (e + 1), "train_loss": 1 / (e + 1)} for e in range(70)]
+    steps = [{"epoch": e + 1, "step": 100 * (e + 1), "train_loss": 2 / (e + 1)} for e in range(7)]
+    page = str(learning_curves(full | {"curves": {"baseline": epochs, "student": steps}}, None))
+    ends = re.findall(r'points="[^"]* ([0-9.]+),[0-9.]+" class="s[0-9] curve"', page)
+    assert len(ends) == 2 and ends[0] == ends[1] and "by step" in page and ">step<" in page
+    for entry in steps:
+        del entry["step"]
+    assert ">epoch<" in str(learning_curves(full | {"curves": {"baseline": epochs, "student": steps}}, None))
+
+
 def test_svg_parts():
     assert node("a", "<&>", class_='x"y') == '<a class="x&#34;y">&lt;&amp;&gt;</a>'
     assert Scale(1, 100, 0, 200, log=True)(10) == pytest.approx(100)
@@ -447,6 +459,19 @@ def test_compare_warns_of_other_data_and_repeated_seeds():
     warnings = compare_runs(reports, names)["warnings"]
     assert len(warnings) == 2
     assert f"{names[2]} repeats recipe and seed of {names[0]}" in warnings[1]
+
+
+def test_compare_asks_whether_the_test_rows_are_the_same():
+    reports, names = runs()
+    for seed, report in enumerate(reports):  # as where the seed chooses which training rows are labelled
+        report["data"] |= {"fingerprint": str(seed), "test_fingerprint": "same"}
+    assert compare_runs(reports, names)["warnings"] == []
+    reports[4]["data"]["test_fingerprint"] = "other"
+    (warning,) = compare_runs(reports, names)["warnings"]
+    assert "do not share their test rows" in warning
+    del reports[4]["data"]["test_fingerprint"]  # written by an earlier version
+    (warning,) = compare_runs(reports, names)["warnings"]
+    assert "do not share one data fingerprint" in warning
 
 
 def test_compare_one_run_and_wrong_names():

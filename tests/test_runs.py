@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -16,7 +17,19 @@ from hypothesis import strategies as st
 
 from distill import runs
 from distill.contracts import UserError
-from distill.runs import MANIFEST, atomic, find, fingerprint, finish, locked, read_json, start, write_json
+from distill.runs import (
+    MANIFEST,
+    DiskFullError,
+    atomic,
+    copy_stage,
+    find,
+    fingerprint,
+    finish,
+    locked,
+    read_json,
+    start,
+    write_json,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -241,3 +254,29 @@ def test_seeds_reach_every_generator():
     assert draws() == first
     runs.seed_everything(4)
     assert all(one != other for one, other in zip(first, draws(), strict=True))
+
+
+def test_a_stage_is_copied_whole_or_not_at_all(tmp_path, monkeypatch):
+    source, folder = tmp_path / "one" / "stage", tmp_path / "two" / "stage"
+    start(source, "key")
+    (source / "inner").mkdir()
+    for name in ("a.bin", "inner/b.bin"):
+        (source / name).write_bytes(name.encode())
+    finish(source, "stage", "key", {"n": 1})
+    start(folder, "other")
+    copyfile, copied = shutil.copyfile, []
+
+    def full(path, target):
+        if len(copied) == 2:
+            raise OSError(errno.ENOSPC, "no space")
+        copied.append(copyfile(path, target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)
+        with pytest.raises(DiskFullError, match="the disk is full"):
+            copy_stage(source, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["stage"] and find(folder, "stage", "key") is None
+    copy_stage(source, folder)
+    found = find(folder, "stage", "key")
+    assert found is not None and found.info == {"n": 1} and (folder / "inner/b.bin").read_bytes() == b"inner/b.bin"
+    assert [path.name for path in folder.parent.iterdir()] == ["stage"]

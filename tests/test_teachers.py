@@ -279,7 +279,7 @@ def test_a_siglip_has_no_class_token_so_its_mean_is_pooled(tmp_path):
     torch.testing.assert_close(short.pooled, padded.pooled, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_mambaout"])
 def test_timm_models_give_tokens(name):
     encoder = TimmEncoder(name=name, size=None if name == "test_vit" else 64).eval()
     with torch.no_grad():

@@ -227,7 +227,7 @@ NO_TEACHER = ["student.objective=[{loss: cross_entropy, task: colour}]"]
     ("overrides", "sentence"),
     [
         (NO_TEXT, "the student has no text"),
-        (NO_TEACHER, "no term of student.objective reads the teacher"),
+        (NO_TEACHER, "no term of student.objective learns from the teacher"),
         (["transfer.replace=0"], "transfer.replace"),
         (["transfer.ratio=3"], "a batch takes 48 of them"),
     ],

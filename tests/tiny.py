@@ -15,7 +15,8 @@ from distill.data import prepared
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepared import PreparedData
 from distill.fusion import FUSIONS
-from distill.losses.objective import Objective, tap_paths
+from distill.losses.objective import Objective
+from distill.losses.terms import tap_paths
 from distill.multimodal import MultimodalModel, Tapped, evaluating
 from distill.tasks import ClassificationHead
 from students import ConvNet, StaticEmbeddings
@@ -190,9 +191,14 @@ def terms(*items: dict) -> list[TermConfig]:
 LABELS = terms({"loss": "cross_entropy", "task": "kind"}, {"loss": "cross_entropy", "task": "tone"})
 
 
-def make_objective(model: MultimodalModel, objective: list[TermConfig], batch: Batch, teacher=None):
+def only_ids(ids: torch.Tensor | None) -> Batch | None:
+    """Rows of which nothing but the ids is known."""
+    return None if ids is None else Batch(ids, torch.zeros_like(ids), {}, {}, {})
+
+
+def make_objective(model: MultimodalModel, objective: list[TermConfig], batch: Batch, teacher=None, **options):
     """The tapped model and its objective, as a stage builds them."""
     tapped = Tapped(model, tap_paths(objective, "student"))
     with evaluating(model):
         example = tapped(batch)
-    return tapped, Objective(objective, example, teacher)
+    return tapped, Objective(objective, example, teacher, **options)

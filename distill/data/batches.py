@@ -16,6 +16,7 @@ PREFETCH = 2  # batches made ahead by each worker
 AT_ONCE, SECONDS_AT_ONCE = 8, 0.02
 
 Made = TypeVar("Made")
+Done = TypeVar("Done")
 
 
 class Batches(ABC):
@@ -52,13 +53,29 @@ def ahead(make: Callable[[int], Made], numbers: range, workers: int) -> Iterator
         numbers: of what to make.
         workers: threads.
     """
+    return made_and_finished(make, list, numbers, workers)
+
+
+def made_and_finished(
+    make: Callable[[int], Made], finish: Callable[[list[Made]], list[Done]], numbers: range, workers: int
+) -> Iterator[Done]:
+    """As :func:`ahead`, with a second step that takes less time for several at once.
+
+    Args:
+        make: makes one.
+        finish: takes what was made, and returns as much, in the same order.
+        numbers: of what to make.
+        workers: threads; each finishes one at a time.
+    """
     if not workers:
-        return _some_at_once(make, numbers)
-    return _by_threads(make, numbers, workers)
+        return _some_at_once(make, finish, numbers)
+    return _by_threads(lambda number: finish([make(number)])[0], numbers, workers)
 
 
-def _some_at_once(make: Callable[[int], Made], numbers: range) -> Iterator[Made]:
-    pending: deque[Made] = deque()
+def _some_at_once(
+    make: Callable[[int], Made], finish: Callable[[list[Made]], list[Done]], numbers: range
+) -> Iterator[Done]:
+    pending: list[Made] = []
     began = 0.0
     for number in numbers:
         if not pending:
@@ -66,12 +83,26 @@ def _some_at_once(make: Callable[[int], Made], numbers: range) -> Iterator[Made]
         try:
             pending.append(make(number))
         except Exception:
-            yield from pending  # those before it are whole, and a training may save its state behind them
+            yield from _finished(
+                finish, pending
+            )  # those before it are whole: a training may save its state behind them
             raise
         if len(pending) == AT_ONCE or time.perf_counter() - began > SECONDS_AT_ONCE:
-            while pending:
-                yield pending.popleft()
-    yield from pending
+            yield from _finished(finish, pending)
+            pending = []
+    yield from _finished(finish, pending)
+
+
+def _finished(finish: Callable[[list[Made]], list[Done]], made: list[Made]) -> Iterator[Done]:
+    """All at once; one by one if that fails, so that those before a bad one are there."""
+    try:
+        done = deque(finish(made) if made else [])
+    except Exception:
+        for one in made:
+            yield from finish([one])
+        raise
+    while done:
+        yield done.popleft()
 
 
 def _by_threads(make: Callable[[int], Made], numbers: range, workers: int) -> Iterator[Made]:

@@ -22,7 +22,7 @@ def class_names(data: PreparedData, tasks: Sequence[str]) -> PreparedData:
         UserError: all names are white space.
     """
     named = [
-        (task, label, _spoken(name)) for task in tasks for label, name in enumerate(data.labels[task]) if has_text(name)
+        (task, label, spoken(name)) for task in tasks for label, name in enumerate(data.labels[task]) if has_text(name)
     ]
     if not named:
         raise UserError(
@@ -34,6 +34,7 @@ def class_names(data: PreparedData, tasks: Sequence[str]) -> PreparedData:
     return rows
 
 
-def _spoken(name: str) -> str:
+def spoken(name: str) -> str:
+    """Return a class's name as a text, with spaces in place of hyphens and underscores."""
     words = re.sub(r"[-_]+", " ", name)
     return words if has_text(words) else name

@@ -49,7 +49,7 @@ class Loader(Batches):
 
     Attributes:
         data: the prepared data.
-        row_positions: int64 [N], positions in ``data`` of the split's rows, in order of id.
+        row_positions: int64 [N], positions in ``data`` of the split's rows that it reads, in order of id.
         num_rows: N.
         batch_size: rows of a global batch, over all ranks.
         augment: the augmentation in use; None where every view is clean.
@@ -67,6 +67,7 @@ class Loader(Batches):
         views: int | None = None,
         view: int | None = None,
         shuffle: bool,
+        labelled: bool = False,
         group_by_length: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -85,6 +86,7 @@ class Loader(Batches):
             views: number of views that repeat from epoch to epoch (a teacher cache has K); None: a new view an epoch.
             view: the one view of every epoch, augmented also where ``shuffle`` is False.
             shuffle: a new order each epoch. Without it rows come in order of id, and clean unless ``view`` is given.
+            labelled: only rows with a label of any task.
             group_by_length: shuffled batches have texts of like length.
             rank: this process, which takes its slice of each global batch.
             world_size: number of processes.
@@ -99,7 +101,7 @@ class Loader(Batches):
         self.augment = augment if augment != AugmentConfig() else None
         self._views, self._view, self._rank, self._world_size = views, view, rank, world_size
         self._specs, self.workers = specs, workers
-        self.row_positions = data.rows(split)
+        self.row_positions = data.rows(split, labelled=labelled)
         self.num_rows = len(self.row_positions)
         self._two_level_rows = two_level_rows
         texts = data.texts if isinstance(data.texts, Texts) else Texts.of(data.texts)

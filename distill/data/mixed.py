@@ -24,6 +24,7 @@ def as_data(texts: list[str], data: PreparedData) -> PreparedData:
         ids=np.arange(first, first + count),
         split=np.full(count, TRAIN),
         groups=np.arange(count),
+        image_codes=np.arange(count),
         texts=texts,
         images=None,
         present={modality: np.full(count, modality == "text") for modality in data.present},
@@ -104,7 +105,7 @@ def _lengthened(value: Tensor, length: int, filler: int) -> Tensor:
 
 def join_outputs(first: Outputs, second: Outputs) -> Outputs:
     """Return outputs for the rows of ``first``, then those of ``second``; what only one has is zero in the other."""
-    rows = tuple(len(next(iter(outputs.logits.values()))) for outputs in (first, second))
+    rows = tuple(next(len(value) for part in outputs for value in part.values()) for outputs in (first, second))
     return Outputs(*(_behind(mine, other, rows) for mine, other in zip(first, second, strict=True)))
 
 

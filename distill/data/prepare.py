@@ -23,6 +23,7 @@ from distill import runs
 from distill.config import DataConfig
 from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
 from distill.data.columns import Source
+from distill.data.labelled import keep_labels
 from distill.data.prepared import (
     IMAGE_FILE,
     LABELS_FILE,
@@ -31,6 +32,7 @@ from distill.data.prepared import (
     TARGET,
     TEXT_FILE,
     PreparedData,
+    any_label,
     record_type,
 )
 from distill.data.rows import EMPTY, NO_TARGET, Keys, Rows, number_classes, read_rows, row_keys, texts_of
@@ -60,30 +62,35 @@ def source_fingerprint(config: DataConfig, base: Path) -> str:
 
 
 def prepare(
-    config: DataConfig, folder: Path, base: Path, progress: Callable[[int, int], None] | None = None
+    config: DataConfig, folder: Path, base: Path, progress: Callable[[int, int], None] | None = None, *, seed: int = 0
 ) -> dict[str, Any]:
     """Read, check and write the data of a recipe.
 
-    A row is bad, and left out, if the source cannot read it, if its image cannot be decoded, if it has no target of
-    any task, or if all its modalities are missing. A row that lacks some targets or some modalities is kept.
+    A row is bad, and left out, if the source cannot read it, if its image cannot be decoded, if all its modalities are
+    missing, or if it is one of valid or test and has no target of any task. A row that lacks some targets or some
+    modalities is kept, and so is a training row without any target.
 
     Args:
         config: the recipe's ``data``.
         folder: where the files are written; made if absent.
         base: folder that relative paths of the recipe start from.
         progress: called with (images done, images in all) while images are decoded.
+        seed: of the choice of the rows that keep their labels, where the recipe hides some.
 
     Returns:
-        Row counts a split, number of classes a task, and how many rows were bad or suspicious.
+        Row counts a split, of all rows and of those with a label; how many labels were hidden; number of classes a
+        task, and how many rows were bad or suspicious.
 
     Raises:
-        UserError: a column is missing or of a wrong type, an id is used twice, a split is unknown or empty, a
-            class was never seen in training, or more than ``max_bad_fraction`` of the rows cannot be used.
+        UserError: a column is missing or of a wrong type, an id is used twice, a split is unknown or empty, a class
+            was never seen in training, more than ``max_bad_fraction`` of the rows cannot be used, or ``labelled``
+            leaves too few labels.
     """
     source = open_source(config.source, base, folder)
     disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     rows = read_rows(config, source, disk)
-    number_classes(rows)  # its complaints should not wait until all images are decoded
+    number_classes(rows)  # complaints should not wait until all images are decoded
+    keep_labels(rows, config.labelled, seed)
     folder.mkdir(parents=True, exist_ok=True)
     digests = None
     if "image" in config.modalities:
@@ -97,11 +104,12 @@ def prepare(
     kept = positions_where(rows.bad.flags, disk, flag=False)
     groups = None if rows.groups is None else take(rows.groups, kept, disk)
     numbers = _write_texts(folder / TEXT_FILE, config, source, kept, take(rows.texts, kept, disk), disk)
-    _write_rows(folder / ROWS_FILE, rows, kept, numbers, groups, classes)
+    labelled = keep_labels(rows, config.labelled, seed)
+    images = None if digests is None else take(digests, kept, disk)
+    hidden = _write_rows(folder / ROWS_FILE, rows, kept, numbers, (groups, images), classes, labelled)
     runs.write_json(folder / LABELS_FILE, labels)
     data = PreparedData.open(folder)
-    report |= _describe(data)
-    images = None if digests is None else take(digests, kept, disk)
+    report |= {**_describe(data), "hidden_labels": hidden}
     report["duplicate_images_across_splits"] = _across_splits(data, images)
     report["groups_across_splits"] = _across_splits(data, groups)
     runs.write_json(folder / REPORT_FILE, report)
@@ -243,12 +251,17 @@ def _write_rows(
     rows: Rows,
     kept: NDArray[np.int64],
     texts: NDArray[np.int64],
-    groups: Keys | None,
+    keys: tuple[Keys | None, Keys | None],
     classes: dict[str, NDArray[np.int64]],
-) -> None:
-    """Write a record for each of the kept rows."""
+    labelled: NDArray[np.bool_],
+) -> int:
+    """Write a record for each of the kept rows; return how many training rows have labels that are not written.
+
+    ``keys`` are those of groups and of images; rows without are all different.
+    """
     kind = record_type(rows.present, rows.labels)
-    codes = None if groups is None else dense_codes(groups, rows.folder)[0]
+    codes = [None if found is None else dense_codes(found, rows.folder)[0] for found in keys]
+    hidden = 0
     with runs.room_for(path, len(kept) * kind.itemsize), runs.atomic(path) as temporary, open(temporary, "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(kept),)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -257,23 +270,31 @@ def _write_rows(
             records = np.zeros(len(at), kind)
             records["id"], records["source_row"], records["text"] = rows.ids[at], at, texts[part]
             records["split"] = np.array(SPLITS)[rows.split[at]]
-            records["group"] = np.arange(part.start, part.stop) if codes is None else codes[part]
+            for name, own in zip(("group", "image"), codes, strict=True):
+                records[name] = np.arange(part.start, part.stop) if own is None else own[part]
             for modality, values in rows.present.items():
                 records[PRESENT + modality] = values[at]
             for task, labels in rows.labels.items():
                 records[TARGET + task] = classes[task][labels.codes[at]]  # MISSING is -1: the last entry
+            hide = (rows.split[at] == SPLITS.index(TRAIN)) & ~labelled[at]
+            hidden += int((hide & any_label((records[TARGET + task] for task in rows.labels), len(at))).sum())
+            for task in rows.labels:
+                records[TARGET + task][hide] = IGNORE
             file.write(records.tobytes())
+    return hidden
 
 
 def _describe(data: PreparedData) -> dict[str, Any]:
-    rows = dict.fromkeys(SPLITS, 0)
+    rows, labelled = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     present = {modality: dict.fromkeys(SPLITS, 0) for modality in data.present}
     counts = {(task, split): np.zeros(len(names), np.int64) for task, names in data.labels.items() for split in SPLITS}
     missing = dict.fromkeys(data.targets, 0)
     for part in chunks(len(data)):
         for split in SPLITS:
             here = data.split[part] == split
-            rows[split] += int(here.sum())
+            count = int(here.sum())
+            rows[split] += count
+            labelled[split] += int(any_label((values[part][here] for values in data.targets.values()), count).sum())
             for modality, there in data.present.items():
                 present[modality][split] += int(there[part][here].sum())
             for task, values in data.targets.items():
@@ -284,7 +305,7 @@ def _describe(data: PreparedData) -> dict[str, Any]:
         task: {split: dict(zip(names, counts[task, split].tolist(), strict=True)) for split in SPLITS}
         for task, names in data.labels.items()
     }
-    return {"rows": rows, "present": present, "missing_targets": missing, "classes": classes}
+    return {"rows": rows, "labelled": labelled, "present": present, "missing_targets": missing, "classes": classes}
 
 
 def _across_splits(data: PreparedData, keys: Keys | None) -> dict[str, Any]:
@@ -308,5 +329,8 @@ def _summarize(report: dict[str, Any]) -> dict[str, Any]:
     for name, meaning in WARNINGS.items():
         if counts[name]:
             log.warning("%d %s; examples are in %s", counts[name], meaning, REPORT_FILE)
+    if unlabelled := report["rows"][TRAIN] - report["labelled"][TRAIN] - report["hidden_labels"]:
+        log.warning("%d training rows have no label: only terms that read a teacher learn from them", unlabelled)
     num_classes = {task: len(splits[TRAIN]) for task, splits in report["classes"].items()}
-    return {"rows": report["rows"], "num_classes": num_classes, "modalities": sorted(report["present"]), **counts}
+    named = {name: report[name] for name in ("rows", "labelled", "hidden_labels")}
+    return {**named, "num_classes": num_classes, "modalities": sorted(report["present"]), **counts}

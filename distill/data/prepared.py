@@ -6,6 +6,7 @@ images are decoded when they are read, ``image.npy`` (uint8 [N, 3, S, S]).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,25 @@ from distill import runs
 from distill.config import DataConfig
 from distill.contracts import IGNORE, UserError
 from distill.data.columns import Source
-from distill.data.scratch import positions_by_id
+from distill.data.scratch import chunks, positions_by_id, positions_where, scratch, take
 from distill.data.sources import open_source
 from distill.data.texts import Texts, TextWriter
 from distill.preprocess import BadInput, decode_image
 
 IMAGE_FILE, ROWS_FILE, TEXT_FILE, LABELS_FILE = "image.npy", "rows.npy", "text.arrow", "labels.json"
 PRESENT, TARGET = "present.", "target."
-COUNTED = 1 << 20  # rows at a time
+COUNTED, HASHED = 1 << 20, 1 << 8  # rows at a time
+
+
+def any_label(targets: Iterable[NDArray[np.int64]], num_rows: int) -> NDArray[np.bool_]:
+    """Return which rows have a label of any task, bool [N]; where there is no task, no label is missing.
+
+    Args:
+        targets: of each task, int64 [N], IGNORE where missing.
+        num_rows: N.
+    """
+    known = [labels != IGNORE for labels in targets]
+    return np.any(known, axis=0) if known else np.ones(num_rows, bool)
 
 
 class SourceImages:
@@ -75,6 +87,7 @@ class PreparedData:
         ids: int64 [N], unique.
         split: str [N], train / valid / test.
         groups: int64 [N], dense codes; rows of one group stay together in bootstrap intervals.
+        image_codes: int64 [N], dense codes; rows of one code have the same image, byte by byte.
         texts: N strings, empty where absent.
         images: uint8 [N, 3, S, S], memory-mapped or decoded when read; zeros where absent; None without an image
             modality.
@@ -87,6 +100,7 @@ class PreparedData:
     ids: NDArray[np.int64]
     split: NDArray[np.str_]
     groups: NDArray[np.int64]
+    image_codes: NDArray[np.int64]
     texts: Texts | Sequence[str]
     images: NDArray[np.uint8] | SourceImages | None
     present: dict[str, NDArray[np.bool_]]
@@ -112,6 +126,7 @@ class PreparedData:
             ids=np.asarray(records["id"]),
             split=np.asarray(records["split"]),
             groups=np.asarray(records["group"]),
+            image_codes=np.asarray(records["image"]),
             texts=Texts.open(folder / TEXT_FILE, np.asarray(records["text"])),
             images=_open_images(folder, np.asarray(records["source_row"]), config, base),
             present=_with_prefix(records, PRESENT),
@@ -123,9 +138,31 @@ class PreparedData:
         """Return the number of rows of all splits."""
         return len(self.ids)
 
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Return the positions of a split's rows, in order of id."""
-        return positions_by_id(self.ids, self.split, split, self.folder)
+    def rows(self, split: str, *, labelled: bool = False) -> NDArray[np.int64]:
+        """Return the positions of a split's rows, in order of id: of all, or of those with a label of any task."""
+        positions = positions_by_id(self.ids, self.split, split, self.folder)
+        if not labelled:
+            return positions
+        known: NDArray[np.bool_] = scratch(self.folder, len(positions), np.bool_)
+        for part in chunks(len(positions)):
+            here = positions[part]
+            known[part] = any_label((values[here] for values in self.targets.values()), len(here))
+        return take(positions, positions_where(known, self.folder), self.folder)
+
+    def fingerprint(self, split: str) -> str:
+        """Return a hash of what a split's rows are, whatever the other rows: ids, names of classes, texts, images."""
+        rows, found = self.rows(split), ""
+        for start in range(0, len(rows), HASHED):
+            here = rows[start : start + HASHED]
+            classes = {
+                task: [None if label == IGNORE else self.labels[task][label] for label in labels[here].tolist()]
+                for task, labels in self.targets.items()
+            }
+            present = {name: flags[here].tolist() for name, flags in self.present.items()}
+            images = "" if self.images is None else hashlib.sha256(self.images[here].tobytes()).hexdigest()
+            texts = [self.texts[row] for row in here.tolist()]
+            found = runs.fingerprint(found, self.ids[here].tolist(), classes, present, texts, images)
+        return found
 
     def class_counts(self, split: str) -> dict[str, NDArray[np.int64]]:
         """Return task -> int64 [C], how many of a split's rows each class has."""
@@ -153,8 +190,8 @@ def _with_prefix(records: NDArray[Any], prefix: str) -> dict[str, NDArray[Any]]:
 
 
 def record_type(modalities: Iterable[str], tasks: Iterable[str]) -> np.dtype[np.void]:
-    """Return the type of a row's record: id, text, group, source_row, split, presences and targets."""
-    fields: list[tuple[str, str]] = [(name, "<i8") for name in ("id", "text", "group", "source_row")]
+    """Return the type of a row's record: id, text, image, group, source_row, split, presences and targets."""
+    fields: list[tuple[str, str]] = [(name, "<i8") for name in ("id", "text", "image", "group", "source_row")]
     fields += [
         *((TARGET + task, "<i8") for task in tasks),
         ("split", "<U5"),
@@ -175,12 +212,16 @@ def write_prepared(
     images: NDArray[np.uint8] | None = None,
     groups: NDArray[np.int64] | None = None,
 ) -> Path:
-    """Write rows that are in memory as prepared data: for benchmarks and tests; return the folder, which is made."""
+    """Write rows that are in memory as prepared data: for benchmarks and tests; return the folder, which is made.
+
+    Images count as different ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     encoded = Texts.of(texts)
     records = np.zeros(len(ids), record_type(present, targets))
     records["id"], records["split"], records["source_row"] = ids, split, np.arange(len(ids))
     records["text"], records["group"] = encoded.numbers, np.arange(len(ids)) if groups is None else groups
+    records["image"] = np.arange(len(ids))
     for prefix, columns in ((PRESENT, present), (TARGET, targets)):
         for name, values in columns.items():
             records[prefix + name] = values

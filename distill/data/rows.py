@@ -94,8 +94,9 @@ class Rows:
 def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
     """Read the columns that a recipe names.
 
-    A row is bad if the source cannot read it, if it has no target of any task, or if its text is missing where there
-    is no other modality.
+    A row is bad if the source cannot read it, if its text is missing where there is no other modality, or if it is one
+    of valid or test and has no target of any task, where there are tasks. Training rows need none: a teacher can say
+    what they are.
 
     Args:
         config: the recipe's ``data``.
@@ -202,7 +203,8 @@ def _read_piece(config: DataConfig, rows: Rows, cells: _Cells) -> None:
         rows.texts[here] = hashes(texts)
         rows.present["text"][here] = has = np.array([text != "" for text in texts], bool)
         usable = has | ("image" in config.modalities)
-    labelled = np.any([codes != MISSING for codes in targets], axis=0)
+    labelled = rows.split[here] == SPLITS.index(TRAIN)
+    labelled |= np.any([codes != MISSING for codes in targets], axis=0) if targets else True
     for row in np.flatnonzero(~(usable & labelled) | _marked(cells)).tolist():
         rows.bad.add(here.start + row, cells.bad.get(row) or (EMPTY if labelled[row] else NO_TARGET))
 

@@ -9,7 +9,8 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from distill.config import Part, build_part
+from distill.builders import build_part
+from distill.config import Part
 from distill.contracts import UserError
 from distill.data.columns import Source
 from distill.data.folders import ImageFolderSource

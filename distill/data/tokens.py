@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -86,18 +86,21 @@ class TokenTable:
         starts = self._ends[slots]
         lengths = self._ends[slots + 1] - starts
         places = starts[:, None] + np.arange(lengths.max(initial=1))
-        pairs = torch.from_numpy(self._pairs[np.minimum(places, len(self._pairs) - 1)])
-        tokens, mask = self._trim(pairs[:, :, 0], torch.from_numpy(lengths))
+        pairs = self._pairs[np.minimum(places, len(self._pairs) - 1)]
+        tokens, mask = self._trim(pairs[:, :, 0], lengths)
         if not dropping.word_dropout or not bool((views != CLEAN_VIEW).any()):
-            return tokens, mask
+            return torch.from_numpy(tokens), torch.from_numpy(mask)
         if dropping.views:
             views = torch.where(views == CLEAN_VIEW, views, views % dropping.views)
-        words = pairs[:, :, 1].masked_fill(~mask, -1)
-        keep = mask & drop_words(words, ids, views, seed, dropping.word_dropout)
-        kept_first = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        return self._trim(tokens.gather(1, kept_first), keep.sum(dim=1))
+        words = torch.from_numpy(np.where(mask, pairs[:, :, 1], -1))
+        keep = mask & drop_words(words, ids, views, seed, dropping.word_dropout).numpy()
+        kept_first = (~keep).argsort(axis=1, kind="stable")
+        tokens, mask = self._trim(np.take_along_axis(tokens, kept_first, axis=1), keep.sum(axis=1))
+        return torch.from_numpy(tokens), torch.from_numpy(mask)
 
-    def _trim(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        longest = max(lengths.tolist(), default=0) or 1
-        mask = torch.arange(longest) < lengths[:, None]
-        return tokens[:, :longest].to(torch.int64).masked_fill_(~mask, self._pad_id), mask
+    def _trim(
+        self, tokens: NDArray[np.integer[Any]], lengths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        longest = int(lengths.max(initial=0)) or 1
+        mask = np.arange(longest) < lengths[:, None]
+        return np.where(mask, tokens[:, :longest], np.int64(self._pad_id)), mask

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.config import ImageAugment
 from distill.contracts import CLEAN_VIEW
+from distill.data.hashing import mix
 
 WHITE = 255
 MID_GREY = 127.5
@@ -26,8 +27,7 @@ SCALED_AT_ONCE = 16  # images whose float values the processor's cache holds
 def hash_uniform(seed: int, ids: Tensor, views: Tensor, salt: int | str | Tensor) -> Tensor:
     """Return numbers in [0, 1) that look random and depend on nothing but the arguments, on every platform.
 
-    The mixing function is the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
-    number generators"), chained over the arguments.
+    :func:`~distill.data.hashing.mix` is chained over the arguments.
 
     Args:
         seed: the run's seed.
@@ -39,22 +39,14 @@ def hash_uniform(seed: int, ids: Tensor, views: Tensor, salt: int | str | Tensor
         float32 tensor of the broadcast shape; multiples of 2**-24.
     """
     purpose = torch.as_tensor(_number(salt) if isinstance(salt, str) else salt)
-    state = _mix(np.array([seed], dtype=np.uint64))
+    state = mix(np.array([seed], dtype=np.uint64))
     for part in (purpose, ids, views):
-        state = _mix(state ^ part.numpy().astype(np.int64).view(np.uint64))
+        state = mix(state ^ part.numpy().astype(np.int64).view(np.uint64))
     return torch.from_numpy((state >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
 
 
 def _number(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())  # 7 bytes are a positive int64
-
-
-def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    # uint64 arrays wrap around by definition, and numpy starts small operations faster than torch
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def augment_images(images: Tensor, ids: Tensor, views: Tensor, seed: int, config: ImageAugment) -> Tensor:
@@ -70,25 +62,27 @@ def augment_images(images: Tensor, ids: Tensor, views: Tensor, seed: int, config
     Returns:
         uint8 [B, 3, S, S].
     """
-    live = views != CLEAN_VIEW
-    if not bool(live.any()):
+    live = views.numpy() != CLEAN_VIEW  # numpy: on so few numbers torch takes longer to start than to compute
+    if not live.any():
         return images
 
     salts = torch.tensor([[_number(name)] for name in ("flip", "down", "right", "brightness", "contrast")])
-    uniform = hash_uniform(seed, ids, views, salts)  # [5, B]: hashed at once, since small operations cost their start
+    uniform = hash_uniform(seed, ids, views, salts).numpy()  # [5, B]
     if config.flip or config.shift:
         shift = min(config.shift, images.shape[-1])
         flip = live & (uniform[0] < config.flip)
-        down, right = torch.where(live, (uniform[1:3] * (2 * shift + 1)).long() - shift, 0)
+        down, right = np.where(live, (uniform[1:3] * (2 * shift + 1)).astype(np.int64) - shift, 0)
         images = _flip_and_shift(images, flip, down, right)
     if config.brightness or config.contrast:
-        change = torch.where(live, 2 * uniform[3:] - 1, 0.0)
+        change = np.where(live, 2 * uniform[3:] - 1, np.float32(0))
         brightness, contrast = 1 + config.brightness * change[0], 1 + config.contrast * change[1]
         images = _scale(images, brightness * contrast, MID_GREY * (1 - contrast))
     return images
 
 
-def _flip_and_shift(images: Tensor, flip: Tensor, down: Tensor, right: Tensor) -> Tensor:
+def _flip_and_shift(
+    images: Tensor, flip: NDArray[np.bool_], down: NDArray[np.int64], right: NDArray[np.int64]
+) -> Tensor:
     """Move each image as its own slice: twice as fast as one gather over the batch."""
     source = images.numpy()
     result = np.full_like(source, WHITE)
@@ -102,10 +96,10 @@ def _flip_and_shift(images: Tensor, flip: Tensor, down: Tensor, right: Tensor) -
     return torch.from_numpy(result)
 
 
-def _scale(images: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+def _scale(images: Tensor, factor: NDArray[np.float32], offset: NDArray[np.float32]) -> Tensor:
     """Change pixels to ``factor * pixel + offset``, rounded; through numpy, whose cast to uint8 is vectorised."""
-    source, factors, offsets = images.numpy(), factor.view(-1, 1, 1, 1).numpy(), offset.view(-1, 1, 1, 1).numpy()
-    offsets = offsets + np.float32(0.5)  # the cast rounds down
+    source, factors = images.numpy(), factor.reshape(-1, 1, 1, 1)
+    offsets = offset.reshape(-1, 1, 1, 1) + np.float32(0.5)  # the cast rounds down
     result = np.empty_like(source)
     values = np.empty((SCALED_AT_ONCE, *source.shape[1:]), np.float32)
     for first in range(0, len(source), SCALED_AT_ONCE):

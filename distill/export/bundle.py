@@ -30,6 +30,18 @@ from distill.runs import atomic, read_json, sha256_file, write_json
 __all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"]
 
 CARD_FILE = "README.md"
+EMBEDDINGS = "embedding."
+"""Begins the name of an output that has no classes."""
+
+
+LOGITS = (
+    "Task outputs are logits: a softmax gives probabilities. An input `..._present` that is false makes the model",
+    "ignore that modality.",
+)
+DIRECTIONS = (
+    "Embeddings have length 1: the product of one of an image and one of a text is their cosine. An input",
+    "`..._present` that is false gives zeros.",
+)
 
 
 class ParityError(RuntimeError):
@@ -104,14 +116,15 @@ def parity(
     """Compare an exported model with its source on the same rows.
 
     Args:
-        source: output name -> logits [N, C] of the source model.
+        source: output name -> logits [N, C] of the source model, or ``embedding.MODALITY`` -> [N, E] of length 1, zeros
+            where the row lacks it.
         bundle: the same outputs, computed by the exported model on its own runtime.
-        min_agreement: least share of rows (0 to 1) on which both name the same class.
+        min_agreement: least share of rows (0 to 1) on which both name the same class, or least mean cosine.
         ids: row ids, for messages and the result; row numbers where absent.
 
     Returns:
-        output name -> ``agreement`` (top-1), ``rows``, ``max_difference`` (absolute, of any logit) and ``row``,
-        the id of the row that has it.
+        output name -> ``agreement`` (top-1, or the mean cosine), ``rows``, ``max_difference`` (absolute, of any number)
+        and ``row``, the id of the row that has it.
 
     Raises:
         ParityError: an output is missing, of another shape, not finite, or agrees on too few rows.
@@ -127,21 +140,34 @@ def parity(
         worst = int(np.argmax(difference))  # NaN counts as the largest
         if not np.isfinite(difference[worst]):
             raise ParityError(f"output {name!r} is not finite at row {names[worst]}")
-        differs = found.argmax(axis=1) != expected.argmax(axis=1)
+        cosines = name.startswith(EMBEDDINGS)
         entry = {
-            "agreement": float(1 - differs.mean()),
+            "agreement": _mean_cosine(found, expected) if cosines else _same_class(found, expected),
             "rows": len(expected),
             "max_difference": float(difference[worst]),
             "row": int(names[worst]),
         }
         if entry["agreement"] < min_agreement:
+            shown, least = (
+                f"{value:.4f}" if cosines else f"{value:.2%}" for value in (entry["agreement"], min_agreement)
+            )
+            what = "have a mean cosine of" if cosines else "name the same class on"
             raise ParityError(
-                f"output {name!r}: bundle and source name the same class on {entry['agreement']:.2%} of "
-                f"{len(expected)} rows, {min_agreement:.2%} are required; the largest difference of a logit is "
-                f"{entry['max_difference']:.4g}, at row {entry['row']}"
+                f"output {name!r}: bundle and source {what} {shown} of {len(expected)} rows, {least} are required; the "
+                f"largest difference of a number is {entry['max_difference']:.4g}, at row {entry['row']}"
             )
         result[name] = entry
     return result
+
+
+def _same_class(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(1 - (found.argmax(axis=1) != expected.argmax(axis=1)).mean())
+
+
+def _mean_cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Of the rows whose embedding has a direction in the source; a bundle's is as long as there."""
+    there = np.any(expected != 0, axis=1)
+    return float((found[there].astype(np.float64) * expected[there]).sum(axis=1).mean()) if there.any() else 1.0
 
 
 def _check_labels(labels: Mapping[str, Sequence[str]], outputs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -163,6 +189,7 @@ def _card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], prepr
     facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
     arguments = ["'image': 'photo.png'"] if preprocessor.image_size is not None else []
     arguments += ["'text': 'a few words'"] if preprocessor.tokenizer else []
+    verb = "predict" if labels else "embed"
     return "\n".join(
         [
             f"# {content['name']}",
@@ -178,7 +205,7 @@ def _card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], prepr
             *_introduction(preprocessor),
             "",
             "```python",
-            *_example(preprocessor),
+            *_example(preprocessor, list(content["outputs"]) if not labels else []),
             "```",
             "",
             "With multidistill, which also takes rows without image or text, 16-bit greyscale images, and many rows:",
@@ -186,7 +213,7 @@ def _card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], prepr
             "```python",
             "from distill.predict import load",
             "",
-            f"print(load('.').predict([{{{', '.join(arguments)}}}]))",
+            f"print(load('.').{verb}([{{{', '.join(arguments)}}}]))",
             "```",
             "",
             "## Tensors",
@@ -195,8 +222,8 @@ def _card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], prepr
             "|---|---|---|---|",
             *tensors,
             "",
-            "Task outputs are logits: a softmax gives probabilities. An input `..._present` that is false makes the",
-            "model ignore that modality. `bundle.json` holds the sha256 of every file.",
+            *(LOGITS if labels else DIRECTIONS),
+            "`bundle.json` holds the sha256 of every file.",
             "",
         ]
     ).replace("\n\n\n", "\n\n")
@@ -223,8 +250,8 @@ def _introduction(preprocessor: Preprocessor) -> list[str]:
     return lines
 
 
-def _example(preprocessor: Preprocessor) -> list[str]:
-    """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify it."""
+def _example(preprocessor: Preprocessor, embeddings: Sequence[str]) -> list[str]:
+    """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
     size, text = preprocessor.image_size, preprocessor.tokenizer is not None
     lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
     feeds = []
@@ -245,9 +272,11 @@ def _example(preprocessor: Preprocessor) -> list[str]:
     if text:
         lines.append(f'ids = np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])')
         feeds.append('"text": ids, "text_mask": ids >= 0, "text_present": [True]')
+    lines.append(f"feeds = {{{', '.join(feeds)}}}")
+    if embeddings:
+        return [*lines, f'print(InferenceSession("{MODEL_FILE}").run({json.dumps(embeddings)}, feeds))']
     return [
         *lines,
-        f"feeds = {{{', '.join(feeds)}}}",
         f'labels = json.load(open("{LABELS_FILE}", encoding="utf-8"))',
         f'for task, logits in zip(labels, InferenceSession("{MODEL_FILE}").run(list(labels), feeds)):',
         "    print(task, labels[task][logits.argmax()], 1 / np.exp(logits - logits.max()).sum())  # its probability",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.contracts import CLEAN_VIEW, Batch, Outputs, UserError
+from distill.predict import EMBEDDING
 from distill.runs import atomic
 
 MAX_FILE_BYTES = 2**31 - 1
@@ -52,7 +53,7 @@ def graph_outputs(outputs: Outputs) -> dict[str, Tensor]:
     Heads of single modalities (keys with a dot) help in training only and are left out.
     """
     named = {task: logits for task, logits in outputs.logits.items() if "." not in task}
-    return named | {f"embedding_{name}": value for name, value in sorted(outputs.embeddings.items())}
+    return named | {f"{EMBEDDING}{name}": value for name, value in sorted(outputs.embeddings.items())}
 
 
 class ExportModule(nn.Module):
@@ -121,6 +122,22 @@ def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int = 20
     with atomic(path) as temporary:
         onnx.save(proto, temporary)
     return describe(proto) | {"bytes": path.stat().st_size}
+
+
+def extract_tower(path: Path, modality: str, target: Path) -> None:
+    """Write the part of a graph that leads from one modality to its embedding, with the same nodes and weights.
+
+    Args:
+        path: the graph of a model without fusion.
+        modality: "image" or "text".
+        target: the file to write.
+    """
+    proto = onnx.load(path)
+    output = f"{EMBEDDING}{modality}"
+    inputs = [value.name for value in proto.graph.input if value.name.split("_")[0] == modality]
+    part = onnx.utils.Extractor(proto).extract_model(inputs, [output])
+    with atomic(target) as temporary:
+        onnx.save(part, temporary)
 
 
 def describe(proto: onnx.ModelProto) -> dict[str, Any]:

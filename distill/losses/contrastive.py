@@ -6,41 +6,58 @@ with row i of the texts. Scales are inverse temperatures, already exponentiated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import UserError
+from distill.losses.bounds import Bias, Positive, Scale
 from distill.losses.numeric import full_precision, unit
-
-Scale = float | Tensor
 
 
 @full_precision
-def clip_infonce(student_img: Tensor, student_txt: Tensor, *, logit_scale: Scale = 20.0) -> Tensor:
+def clip_infonce(
+    student_img: Tensor, student_txt: Tensor, keys: Tensor | None = None, *, logit_scale: Scale = 20.0
+) -> Tensor:
     """Symmetric InfoNCE: each image finds its text in the batch and back (Radford et al. 2021, arXiv 2103.00020).
+
+    With ``keys`` a row has the positives P(i) = {j: rows i and j have an equal key}, itself among them, and its target
+    is spread evenly over these: ``-1/B · Σ_i 1/|P(i)| · Σ_{j in P(i)} log softmax_j(scale · <x_i, y_j>)``, and the same
+    for texts over images (UniCL: Yang et al. 2022, arXiv 2204.03610; SupCon's outer sum: Khosla et al. 2020, arXiv
+    2004.11362). Without, two rows of one text are negatives of each other, which no embedding can tell apart.
 
     Args:
         student_img: L2-normalised embeddings [B, D]; row i pairs with text i.
         student_txt: L2-normalised embeddings [B, D].
+        keys: int64 [B, K], K keys a row; rows are positives where any of them is equal.
         logit_scale: inverse temperature.
 
     Returns:
         A scalar, the mean of both directions.
     """
-    return _find_each_other(logit_scale * student_img @ student_txt.T)
+    return _find_each_other(logit_scale * student_img @ student_txt.T, keys)
 
 
 @full_precision
-def siglip(student_img: Tensor, student_txt: Tensor, *, logit_scale: Scale = 10.0, logit_bias: Scale = -10.0) -> Tensor:
+def siglip(
+    student_img: Tensor,
+    student_txt: Tensor,
+    keys: Tensor | None = None,
+    *,
+    logit_scale: Scale = 10.0,
+    logit_bias: Bias = -10.0,
+) -> Tensor:
     """Sigmoid loss: each pair of the batch is a match or none, on its own (Zhai et al. 2023, arXiv 2303.15343).
 
     ``-1/B · Σ_ij log sigmoid(z_ij · (scale · <x_i, y_j> + bias))`` with z = 1 on the diagonal and -1 elsewhere. Divided
-    by B and not by the B² pairs.
+    by B and not by the B² pairs. With ``keys``, z = 1 wherever two rows have an equal key.
 
     Args:
         student_img: L2-normalised embeddings [B, D].
         student_txt: L2-normalised embeddings [B, D].
+        keys: as in :func:`clip_infonce`.
         logit_scale: inverse temperature; the paper begins at 10.
         logit_bias: the paper begins at -10, as nearly all pairs are none.
 
@@ -48,7 +65,8 @@ def siglip(student_img: Tensor, student_txt: Tensor, *, logit_scale: Scale = 10.
         A scalar.
     """
     logits = logit_scale * student_img @ student_txt.T + logit_bias
-    signs = 2 * torch.eye(len(logits)).to(logits) - 1
+    matches = torch.eye(len(logits)) if keys is None else _positives(keys)
+    signs = 2 * matches.to(logits) - 1
     return -F.logsigmoid(signs * logits).sum() / len(logits)
 
 
@@ -128,9 +146,9 @@ def siglip_relational(
     teacher_txt: Tensor,
     *,
     student_scale: Scale = 10.0,
-    student_bias: Scale = -10.0,
+    student_bias: Bias = -10.0,
     teacher_scale: Scale = 10.0,
-    teacher_bias: Scale = -10.0,
+    teacher_bias: Bias = -10.0,
 ) -> Tensor:
     """Sigmoid counterpart of :func:`clip_relational_ce`: the teacher says how much each pair is a match.
 
@@ -177,7 +195,13 @@ def clip_fd(student_img: Tensor, student_txt: Tensor, teacher_img: Tensor, teach
 
 @full_precision
 def clip_icl(
-    student_img: Tensor, student_txt: Tensor, teacher_img: Tensor, teacher_txt: Tensor, *, scale: Scale = 20.0
+    student_img: Tensor,
+    student_txt: Tensor,
+    teacher_img: Tensor,
+    teacher_txt: Tensor,
+    keys: Tensor | None = None,
+    *,
+    scale: Scale = 20.0,
 ) -> Tensor:
     """Interactive contrastive learning of CLIP-KD (Yang et al. 2024, arXiv 2307.12732).
 
@@ -190,14 +214,16 @@ def clip_icl(
         student_txt: L2-normalised embeddings [B, D], projected to the teacher's width.
         teacher_img: L2-normalised embeddings [B, D]; no gradient flows into it.
         teacher_txt: L2-normalised embeddings [B, D]; no gradient flows into it.
+        keys: as in :func:`clip_infonce`.
         scale: inverse temperature.
 
     Returns:
         A scalar.
     """
-    labels = torch.arange(len(student_img), device=student_img.device)
-    from_images = F.cross_entropy(scale * student_img @ teacher_txt.detach().T, labels)
-    return (from_images + F.cross_entropy(scale * student_txt @ teacher_img.detach().T, labels)) / 2
+    from_images = scale * student_img @ teacher_txt.detach().T
+    targets = _targets(from_images, keys)
+    from_texts = scale * student_txt @ teacher_img.detach().T
+    return (F.cross_entropy(from_images, targets) + F.cross_entropy(from_texts, targets)) / 2
 
 
 @full_precision
@@ -288,7 +314,7 @@ def clip_ensemble_ce(
     student_txt: Tensor,
     *teacher_pairs: Tensor,
     student_scale: Scale = 20.0,
-    teacher_scales: tuple[float, ...] | list[float],
+    teacher_scales: Sequence[Positive],
 ) -> Tensor:
     """Affinity mimicking of several teachers: their mean :func:`clip_relational_ce` (MobileCLIP: Vasu et al. 2023,
     arXiv 2311.17049).
@@ -323,10 +349,23 @@ def clip_ensemble_ce(
     return torch.stack(each).mean()
 
 
-def _find_each_other(logits: Tensor) -> Tensor:
-    """Cross-entropy of rows and of columns with the diagonal, averaged."""
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+def _find_each_other(logits: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Cross-entropy of rows and of columns with the diagonal, or with the positives, averaged."""
+    targets = _targets(logits, keys)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def _targets(logits: Tensor, keys: Tensor | None) -> Tensor:
+    """What a cross-entropy of rows [B, B] aims at: the diagonal, or an even share for each positive."""
+    if keys is None:
+        return torch.arange(len(logits), device=logits.device)
+    matches = _positives(keys).to(logits)
+    return matches / matches.sum(dim=1, keepdim=True)
+
+
+def _positives(keys: Tensor) -> Tensor:
+    """Which rows have an equal key: int64 [B, K] to bool [B, B]."""
+    return (keys[:, None] == keys[None]).any(dim=2)
 
 
 def _soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:

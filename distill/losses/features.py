@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.losses.bounds import AtLeastZero
 from distill.losses.maps import of_one_size
 from distill.losses.numeric import full_precision
 
@@ -13,7 +14,7 @@ from distill.losses.numeric import full_precision
 def fitnet(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
     """Hint loss: mean squared difference of features of one shape (Romero et al. 2015, arXiv 1412.6550).
 
-    A projector brings the student's feature to the teacher's width before the call. Averaged over all elements; the
+    A projector brings the student's feature to the teacher's shape before the call. Averaged over all elements; the
     paper's ½ is left to the weight.
 
     Args:
@@ -31,8 +32,8 @@ def cosine(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
     """One minus the cosine between paired embeddings, averaged over rows.
 
     Args:
-        student_embedding: [B, D].
-        teacher_embedding: [B, D]; no gradient flows into it.
+        student_embedding: [B, D], or [B, T, D] of T positions, over which the mean goes too.
+        teacher_embedding: the same shape; no gradient flows into it.
 
     Returns:
         A scalar in [0, 2]; an embedding of zeros has a cosine of 0 and gets no gradient.
@@ -62,7 +63,7 @@ def simkd(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 @full_precision
-def srrl(student_map: Tensor, teacher_map: Tensor, head_weight: Tensor, *, beta: float = 1.0) -> Tensor:
+def srrl(student_map: Tensor, teacher_map: Tensor, head_weight: Tensor, *, beta: AtLeastZero = 1.0) -> Tensor:
     """Features that the teacher's classifier reads alike (Yang et al., ICLR 2021, "Knowledge distillation via softmax
     regression representation learning", without an arXiv number).
 

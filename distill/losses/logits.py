@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import IGNORE, UserError
+from distill.losses.bounds import AtLeastZero, Share, Temperature
 from distill.losses.numeric import full_precision
 
 
 @full_precision
-def cross_entropy(student_logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(student_logits: Tensor, labels: Tensor, *, label_smoothing: Share = 0.0) -> Tensor:
     """Cross-entropy with the hard labels, averaged over the rows that have one.
 
     Args:
@@ -30,7 +31,12 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, *, label_smoothing: fl
 
 @full_precision
 def logit_adjusted(
-    student_logits: Tensor, labels: Tensor, class_counts: Tensor, *, tau: float = 1.0, label_smoothing: float = 0.0
+    student_logits: Tensor,
+    labels: Tensor,
+    class_counts: Tensor,
+    *,
+    tau: AtLeastZero = 1.0,
+    label_smoothing: Share = 0.0,
 ) -> Tensor:
     """Cross-entropy in which frequent classes need not be learnt from their frequency (long-tailed data).
 
@@ -54,7 +60,7 @@ def logit_adjusted(
 
 
 @full_precision
-def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 4.0) -> Tensor:
     """Soft-label distillation: KL(teacher || student) at a temperature, times T².
 
     ``T² · mean_b Σ_c p_t log(p_t / p_s)`` with ``p = softmax(logits / T)`` (Hinton et al. 2015, arXiv 1503.02531).
@@ -70,7 +76,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4
     """
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    return _kl(teacher, student).mean() * temperature**2
 
 
 @full_precision
@@ -93,9 +99,9 @@ def dkd(
     teacher_logits: Tensor,
     labels: Tensor,
     *,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
+    alpha: AtLeastZero = 1.0,
+    beta: AtLeastZero = 8.0,
+    temperature: Temperature = 4.0,
 ) -> Tensor:
     """Decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679).
 
@@ -123,20 +129,24 @@ def dkd(
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
         scaled = logits / temperature
         log_p = F.log_softmax(scaled, dim=-1)
-        log_target = log_p.masked_select(target)
+        log_target = _of_target(log_p, labels)
         log_rest = torch.logsumexp(log_p.masked_fill(target, -torch.inf), dim=-1)
         return torch.stack([log_target, log_rest], dim=-1), _among_the_rest(scaled, target)
 
     student_binary, student_rest = split(student_logits)
     teacher_binary, teacher_rest = split(teacher_logits.detach())
-    per_row = alpha * F.kl_div(student_binary, teacher_binary, reduction="none", log_target=True).sum(-1)
-    rest = F.kl_div(student_rest, teacher_rest, reduction="none", log_target=True)
-    return _labelled_mean(per_row + beta * rest.sum(-1), labels) * temperature**2
+    per_row = alpha * _kl(teacher_binary, student_binary) + beta * _kl(teacher_rest, student_rest)
+    return _labelled_mean(per_row, labels) * temperature**2
 
 
 @full_precision
 def nkd(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma: float = 1.5, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: AtLeastZero = 1.5,
+    temperature: Temperature = 1.0,
 ) -> Tensor:
     """Normalized knowledge distillation (Yang et al. 2023, arXiv 2303.13005).
 
@@ -160,8 +170,8 @@ def nkd(
     """
     _need_two_classes("nkd", student_logits)
     target, teacher = _target(labels, student_logits), teacher_logits.detach()
-    soft_target = F.softmax(teacher, dim=-1).masked_select(target)
-    of_target = soft_target * F.log_softmax(student_logits, dim=-1).masked_select(target)
+    soft_target = _of_target(F.softmax(teacher, dim=-1), labels)
+    of_target = soft_target * _of_target(F.log_softmax(student_logits, dim=-1), labels)
     student_rest, teacher_rest = (_among_the_rest(x / temperature, target) for x in (student_logits, teacher))
     of_rest = (teacher_rest.exp() * student_rest).sum(-1)
     return -_labelled_mean(of_target + gamma * temperature**2 * of_rest, labels)
@@ -169,7 +179,12 @@ def nkd(
 
 @full_precision
 def dist(
-    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: AtLeastZero = 1.0,
+    gamma: AtLeastZero = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Tensor:
     """DIST: correlation in place of KL, within rows and within classes (Huang et al. 2022, arXiv 2205.10536).
 
@@ -198,7 +213,7 @@ def dist(
 
 @full_precision
 def logit_standardized_kd(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 2.0, eps: float = 1e-7
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 2.0, eps: AtLeastZero = 1e-7
 ) -> Tensor:
     """KD on z-scores, so that the student need not match the teacher's scale (Sun et al. 2024, arXiv 2403.01427).
 
@@ -223,6 +238,11 @@ def logit_standardized_kd(
     return kd(*scores, temperature=temperature)
 
 
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of log-probabilities, summed over classes; ``F.kl_div`` cannot go through ``vmap``."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
 def _need_two_classes(loss: str, logits: Tensor) -> None:
     if logits.shape[-1] < 2:
         raise UserError(
@@ -234,6 +254,11 @@ def _need_two_classes(loss: str, logits: Tensor) -> None:
 def _target(labels: Tensor, logits: Tensor) -> Tensor:
     """Where the label's class is, bool [B, C]; the first class where there is no label."""
     return F.one_hot(labels.clamp(min=0), logits.shape[-1]).bool()
+
+
+def _of_target(values: Tensor, labels: Tensor) -> Tensor:
+    """The label's entry of each row, [B]; the first class's where there is no label."""
+    return values.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
 
 
 def _among_the_rest(scaled: Tensor, target: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import UserError
+from distill.losses.bounds import AtLeastOne, Count, Positive, Temperature
 from distill.losses.numeric import full_precision, unit
 
 
 @full_precision
-def at(student_map: Tensor, teacher_map: Tensor, *, p: float = 2) -> Tensor:
+def at(student_map: Tensor, teacher_map: Tensor, *, p: AtLeastOne = 2) -> Tensor:
     """Attention transfer: where a stage looks (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
 
     ``mean (q(A_s) - q(A_t))²`` over rows and positions, with ``A = mean_c |F_c|^p`` and q its division by its length.
@@ -91,7 +92,7 @@ def nst(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 @full_precision
-def vid(student_map: Tensor, teacher_map: Tensor, weight: Tensor, log_scale: Tensor, *, eps: float = 1e-5) -> Tensor:
+def vid(student_map: Tensor, teacher_map: Tensor, weight: Tensor, log_scale: Tensor, *, eps: Positive = 1e-5) -> Tensor:
     """Variational information distillation: how surprising the teacher is to the student (Ahn et al. 2019, arXiv
     1904.05835).
 
@@ -140,7 +141,7 @@ def ofd(student_map: Tensor, teacher_map: Tensor, margins: Tensor) -> Tensor:
 
 
 @full_precision
-def hcl(student_map: Tensor, teacher_map: Tensor, *, levels: Sequence[int] = (4, 2, 1)) -> Tensor:
+def hcl(student_map: Tensor, teacher_map: Tensor, *, levels: Sequence[Count] = (4, 2, 1)) -> Tensor:
     """Hierarchical context loss of ReviewKD: L2 at several resolutions (Chen et al. 2021, arXiv 2104.09044).
 
     ``[mse(s, t) + Σ_k 2^-k · mse(pool_k(s), pool_k(t))] / Σ of the weights``, where pool_k averages to the k-th of the
@@ -193,7 +194,7 @@ def review_fusion(lateral: Tensor, residual: Tensor, attention_weight: Tensor, a
 
 
 @full_precision
-def cwd(student_map: Tensor, teacher_map: Tensor, *, temperature: float = 4.0) -> Tensor:
+def cwd(student_map: Tensor, teacher_map: Tensor, *, temperature: Temperature = 4.0) -> Tensor:
     """Channel-wise distillation: KL between each channel's distributions over positions (Shu et al. 2021, arXiv
     2011.13256).
 

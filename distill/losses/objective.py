@@ -1,131 +1,46 @@
-"""The objective: a weighted sum of terms, each of which picks rows and tensors and calls one pure loss."""
+"""The objective: a weighted sum of terms, each of which picks rows and tensors and calls one loss."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.config import TermConfig, nearest, of_teacher
-from distill.contracts import IGNORE, Batch, Outputs, UserError
-from distill.losses import contrastive, features, logits, maps, outputs, relations
-from distill.losses.numeric import upcast
-from distill.multimodal import by_member
+from distill.config import EMA, MixConfig, TermConfig
+from distill.contracts import Batch, Outputs
+from distill.losses.mixing import Mixed
+from distill.losses.numeric import unit, upcast
+from distill.losses.parts import Known, Part, need_vectors
+from distill.losses.picks import check_tokens, check_widths, keys_of, need, read_batch, read_head, read_models
+from distill.losses.projectors import build_projector
+from distill.losses.rows import Reads, num_rows, term_ids, term_rows
+from distill.losses.scales import learned_numbers
+from distill.losses.terms import (
+    FEATURES,
+    LABELS,
+    LEARNED,
+    LOSSES,
+    Loss,
+    as_schedule,
+    check_terms,
+    mixes,
+    one_modality,
+    settings,
+)
+from distill.multimodal import MEMBER, by_member
 from distill.ranks import Ranks
+from distill.schedules import Schedule, at
+from distill.sharding import whole
 
-Kind = Literal["labels", "labels+counts", "teacher", "teacher+labels", "features", "pair", "pair+teacher"]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss and the arguments it takes.
-
-    Attributes:
-        function: the pure function.
-        kind: "labels" (logits, labels), "labels+counts" (and the training rows of each class), "teacher" (logits of
-            both), "teacher+labels", "features" (an embedding or a pair of taps, of both), "pair" (two embeddings of the
-            model's own, normalised), "pair+teacher" (and the same two of the teacher).
-        relational: True where rows are compared with each other, so that splitting a batch changes the value.
-        one_width: True where the student's numbers are compared with the teacher's one by one. Features of other widths
-            then get a projector; embeddings of a pair have none and are refused.
-    """
-
-    function: Callable[..., Tensor]
-    kind: Kind
-    relational: bool = False
-    one_width: bool = True
-
-
-LOSSES = {
-    "cross_entropy": Loss(logits.cross_entropy, "labels"),
-    "logit_adjusted": Loss(logits.logit_adjusted, "labels+counts"),
-    "kd": Loss(logits.kd, "teacher"),
-    "mse_logits": Loss(logits.mse_logits, "teacher"),
-    "logit_standardized_kd": Loss(logits.logit_standardized_kd, "teacher"),
-    "multilabel_kd": Loss(outputs.multilabel_kd, "teacher"),
-    "dist": Loss(logits.dist, "teacher", relational=True),
-    "dkd": Loss(logits.dkd, "teacher+labels"),
-    "nkd": Loss(logits.nkd, "teacher+labels"),
-    "cosine": Loss(features.cosine, "features"),
-    "fitnet": Loss(features.fitnet, "features"),
-    "at": Loss(maps.at, "features", one_width=False),
-    "nst": Loss(maps.nst, "features", one_width=False),
-    "hcl": Loss(maps.hcl, "features"),
-    "cwd": Loss(maps.cwd, "features"),
-    "rkd": Loss(relations.rkd, "features", relational=True, one_width=False),
-    "sp": Loss(relations.sp, "features", relational=True, one_width=False),
-    "pkt": Loss(relations.pkt, "features", relational=True, one_width=False),
-    "clip_infonce": Loss(contrastive.clip_infonce, "pair", relational=True),
-    "siglip": Loss(contrastive.siglip, "pair", relational=True),
-    "clip_relational_ce": Loss(contrastive.clip_relational_ce, "pair+teacher", relational=True, one_width=False),
-    "clip_relational_kl": Loss(contrastive.clip_relational_kl, "pair+teacher", relational=True, one_width=False),
-    "siglip_relational": Loss(contrastive.siglip_relational, "pair+teacher", relational=True, one_width=False),
-    "clip_fd": Loss(contrastive.clip_fd, "pair+teacher"),
-    "clip_icl": Loss(contrastive.clip_icl, "pair+teacher", relational=True),
-    "clip_gd": Loss(contrastive.clip_gd, "pair+teacher", relational=True),
-}
-
-LABELS: tuple[Kind, ...] = ("labels", "labels+counts", "teacher+labels")
-TEACHING: tuple[Kind, ...] = ("teacher", "teacher+labels", "features", "pair+teacher")
-PAIRS: tuple[Kind, ...] = ("pair", "pair+teacher")
-TASKS: tuple[Kind, ...] = (*LABELS, "teacher")
-NEEDS = dict.fromkeys(TASKS, "task") | dict.fromkeys(PAIRS, "embedding")
-
-
-def check_terms(terms: Sequence[TermConfig], where: str) -> None:
-    """Check names, targets and parameters of terms without building anything.
-
-    Raises:
-        UserError: an unknown loss or parameter, or a term without the target that its loss needs.
-    """
-    for index, term in enumerate(terms):
-        place = f"{where}[{index}]"
-        if term.loss not in LOSSES:
-            raise UserError(f"{place}: unknown loss {term.loss!r}; {nearest(term.loss, LOSSES)}")
-        loss = LOSSES[term.loss]
-        allowed = [p.name for p in inspect.signature(loss.function).parameters.values() if p.kind == p.KEYWORD_ONLY]
-        for name in term.params:
-            if name not in allowed:
-                raise UserError(f"{place}: {term.loss} has no parameter {name!r}; {nearest(name, allowed)}")
-        given = [key for key in ("task", "embedding", "taps") if getattr(term, key) is not None]
-        expected = [NEEDS[loss.kind]] if loss.kind in NEEDS else ["embedding", "taps"]
-        if len(given) != 1 or given[0] not in expected:
-            raise UserError(f"{place}: {term.loss} needs exactly one of {' or '.join(expected)}, got {given or 'none'}")
-        if loss.kind in PAIRS and len(str(term.embedding).split(",")) != 2:
-            raise UserError(f'{place}: {term.loss} needs two embeddings, write "image,text"; got {term.embedding!r}')
-        if term.taps is not None and set(term.taps) != {"student", "teacher"}:
-            raise UserError(f"{place}: taps needs both 'student' and 'teacher'")
-        if term.teacher is not None and loss.kind not in TEACHING:
-            raise UserError(f"{place}: {term.loss} reads no teacher; leave out its key 'teacher'")
-
-
-def needs_teacher(terms: Sequence[TermConfig]) -> bool:
-    """Whether any term reads a teacher."""
-    return any(LOSSES[term.loss].kind in TEACHING for term in terms)
-
-
-def counts_classes(terms: Sequence[TermConfig]) -> bool:
-    """Whether any term reads how many rows each class has."""
-    return any(LOSSES[term.loss].kind == "labels+counts" for term in terms)
-
-
-def tap_paths(
-    terms: Sequence[TermConfig], side: Literal["student", "teacher"], teacher: str | None = None
-) -> list[str]:
-    """The module paths whose outputs the terms read of the student or of one teacher, without repetition."""
-    read = [term.taps for term in terms if term.taps and (side == "student" or term.teacher == teacher)]
-    return list(dict.fromkeys(taps[side] for taps in read))
+__all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """A weighted sum of terms, with the projectors that pairs of unequal width need.
+    """A weighted sum of terms, with the projectors that pairs of unequal shape need and the parts of losses that learn.
 
-    Projectors are parameters of the objective: trained and checkpointed with the student, and left behind when the
+    Projectors and parts belong to the objective: trained and checkpointed with the student, and left behind when the
     student is kept.
 
     Args:
@@ -133,12 +48,20 @@ class Objective(nn.Module):
         student: example outputs of the student, from one forward.
         teacher: example outputs of the teachers; None when no term needs one. Those of a teacher of another run have
             ``@NAME`` behind their names.
-        class_counts: task -> int64 [C], the training rows of each class; None when no term :func:`counts_classes`.
+        class_counts: task -> int64 [C], the training rows of each class; None when no term
+            :func:`~distill.losses.terms.counts_classes`.
         reads: teacher (None is the run's own) -> the modalities that it reads: of rows with none of these it has
             nothing to say, and its terms leave them out. A teacher that is not named answers all rows.
+        seed: the run's, for what parts draw.
+        classifiers: task -> float [C, D], the weights of the teacher's linear heads; None when no term reads
+            :func:`~distill.losses.terms.classifiers`.
+        rows: all rows that training reads, of which ids and presence are asked for; None when no term
+            :func:`~distill.losses.terms.stores_rows`.
+        row_keys: "id", rising, and "text", "image" and "group" -> int64 [N], of all rows that training reads with an
+            image; equal where those are. None when no term :func:`~distill.losses.terms.compares_keys`.
 
     Raises:
-        UserError: a term names a task, embedding or tap that a model does not give, or no projector fits.
+        UserError: a term names a task, embedding or tap that a model does not give, or no projector or part fits.
     """
 
     def __init__(
@@ -147,34 +70,115 @@ class Objective(nn.Module):
         student: Outputs,
         teacher: Outputs | None,
         class_counts: Mapping[str, Tensor] | None = None,
-        reads: Mapping[str | None, Sequence[str]] | None = None,
+        reads: Reads | None = None,
+        *,
+        seed: int = 0,
+        rows: Batch | None = None,
+        classifiers: Mapping[str, Tensor] | None = None,
+        row_keys: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         check_terms(terms, "objective")
         self.terms = tuple(terms)
         self.class_counts, self._reads = dict(class_counts or {}), dict(reads or {})
-        self.projectors = nn.ModuleDict()
+        self.projectors, self.parts, self.learned = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self._names, self._weights = _names(self.terms), [term.weight for term in self.terms]
+        self._params = [_moving(term) for term in self.terms]
+        self._progress = 0.0
         for index, term in enumerate(self.terms):
             loss = LOSSES[term.loss]
-            if loss.kind not in ("features", "pair+teacher") or not loss.one_width:
-                continue
-            if teacher is None:
-                raise UserError(f"term {term.name!r} reads a teacher, and this stage has none")
-            if loss.kind == "pair+teacher":
-                _check_widths(term, student, teacher)
-                continue
-            projector = _projector(term.name, _feature(term, student, "student"), _feature(term, teacher, "teacher"))
-            if projector is not None:
-                self.projectors[str(index)] = projector
+            numbers = learned_numbers(term)
+            if numbers:
+                self.learned[str(index)] = numbers
+            if term.positives:
+                assert row_keys is not None
+                keys = torch.stack([row_keys[name] for name in ("id", *term.positives)], dim=1)
+                self.register_buffer(f"keys{index}", keys, persistent=False)
+            if loss.kind == "pair+teacher" and loss.one_width:
+                check_widths(term, student, need(term, teacher))
+            if loss.kind == "tokens":
+                check_tokens(term, *read_models(term, loss, student, teacher))
+            if loss.unit:
+                need_vectors(Known(term.name), *read_models(term, loss, student, teacher))
+            if loss.kind in FEATURES and loss.one_width:
+                own, theirs = read_models(term, loss, student, teacher)
+                projector = build_projector(term.name, own, theirs, one_modality(term))
+                if projector is not None:
+                    self.projectors[str(index)] = projector
+            if loss.kind == "features+head":
+                head = read_head(term, classifiers or {}, read_models(term, loss, student, teacher)[1])
+                self.register_buffer(f"head{index}", head, persistent=False)
+            if loss.part is not None:
+                with torch.no_grad():
+                    examples = self._given(index, term, loss, student, teacher)
+                fixed = {name: value for name, value in term.params.items() if name in settings(loss)[0]}
+                known = Known(term.name, seed, None if rows is None else term_ids(term, rows, self._reads))
+                self.parts[str(index)] = loss.part(known, *examples, **fixed)
+            if mixes(term):
+                examples = read_models(term, loss, student, teacher)
+                self.parts[str(index)] = _mixed(term, loss, len(examples) - 1)
 
     @property
     def relational(self) -> list[bool]:
         """Of each term, whether it compares rows with each other."""
         return [LOSSES[term.loss].relational for term in self.terms]
 
+    @property
+    def reads_average(self) -> bool:
+        """Whether a term reads the average of the student's own weights."""
+        return any(EMA in term.teachers for term in self.terms)
+
+    def advance(self, step: int, total: int) -> None:
+        """Take weights and parameters that have a schedule as they are at a step, from 0, of all."""
+        self._progress = step / total
+        for part in self._parts():
+            part.step = step
+
+    def settle(self, ranks: Ranks) -> None:
+        """Let parts store what a finished step leaves behind; every rank calls it."""
+        for part in self._parts():
+            part.settle(ranks)
+        for number in self._learned().values():
+            number.settle()
+
+    def forget(self) -> None:
+        """Drop what a step that is not finished would leave behind."""
+        for part in self._parts():
+            part.forget()
+
+    def moving(self) -> dict[str, float]:
+        """``weight/NAME`` -> the present weight of a term with a schedule; ``mix/NAME/TEACHER`` -> a learned one."""
+        found = zip(self._names, self._weights, strict=True)
+        now = {f"weight/{name}": at(weight, self._progress) for name, weight in found if isinstance(weight, Schedule)}
+        for index, part in self.parts.items():
+            if isinstance(part, Mixed) and part.learns and part.shares is not None:
+                name, teachers = self._names[int(index)], self.terms[int(index)].teachers
+                shares = zip(teachers, part.shares.tolist(), strict=True)
+                now |= {f"mix/{name}/{teacher or 'teacher'}": share for teacher, share in shares}
+        return now
+
+    def learned_values(self) -> dict[str, float]:
+        """``PARAMETER/NAME`` -> the present value of each number that is learned; every rank calls it."""
+        found = whole({name: number() for name, number in self._learned().items()})
+        return {name: value.item() for name, value in found.items()}
+
+    def without_unread(self, student: Outputs) -> Outputs:
+        """The student's outputs, of which those that no term reads are detached."""
+        read = [
+            {str(term.task) for term in self.terms if LOSSES[term.loss].kind != "features+head"},
+            {name for term in self.terms for name in str(term.embedding).split(",")},
+            {path for term in self.terms for path in term.tapped("student")},
+        ]
+        return Outputs(
+            *(
+                {name: value if name.partition(MEMBER)[0] in names else value.detach() for name, value in part.items()}
+                for part, names in zip(student, read, strict=True)
+            )
+        )
+
     def num_rows(self, batch: Batch) -> Tensor:
         """How many rows each term is about (those with a label, or with the modality): int64 [terms]."""
-        return torch.tensor([_num_rows(term, batch, self._reads) for term in self.terms])
+        return torch.tensor([num_rows(term, batch, self._reads) for term in self.terms])
 
     def forward(
         self,
@@ -203,9 +207,8 @@ class Objective(nn.Module):
             value = torch.stack(each).mean() if len(each) > 1 else each[0]
             if shares is not None:
                 value = value * shares[index]
-            total = total + term.weight * value
-            name = term.name if term.name not in values else f"{term.name}#{index}"
-            values[name] = value
+            total = total + at(self._weights[index], self._progress) * value
+            values[self._names[index]] = value
         return total, values
 
     def _value(
@@ -218,110 +221,74 @@ class Objective(nn.Module):
         ranks: Ranks | None,
     ) -> Tensor:
         loss = LOSSES[term.loss]
-        arguments = list(self._arguments(index, term, loss.kind, student, teacher, batch))
-        rows = _rows(term, batch, self._reads)
+        part = self.parts[str(index)] if loss.part is not None or mixes(term) else None
+        arguments = list(self._given(index, term, loss, student, teacher))
+        arguments += read_batch(term, loss, batch, arguments, self._reads)
+        if term.positives:
+            arguments.append(keys_of(self.get_buffer(f"keys{index}"), batch.ids))
+        rows = term_rows(term, batch, self._reads)
         if rows is not None:
             arguments = [tensor[rows] for tensor in arguments]
         if loss.relational and ranks is not None:
             arguments = [ranks.gather(tensor) for tensor in arguments]
         if arguments[0].shape[0] == 0:
-            return _zero(arguments)
+            modules = [*(number for _, number in self._learned_by(index)), *([] if part is None else [part])]
+            learnt = [parameter.flatten()[:0] for module in modules for parameter in module.parameters()]
+            return _zero([*arguments, *learnt])
         if loss.kind == "labels+counts":
             arguments.append(self.class_counts[str(term.task).split(".")[0]])
-        return loss.function(*arguments, **term.params)
+        if loss.kind == "features+head":
+            arguments.append(self.get_buffer(f"head{index}"))
+        params = {name: at(value, self._progress) for name, value in self._params[index].items()}
+        params |= {name: number() for name, number in self._learned_by(index)}
+        found: Tensor = (part or loss.function)(*arguments, **params)  # type: ignore[assignment]
+        return found
 
-    def _arguments(
-        self, index: int, term: TermConfig, kind: Kind, student: Outputs, teacher: Outputs | None, batch: Batch
+    def _given(
+        self, index: int, term: TermConfig, loss: Loss, student: Outputs, teacher: Outputs | None
     ) -> tuple[Tensor, ...]:
-        if kind == "pair":
-            return _pair(term, student)
-        if kind in ("labels", "labels+counts"):
-            return _pick(student.logits, str(term.task), term.name), batch.targets[str(term.task).split(".")[0]]
-        if teacher is None:
-            raise UserError(f"term {term.name!r} reads a teacher, and this stage has none")
-        if kind == "pair+teacher":
-            return *_pair(term, student), *_pair(term, teacher, term.teacher)
-        if kind == "features":
-            feature = _feature(term, student, "student")
-            if str(index) in self.projectors:
-                feature = self.projectors[str(index)](feature)
-            return feature, _feature(term, teacher, "teacher")
-        task = str(term.task)
-        theirs = _pick(teacher.logits, of_teacher(task, term.teacher), term.name)
-        pair = _pick(student.logits, task, term.name), theirs
-        return pair if kind == "teacher" else (*pair, batch.targets[task.split(".")[0]])
+        """What both models say, behind the projector if there is one."""
+        found = read_models(term, loss, student, teacher)
+        if str(index) in self.projectors:
+            found = (self.projectors[str(index)](found[0]), *found[1:])
+        return tuple(unit(upcast(tensor)) for tensor in found) if loss.unit else found
+
+    def _learned_by(self, index: int) -> list[tuple[str, Any]]:
+        """The numbers that one term learns, by the parameter that each stands for."""
+        learned: Any = self.learned
+        return list(learned[str(index)].items()) if str(index) in learned else []
+
+    def _learned(self) -> dict[str, Any]:
+        """``PARAMETER/NAME`` -> each number that is learned."""
+        return {
+            f"{key}/{self._names[int(index)]}": number
+            for index in self.learned
+            for key, number in self._learned_by(int(index))
+        }
+
+    def _parts(self) -> list[Part]:
+        return [part for part in self.parts.values() if isinstance(part, Part)]
 
 
-def _rows(term: TermConfig, batch: Batch, reads: Mapping[str | None, Sequence[str]]) -> Tensor | None:
-    """The rows a term is about: those that have its modalities, and one that its teacher reads; None for all."""
+def _names(terms: Sequence[TermConfig]) -> list[str]:
+    """The names under which terms are logged, no two alike."""
     names: list[str] = []
-    if term.task and "." in term.task:
-        names = [term.task.split(".")[1]]
-    elif term.embedding:
-        names = term.embedding.split(",")
-    elif term.taps:
-        paths = [path.partition(":")[0].split(".") for path in dict.fromkeys(term.taps.values())]
-        names = [path[1] for path in paths if path[0] in ("encoders", "necks", "token_necks")]
-    masks = [batch.present[name] for name in dict.fromkeys(names) if name in batch.present]
-    theirs = reads.get(term.teacher, ()) if needs_teacher([term]) else ()
-    if theirs and not batch.present.keys() <= set(theirs):  # else every row has one of them
-        masks.append(torch.stack([batch.present[name] for name in theirs]).any(dim=0))
-    if not masks:
-        return None
-    keep = torch.stack(masks).all(dim=0)
-    return None if bool(keep.all()) else keep
+    for index, term in enumerate(terms):
+        names.append(term.name if term.name not in names else f"{term.name}#{index}")
+    return names
 
 
-def _num_rows(term: TermConfig, batch: Batch, reads: Mapping[str | None, Sequence[str]]) -> int:
-    """How many rows a term averages over."""
-    rows = _rows(term, batch, reads)
-    counted = torch.ones_like(batch.ids, dtype=torch.bool) if rows is None else rows
-    if LOSSES[term.loss].kind in LABELS:
-        counted = counted & (batch.targets[str(term.task).split(".")[0]] != IGNORE)
-    return int(counted.sum())
+def _moving(term: TermConfig) -> dict[str, Any]:
+    """The parameters that a term's loss is called with, schedules among them."""
+    moving = settings(LOSSES[term.loss])[1]
+    given = {name: value for name, value in term.params.items() if name in moving and value != LEARNED}
+    return {name: as_schedule(value, name) if isinstance(value, dict) else value for name, value in given.items()}
 
 
-def _feature(term: TermConfig, outputs: Outputs, side: Literal["student", "teacher"]) -> Tensor:
-    teacher = term.teacher if side == "teacher" else None
-    if term.taps is not None:
-        return _pick(outputs.features, of_teacher(term.taps[side], teacher), term.name)
-    return _pick(outputs.embeddings, of_teacher(str(term.embedding), teacher), term.name)
-
-
-def _pair(term: TermConfig, outputs: Outputs, teacher: str | None = None) -> tuple[Tensor, ...]:
-    """The term's two embeddings, normalised in float32 at least: halves have a norm of 1 within 1e-3 only."""
-    names = [of_teacher(name, teacher) for name in str(term.embedding).split(",")]
-    return tuple(F.normalize(upcast(_pick(outputs.embeddings, name, term.name)), dim=-1) for name in names)
-
-
-def _check_widths(term: TermConfig, student: Outputs, teacher: Outputs) -> None:
-    for name, own, given in zip(
-        str(term.embedding).split(","), _pair(term, student), _pair(term, teacher, term.teacher), strict=True
-    ):
-        if own.shape[-1] != given.shape[-1]:
-            raise UserError(
-                f"term {term.name!r} compares embeddings of one width, and {name!r} has {own.shape[-1]} in the student "
-                f"and {given.shape[-1]} in the teacher; give both one width, or use a relational loss "
-                "(clip_relational_ce, clip_relational_kl, siglip_relational)"
-            )
-
-
-def _pick(tensors: dict[str, Tensor], name: str, term: str) -> Tensor:
-    if name not in tensors:
-        raise UserError(f"term {term!r}: the model gives no {name!r}; {nearest(name, tensors)}")
-    return tensors[name]
-
-
-def _projector(name: str, student: Tensor, teacher: Tensor) -> nn.Module | None:
-    """The projector from the student's feature to the teacher's: none, linear, or a 1x1 convolution."""
-    if student.shape[1:] == teacher.shape[1:]:
-        return None
-    if student.ndim == teacher.ndim == 4 and student.shape[2:] == teacher.shape[2:]:
-        return nn.Conv2d(student.shape[1], teacher.shape[1], kernel_size=1)
-    if student.ndim == teacher.ndim and student.shape[1:-1] == teacher.shape[1:-1]:
-        return nn.Linear(student.shape[-1], teacher.shape[-1])
-    shapes = f"{list(student.shape[1:])} and {list(teacher.shape[1:])}"
-    raise UserError(f"term {name!r}: no projector fits features of shapes {shapes}; choose taps of equal layout")
+def _mixed(term: TermConfig, loss: Loss, num_teachers: int) -> Mixed:
+    function: Any = loss.function
+    options = {"relational": loss.relational, "reads_labels": loss.kind in LABELS}
+    return Mixed(function, term.mix or MixConfig(), num_teachers, **options)
 
 
 def _zero(arguments: list[Tensor]) -> Tensor:

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import IGNORE
+from distill.losses.bounds import AtLeastZero, Temperature
 from distill.losses.numeric import full_precision
 
 
 @full_precision
 def multilabel_kd(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *, temperature: Temperature = 1.0
 ) -> Tensor:
     """KD for independent classes: the KL of each class's two outcomes (Yang et al. 2023, arXiv 2308.06453).
 
@@ -41,7 +42,9 @@ def multilabel_kd(
 
 
 @full_precision
-def regression_kd(student_values: Tensor, teacher_values: Tensor, targets: Tensor, *, margin: float = 0.0) -> Tensor:
+def regression_kd(
+    student_values: Tensor, teacher_values: Tensor, targets: Tensor, *, margin: AtLeastZero = 0.0
+) -> Tensor:
     """Regression bounded by the teacher: no loss where the student is better than the teacher by a margin.
 
     ``mean_b (e_s if e_s + margin > e_t else 0)`` with the squared errors against the *targets*,
@@ -72,7 +75,7 @@ def regression_kd(student_values: Tensor, teacher_values: Tensor, targets: Tenso
 
 
 @full_precision
-def ctkd(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor, *, strength: float = 1.0) -> Tensor:
+def ctkd(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor, *, strength: AtLeastZero = 1.0) -> Tensor:
     """KD at a learned temperature that makes the task harder (CTKD: Li et al. 2023, arXiv 2211.16231).
 
     ``mean_b T_b² · KL(softmax(t_b / T_b) || softmax(s_b / T_b))``, minimised by the student and, through

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.losses.bounds import AtLeastZero, Count, Positive, Temperature
 from distill.losses.numeric import full_precision, unit
 
 
@@ -20,10 +21,10 @@ def rkd(
     student_vec: Tensor,
     teacher_vec: Tensor,
     *,
-    distance_weight: float = 25.0,
-    angle_weight: float = 50.0,
+    distance_weight: AtLeastZero = 25.0,
+    angle_weight: AtLeastZero = 50.0,
     squared: bool = False,
-    eps: float = 1e-12,
+    eps: Positive = 1e-12,
 ) -> Tensor:
     """Relational KD: distances between pairs and angles in triples of rows (Park et al. 2019, arXiv 1904.05068).
 
@@ -73,7 +74,7 @@ def sp(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 
 
 @full_precision
-def pkt(student_vec: Tensor, teacher_vec: Tensor, *, eps: float = 1e-7) -> Tensor:
+def pkt(student_vec: Tensor, teacher_vec: Tensor, *, eps: Positive = 1e-7) -> Tensor:
     """Probabilistic knowledge transfer: KL between distributions over neighbours (Passalis & Tefas 2018, arXiv
     1803.10837).
 
@@ -101,7 +102,7 @@ def pkt(student_vec: Tensor, teacher_vec: Tensor, *, eps: float = 1e-7) -> Tenso
 
 @full_precision
 def cckd(
-    student_vec: Tensor, teacher_vec: Tensor, *, gamma: float = 0.4, max_p: int = 2, squared: bool = False
+    student_vec: Tensor, teacher_vec: Tensor, *, gamma: AtLeastZero = 0.4, max_p: Count = 2, squared: bool = False
 ) -> Tensor:
     """Correlation congruence: Gaussian kernels between rows (Peng et al. 2019, arXiv 1904.01802).
 
@@ -141,8 +142,8 @@ def crd(
     num_rows: int,
     student_constant: float | Tensor,
     teacher_constant: float | Tensor,
-    temperature: float = 0.07,
-    eps: float = 1e-7,
+    temperature: Temperature = 0.07,
+    eps: AtLeastZero = 1e-7,
 ) -> Tensor:
     """Contrastive representation distillation against memory banks (Tian et al. 2020, arXiv 1910.10699).
 
@@ -151,6 +152,12 @@ def crd(
     ``-mean_b [log h_0 / (h_0 + K/n + eps) + Σ_{k=1..K} log (K/n) / (h_k + K/n + eps)]``. This is binary (NCE), not
     InfoNCE: Z is a constant (:func:`crd_constant`, set in the first step and kept), and the positive too is the bank's
     entry of the row, not the other model's embedding of now. Computed from logarithms, so no similarity is too large.
+
+    What the negatives are is the caller's. The authors' code asks for labels: negatives are rows of *other classes*,
+    without repetition where these suffice, and the positive is the row itself (``exact``, their default) or a row
+    of its class (``relax``). Its memory alone draws from all rows, the row itself included, with repetition.
+    :class:`~distill.losses.memories.Crd` is ``exact`` and needs no labels: from all rows but the row itself, with
+    repetition, so that rows of its class are among the negatives.
 
     Args:
         student_vec: L2-normalised [B, D], behind a learned projection.
@@ -181,7 +188,7 @@ def crd(
 
 
 @full_precision
-def crd_constant(anchors: Tensor, bank: Tensor, *, num_rows: int, temperature: float = 0.07) -> Tensor:
+def crd_constant(anchors: Tensor, bank: Tensor, *, num_rows: int, temperature: Temperature = 0.07) -> Tensor:
     """The constant Z of :func:`crd`: ``n · mean exp(<x, m> / T)`` over the first batch and its entries of the bank.
 
     Args:
@@ -202,8 +209,8 @@ def queue_kl(
     teacher_vec: Tensor,
     queue: Tensor,
     *,
-    student_temperature: float = 0.2,
-    teacher_temperature: float = 0.01,
+    student_temperature: Temperature = 0.2,
+    teacher_temperature: Temperature = 0.01,
 ) -> Tensor:
     """SEED: how alike a row is to stored embeddings of the teacher (Fang et al. 2021, arXiv 2101.04731).
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import UserError
+from distill.losses.bounds import Count
 from distill.losses.numeric import full_precision
 
 
@@ -52,7 +53,7 @@ def attention_transfer(student_scores: Tensor, teacher_scores: Tensor, mask: Ten
 
 @full_precision
 def minilm_relations(
-    student_vectors: Tensor, teacher_vectors: Tensor, mask: Tensor | None = None, *, heads: int = 12
+    student_vectors: Tensor, teacher_vectors: Tensor, mask: Tensor | None = None, *, heads: Count = 12
 ) -> Tensor:
     """Self-attention relations: how the tokens' queries, keys or values relate (MiniLMv2: Wang et al. 2021, arXiv
     2012.15828).

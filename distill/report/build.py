@@ -12,6 +12,7 @@ from distill.report import details
 from distill.report.context import BASELINE, STUDENT, TEACHER, ModelEntry, ReportContext, shipped
 from distill.report.evidence import TaskEvidence, pairs
 from distill.report.headline import headline
+from distill.report.retrieval import retrieval
 
 SCHEMA_VERSION = 1
 
@@ -46,6 +47,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
             for evidence in evidences
             if model.name in evidence.logits and reference.name in evidence.logits
         ],
+        "retrieval": retrieval(context),
         **_details(context, evidences, focus),
         "curves": context.curves,
         "costs": context.costs,

@@ -217,8 +217,12 @@ def _settings(reports: Sequence[Report], names: Sequence[str]) -> list[dict[str,
 
 def _warnings(reports: Sequence[Report], names: Sequence[str], groups: list[str]) -> list[str]:
     found = []
-    prints = {report["data"].get("fingerprint") for report in reports}
-    if len(prints) > 1:
+    prints, tests = ([r["data"].get(key) for r in reports] for key in ("fingerprint", "test_fingerprint"))
+    if None not in tests and len(set(tests)) > 1:
+        found.append(
+            "The runs do not share their test rows (ids, classes, texts, images): accuracies may differ by that."
+        )
+    if None in tests and len(set(prints)) > 1:
         found.append("The runs do not share one data fingerprint: their test rows may differ, so may their accuracies.")
     seen: dict[tuple[Any, ...], str] = {}
     for report, name, group in zip(reports, names, groups, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.metrics import Floats, Integers
+from distill.retrieval import Pairs
 
 TEACHER, BASELINE, STUDENT, PRUNED = "teacher", "baseline", "student", "pruned"
 """Names of the models that the report compares all others with."""
@@ -28,6 +29,7 @@ class ModelEntry:
         runtime: what ran it, for example ``pytorch`` or ``onnxruntime``.
         logits: task -> float32 [N, C] on the test rows.
         subsets: modality -> task -> float32 [N, C], predicted from that modality alone.
+        embeddings: "image" and "text" -> float32 [N, D], where retrieval is measured.
         num_params: parameters of the whole model.
         flops: floating-point operations of one row (a multiply-add counts as two).
         size_bytes: bytes on disk.
@@ -43,6 +45,7 @@ class ModelEntry:
     runtime: str
     logits: Logits
     subsets: Mapping[str, Logits] = field(default_factory=dict)
+    embeddings: Mapping[str, Floats] = field(default_factory=dict)
     num_params: int | None = None
     flops: int | None = None
     size_bytes: int | None = None
@@ -65,14 +68,16 @@ class ReportContext:
         targets: task -> int64 [N], IGNORE where a row has no label.
         groups: int64 [N]; rows of a group are resampled together.
         ids: int64 [N].
+        pairs: which images and texts of the rows belong together; None where retrieval is not measured.
         models: in the order of the tables.
-        data: what is known about the data, JSON values: rows a split, fingerprint, licences.
+        data: what is known about the data, JSON values: rows a split, licences, ``fingerprint``, and
+            ``test_fingerprint`` of the test rows alone.
         seeds: all seeds of the run.
         versions: package or tool -> version.
-        curves: model -> one dict an epoch, with ``epoch``, ``train_loss`` and ``valid/<task>_accuracy``.
+        curves: model -> one dict an epoch, with ``epoch``, ``step``, ``train_loss`` and ``valid/<task>_accuracy``.
         costs: stage -> ``{"seconds", "cpu_seconds"}``.
         cache: what the teacher cache cost, JSON values; keys ending in ``bytes`` or ``seconds`` are shown as such.
-        teachers: further teacher that the student learnt from -> ``{"run", "fingerprint"}`` of where it was fitted.
+        teachers: further teacher that the student learnt from -> ``{"run", "stage", "fingerprint"}`` of its fit.
         parity: bundle -> what its export gate measured, JSON values.
         examples: shows a row to a human; None for none.
         num_examples: largest number of regressions shown.
@@ -88,6 +93,7 @@ class ReportContext:
     groups: Integers
     ids: Integers
     models: Sequence[ModelEntry]
+    pairs: Pairs | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

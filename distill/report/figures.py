@@ -79,14 +79,16 @@ def against(report: dict[str, Any], task: str, measure: str) -> Markup:
 
 
 def learning_curves(report: dict[str, Any], task: str | None) -> Markup:
-    """Draw validation accuracy on a task, or the training loss if ``task`` is None, for each trained model."""
+    """Draw validation accuracy on a task, "recall@1", or the training loss if ``task`` is None, for trained models."""
     colour = slots([m["name"] for m in report["models"]] + [n for n in report["curves"] if n not in _names(report)])
-    series = {name: _series(epochs, task) for name, epochs in report["curves"].items()}
+    entries = [entry for epochs in report["curves"].values() for entry in epochs]
+    unit = "step" if all("step" in entry for entry in entries) else "epoch"  # models may have epochs of other lengths
+    series = {name: _series(epochs, task, unit) for name, epochs in report["curves"].items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return Markup("")
     values = [value for points in series.values() for _, value in points]
-    loss = task is None
+    loss, what = task is None, "recall@1" if task == "recall@1" else "accuracy"
     left, right, top, bottom = 44.0, WIDTH - _label_space(list(series)) - 4, 12.0, 230.0
     steps = [step for points in series.values() for step, _ in points]
     x = Scale(min(steps), max(max(steps), min(steps) + 1), left, right)
@@ -94,8 +96,8 @@ def learning_curves(report: dict[str, Any], task: str | None) -> Markup:
     write = formats.significant if loss else formats.percent_number
     parts = [*_rows(y, left, right, write), *_columns(x, top, bottom, _whole, grid=False)]
     parts += [
-        _y_title("training loss" if loss else "validation accuracy, %", top),
-        _x_title(left, "epoch", bottom + 36),
+        _y_title("training loss" if loss else f"validation {what}, %", top),
+        _x_title(left, unit, bottom + 36),
     ]
     reaching = [name for name, points in series.items() if x(points[-1][0]) > right - 8]
     heights = spread([y(series[name][-1][1]) for name in reaching], LABEL_HEIGHT, top, bottom)
@@ -110,7 +112,7 @@ def learning_curves(report: dict[str, Any], task: str | None) -> Markup:
         else:
             others = [[(x(s), y(v)) for s, v in series[other]] for other in series if other != name]
             parts.append(_end_label(name, pixels[-1], others))
-    title = "Training loss by epoch" if loss else f"Validation accuracy on {task} by epoch"
+    title = f"Training loss by {unit}" if loss else f"Validation {what} on {task} by {unit}"
     return figure(WIDTH, bottom + 42, title, *parts)
 
 
@@ -142,13 +144,13 @@ def _end_label(name: str, end: tuple[float, float], others: list[list[tuple[floa
     return text(end[0], max(above, below, key=room), name, anchor="middle", class_="halo")
 
 
-def _series(epochs: list[dict[str, Any]], task: str | None) -> list[tuple[float, float]]:
-    keys = ("train_loss",) if task is None else (f"valid/{task}_accuracy", f"valid/{task}/accuracy")
+def _series(epochs: list[dict[str, Any]], task: str | None, unit: str) -> list[tuple[float, float]]:
+    keys = ("train_loss",) if task is None else (f"valid/{task}_accuracy", f"valid/{task}/accuracy", f"valid/{task}")
     found = []
     for number, epoch in enumerate(epochs):
         value = next((epoch[key] for key in keys if isinstance(epoch.get(key), int | float)), None)
         if value is not None:
-            found.append((float(epoch.get("epoch", number)), float(value)))
+            found.append((float(epoch.get(unit, number)), float(value)))
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from distill.report import formats
 from distill.report.context import BASELINE, STUDENT, TEACHER
+from distill.retrieval import ZERO_SHOT
 
 Model = dict[str, Any]
 
@@ -18,8 +19,8 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
     tasks = list(report["tasks"])
     main = models.get(STUDENT) or models.get(report["shipped"] or "")
     title = f"{report['name']}: quality, size and speed of {len(models)} model{'s' * (len(models) != 1)}"
-    if main and TEACHER in models and tasks:
-        title = "; ".join(_title_parts(models, main, models[report["shipped"]], tasks[0])) or title
+    if main and TEACHER in models and (tasks or report["retrieval"]):
+        title = "; ".join(_title_parts(report, models, main, models[report["shipped"]])) or title
     return {"title": title, "findings": _findings(report, models, tasks), "figures": _figures(report, models, tasks)}
 
 
@@ -36,20 +37,29 @@ def _number(model: Model | None, path: tuple[str, ...]) -> float | None:
     return value
 
 
-def _title_parts(models: dict[str, Model], main: Model, ships: Model, task: str) -> list[str]:
+def kept_of_teacher(report: dict[str, Any], model: Model) -> tuple[float | None, str]:
+    """Return what a model keeps of the teacher's quality, and what that is: of the first task, or else retrieval."""
+    tasks = list(report["tasks"])
+    if any(not task.endswith(ZERO_SHOT) for task in tasks):
+        return _number(model, ("quality", tasks[0], "retention")), f"{tasks[0]} accuracy"
+    found = [each["models"].get(model["name"], {}).get("retention") for each in report["retrieval"].values()]
+    return (None if None in found or not found else sum(found) / len(found)), "recall@1, the mean of both directions"
+
+
+def _title_parts(report: dict[str, Any], models: dict[str, Model], main: Model, ships: Model) -> list[str]:
     teacher, parts = models[TEACHER], []
-    kept = _number(main, ("quality", task, "retention"))
+    kept, what = kept_of_teacher(report, main)
     fewer = ratio(main, teacher, "num_params")
     if kept is not None:
         smaller = f" with 1/{fewer:.0f} of the parameters" if fewer and fewer >= 1.5 else ""
         subject = "A student" if main["name"] == STUDENT else f"The {main['name']} model"
         verb = "keeps" if kept <= 1 else "reaches"
-        parts.append(f"{subject}{smaller} {verb} {formats.percent(kept)} of the teacher's {task} accuracy")
+        parts.append(f"{subject}{smaller} {verb} {formats.percent(kept)} of the teacher's {what}")
     gains = [_gain(ratio(ships, teacher, "size_bytes"), "smaller", "larger")]
     gains.append(_gain(ratio(ships, teacher, "latency_ms", "p50"), "faster", "slower"))
     gained = " and ".join(gain for gain in gains if gain)
     said = [f"is {gained}"] if gained else []
-    if ships is not main and (bundle := _number(ships, ("quality", task, "retention"))) is not None:
+    if ships is not main and (bundle := kept_of_teacher(report, ships)[0]) is not None:
         said.insert(0, f"keeps {formats.percent(bundle)}")
     if said:
         kind = "bundle" if ships["source"] else "model"
@@ -70,6 +80,16 @@ def compare(report: dict[str, Any], model: str, reference: str, task: str) -> di
     return next((c for c in report["comparisons"] if (c["model"], c["reference"], c["task"]) == wanted), None)
 
 
+def found_better(report: dict[str, Any], model: str, reference: str) -> list[dict[str, Any]]:
+    """Return the comparisons of two models' recall@1 in both directions, each with what it is about as its ``task``."""
+    return [
+        {**c, "task": f"recall@1, {direction.replace('_', ' ')}"}
+        for direction, each in report["retrieval"].items()
+        for c in each["comparisons"]
+        if (c["model"], c["reference"]) == (model, reference)
+    ]
+
+
 def is_clear(comparison: dict[str, Any]) -> bool:
     """Return whether the interval of a difference leaves out zero."""
     interval = comparison["ci95"]
@@ -83,6 +103,7 @@ def _findings(report: dict[str, Any], models: dict[str, Model], tasks: list[str]
 
 def _distillation(report: dict[str, Any], tasks: list[str]) -> str:
     results = [c for task in tasks if (c := compare(report, STUDENT, BASELINE, task))]
+    results += found_better(report, STUDENT, BASELINE)
     if not results or any(c["difference"] is None for c in results):
         return ""
     said = ", ".join(
@@ -103,11 +124,15 @@ def _distillation(report: dict[str, Any], tasks: list[str]) -> str:
 def _export(report: dict[str, Any], models: dict[str, Model], tasks: list[str]) -> str:
     ships = models.get(report["shipped"] or "")
     source = ships and ships["source"]
-    results = [c for task in tasks if ships and source and (c := compare(report, ships["name"], source, task))]
-    if not ships or not results or any(c["difference"] is None for c in results):
+    if not ships or not source:
+        return ""
+    results = [c for task in tasks if (c := compare(report, ships["name"], source, task))]
+    results += found_better(report, ships["name"], source)
+    if not results or any(c["difference"] is None for c in results):
         return ""
     said = ", ".join(
-        f"{formats.points(c['difference'])} points on {c['task']} ({formats.percent(c['agreement'])} same answers)"
+        f"{formats.points(c['difference'])} points on {c['task']}"
+        + (f" ({formats.percent(c['agreement'])} same answers)" if "agreement" in c else "")
         for c in results
     )
     lost = any(is_clear(c) and c["difference"] < 0 for c in results)
@@ -130,6 +155,11 @@ def _figures(report: dict[str, Any], models: dict[str, Model], tasks: list[str])
     if not ships:
         return []
     figures = [_accuracy_figure(ships, task) for task in tasks[:2] if task in ships["quality"]]
+    figures += [
+        _recall_figure(direction, each["models"][ships["name"]])
+        for direction, each in report["retrieval"].items()
+        if ships["name"] in each["models"]
+    ]
     for what, path, write, better, worse in (
         ("Size", ("size_bytes",), formats.size, "smaller", "larger"),
         ("Latency, median", ("latency_ms", "p50"), formats.milliseconds, "faster", "slower"),
@@ -140,12 +170,23 @@ def _figures(report: dict[str, Any], models: dict[str, Model], tasks: list[str])
             gain = _gain(ratio(ships, teacher, *path), better, worse)
             detail = f"{gain} than the teacher ({write(_number(teacher, path))})" if gain else ""
             figures.append({"label": what, "value": write(value), "detail": detail})
-    distilled = compare(report, STUDENT, BASELINE, tasks[0]) if tasks else None
+    gains = [compare(report, STUDENT, BASELINE, task) for task in tasks] + found_better(report, STUDENT, BASELINE)
+    distilled = next(filter(None, gains), None)
     if distilled:
-        detail = f"points on {tasks[0]}, student against baseline; {LEVEL}: {formats.points_range(distilled['ci95'])}"
+        interval = formats.points_range(distilled["ci95"])
+        detail = f"points on {distilled['task']}, student against baseline; {LEVEL}: {interval}"
         gained = formats.points(distilled["difference"])
         figures.append({"label": "Gain from the teacher", "value": gained, "detail": detail})
     return figures
+
+
+def _recall_figure(direction: str, found: dict[str, Any]) -> dict[str, str]:
+    recall, kept = found["recall@1"], found["retention"]
+    detail = f"{LEVEL}: {formats.percent_range(recall['ci95'])}"
+    if kept is not None:
+        detail += f"; {formats.percent(kept)} of the teacher's"
+    label = f"Recall@1, {direction.replace('_', ' ')}"
+    return {"label": label, "value": formats.percent(recall["value"]), "detail": detail}
 
 
 def _accuracy_figure(ships: Model, task: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from distill.report import detail_figures, figures, formats
 from distill.report.build import build_report
 from distill.report.context import ReportContext
-from distill.report.headline import is_clear
+from distill.report.headline import is_clear, kept_of_teacher
 from distill.report.svg import slots
 from distill.runs import atomic, write_json
 
@@ -62,17 +62,21 @@ def terminal_table(report: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    tasks = list(report["tasks"])
-    table = Table(caption="accuracy in %, ± half of the 95 % interval; 1 MB = 1,000,000 bytes", caption_justify="left")
+    tasks, directions = list(report["tasks"]), report["retrieval"]
+    measured = " and ".join([*(["accuracy"] if tasks else []), *(["recall@1"] if directions else [])])
+    caption = f"{measured} in %, ± half of the 95 % interval; 1 MB = 1,000,000 bytes"
+    table = Table(caption=caption, caption_justify="left")
     table.add_column("model", no_wrap=True)
-    for title in ("params", "size", "p50", *tasks, "kept"):
+    for title in ("params", "size", "p50", *tasks, *(formats.label(name) for name in directions), "kept"):
         table.add_column(Text(title), justify="right", no_wrap=True)
     for model in report["models"]:
         qualities = [model["quality"].get(task, {}) for task in tasks]
         accuracies = [
             f"{formats.percent_number(q.get('accuracy'))} {formats.half_width(q.get('ci95'))}" for q in qualities
         ]
-        kept = formats.percent(qualities[0].get("retention") if qualities else None)
+        recalls = [each["models"].get(model["name"], {}).get("recall@1", {}) for each in directions.values()]
+        accuracies += [f"{formats.percent_number(r.get('value'))} {formats.half_width(r.get('ci95'))}" for r in recalls]
+        kept = formats.percent(kept_of_teacher(report, model)[0])
         cost = (formats.count(model["num_params"]), formats.size(model["size_bytes"]))
         latency = formats.milliseconds(model["latency_ms"]["p50"])
         style = "bold" if model["name"] == report["shipped"] else None

@@ -1,0 +1,172 @@
+"""Models that other runs have fitted: found in those runs' folders and rebuilt.
+
+A recipe names them under ``teachers``, each the teacher of its run, or with ``stage`` its student, before or after
+pruning, or its baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.build import Model, input_spec
+from distill.config import ModelConfig, Recipe
+from distill.contracts import Artifact, UserError
+from distill.data.prepared import LABELS_FILE
+from distill.runs import MANIFEST, find, fingerprint, read_json, sha256_file
+from distill.workspace import BASELINE, PRUNED, STUDENT, TEACHER, WEIGHTS_FILE, Registry, Workspace
+
+Labels = Mapping[str, Sequence[str]]
+"""Task -> names of its classes, in order of label."""
+RESOLVED_FILE, TOKENIZER = "recipe.resolved.json", "tokenizer"
+ORIGIN = "origin"
+"""In the info of a stage that fits a model: what :func:`origin` returned."""
+VERBS = {TEACHER: "cache", BASELINE: "export", STUDENT: "train", PRUNED: "prune"}
+"""Stage that fits a model -> the verb that runs a recipe so far."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model in the folder of the run that fitted it.
+
+    Attributes:
+        name: what this run's recipe calls it.
+        folder: that run's.
+        stage: of that run, which fitted it.
+        recipe: that run's.
+        labels: those of that run's data.
+        fingerprint: of that stage.
+        weights_sha256: of its weights.
+        tokenizer: hash of the file that it was fitted with; empty if it reads no text.
+    """
+
+    name: str
+    folder: Path
+    stage: str
+    recipe: Recipe
+    labels: Labels
+    fingerprint: str
+    weights_sha256: str
+    tokenizer: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """What it is made of, before pruning."""
+        return _config(self.recipe, self.stage)
+
+    @property
+    def modalities(self) -> list[str]:
+        """What it reads."""
+        return list(self.config.encoders)
+
+    @property
+    def tasks(self) -> list[str]:
+        """What it has heads for."""
+        return list(self.config.heads or self.labels) if self.config.fusion else []
+
+    def columns(self, labels: Labels) -> dict[str, list[int]]:
+        """Each task whose classes have the same names as in ``labels`` -> its column of each class there, in order."""
+        theirs = {task: {name: column for column, name in enumerate(self.labels[task])} for task in self.tasks}
+        shared = [task for task in theirs if theirs[task].keys() == set(labels.get(task, ()))]
+        return {task: [theirs[task][name] for name in labels[task]] for task in shared}
+
+    def model(self, encoders: Registry) -> Model:
+        """The model with its fitted weights, in eval mode and without gradients.
+
+        Raises:
+            UserError: weights do not fit, pretrained parts are not there, or its tokenizer is another one by now.
+        """
+        read = ("data", "vocabulary", "inherit", self.stage)
+        done = {stage: Artifact(stage, self.folder / stage, self.fingerprint) for stage in read}
+        try:
+            model = Workspace(self.recipe, encoders, {}, done, quiet=True).model(self.stage)
+        except UserError as error:  # which speaks of the other run's recipe
+            raise UserError(f"teachers.{self.name}.run: {self.folder}: {error}") from error
+        if _tokenizer(model) != self.tokenizer:
+            raise UserError(
+                f"teachers.{self.name}.run: its tokenizer has changed or gone since it was fitted; {_again(self.stage)}"
+            )
+        return model.requires_grad_(False)
+
+
+def _config(recipe: Recipe, stage: str) -> ModelConfig:
+    return recipe.teacher if stage == TEACHER else recipe.student
+
+
+def _model(stage: str) -> str:
+    return "pruned student" if stage == PRUNED else stage
+
+
+def _again(stage: str) -> str:
+    return f"run its recipe again (`distill {VERBS[stage]} RECIPE`)"
+
+
+def origin(recipe: Recipe, labels: Labels, model: Model, stage: str) -> dict[str, str]:
+    """What the model that a stage has fitted is rebuilt from, beside its weights, as hashes.
+
+    The recipe in a run's folder may change while its models stay. Many changes would not fit the weights, but some
+    would, in silence.
+    """
+    return {**_described(recipe, labels, stage), TOKENIZER: _tokenizer(model)}
+
+
+def _described(recipe: Recipe, labels: Labels, stage: str) -> dict[str, str]:
+    unrelated = {"train", "baseline", "objective", "inherit", "pretrain", "class_names"}
+    config = _config(recipe, stage)
+    model = config.model_dump(exclude=unrelated, exclude_defaults=True)  # later versions add keys
+    for part in model["encoders"].values():
+        part.pop("weights", None)  # where they lay before the fit; the model's own file has them
+    parts = [model, list(config.encoders), recipe.data.working_size]
+    return {RESOLVED_FILE: fingerprint(parts), f"data/{LABELS_FILE}": fingerprint(labels)}
+
+
+def _tokenizer(model: Model) -> str:
+    file = input_spec(model).tokenizer
+    return sha256_file(file) if file is not None and file.is_file() else ""
+
+
+def find_fitted(name: str, recipe: Recipe, *, verify: bool = False) -> Fitted:
+    """Read what the folder of another run says about one of its models.
+
+    Args:
+        name: one of the recipe's ``teachers``.
+        recipe: this run's.
+        verify: compare the hashes of the model's files too.
+
+    Raises:
+        UserError: there is no such finished model, or something has changed since it was fitted.
+    """
+    folder, stage, where = Path(recipe.teachers[name].run), recipe.teachers[name].stage, f"teachers.{name}.run"
+    if not (folder / stage / MANIFEST).is_file():
+        raise UserError(
+            f"{where}: {folder} holds no finished {_model(stage)}; give the folder OUTPUT/NAME of a run that has "
+            f"fitted one (`distill {VERBS[stage]} RECIPE`)"
+        )
+    try:
+        manifest = read_json(folder / stage / MANIFEST)
+        key, noted = manifest["fingerprint"], dict(manifest["info"].get(ORIGIN, {}))
+        weights = manifest["files"][WEIGHTS_FILE]["sha256"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not what a run wrote
+        raise UserError(f"{where}: {folder / stage / MANIFEST} is damaged; {_again(stage)}") from error
+    if not noted:
+        raise UserError(
+            f"{where}: the {_model(stage)} in {folder} was fitted by an earlier version, which did not note from what; "
+            f"{_again(stage)} with --force {stage}"
+        )
+    if verify and find(folder / stage, stage, key) is None:
+        raise UserError(f"{where}: files in {folder / stage} have changed since they were written; {_again(stage)}")
+    try:
+        theirs = Recipe.model_validate(read_json(folder / RESOLVED_FILE))
+        labels = read_json(folder / "data" / LABELS_FILE)
+        found = _described(theirs, labels, stage)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{where}: {RESOLVED_FILE} or data/{LABELS_FILE} in {folder} is absent or damaged; {_again(stage)}"
+        ) from error
+    for file, value in found.items():
+        if noted.get(file) != value:
+            raise UserError(
+                f"{where}: {folder / file} has changed since the {_model(stage)} there was fitted; {_again(stage)}"
+            )
+    return Fitted(name, folder, stage, theirs, labels, key, weights, noted.get(TOKENIZER, ""))

@@ -1,0 +1,216 @@
+"""What the taps of terms may name: each module of a model whose output is a tensor, with its shape.
+
+Shapes come from one forward of the model, with initial weights where it has no others to load, on made-up inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill.build import example_batch, input_spec
+from distill.check import check_parts
+from distill.config import ModelConfig, Part, Recipe, nearest
+from distill.contracts import Batch, UserError
+from distill.data.prepared import LABELS_FILE
+from distill.layouts import IMAGE, grid_of, layout_of, modality_of
+from distill.multimodal import evaluating, tapped_tensor
+from distill.runs import read_json
+from distill.towers import frozen_towers
+from distill.workspace import TEACHER, untrained
+
+ROWS, LENGTH, CLASSES = 3, 7, 2  # of the made-up inputs; classes where nobody has counted them yet
+KINDS = {"map_last": "map, channels last"}
+ENCODERS = "encoders."
+NAMED = {"fusion": 1, "unimodal_heads": 3}
+"""Part of a model -> steps of a path that name it, where these are not 2 (``heads.TASK``)."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module whose output a term may read.
+
+    Attributes:
+        path: what ``taps`` names.
+        shape: of its output, a row.
+        kind: vector, tokens, map, attention or other; of an image's tokens also how they lie.
+        num_params: its parameters, those of modules inside it too.
+        module: its class.
+        inside: how many levels it lies inside a numbered layer of an encoder, or inside fusion, neck or head.
+        trivial: it has no parameters and gives the shape it was given, as activations and dropout do.
+    """
+
+    path: str
+    shape: list[int]
+    kind: str
+    num_params: int
+    module: str
+    inside: int
+    trivial: bool
+
+
+def inspect_models(
+    recipe: Recipe, names: Sequence[str], encoders: Mapping[str, Callable[..., Any]], *, part: bool = False
+) -> dict[str, Any]:
+    """Build the models of a recipe and list their taps.
+
+    Args:
+        recipe: validated by its schema.
+        names: "student", "teacher" or both.
+        encoders: encoder type -> class.
+        part: the model is a part alone, and the rest of the recipe is not its own.
+
+    Returns:
+        name -> ``num_params``, ``notes`` and ``taps``, or ``missing`` where weights are not there that say how one of
+        two models is built.
+
+    Raises:
+        UserError: a part is wrong, or the only model asked for cannot be built.
+    """
+    found: dict[str, Any] = {}
+    for name in names:
+        config = getattr(recipe, name)
+        counts, notes = _classes(recipe, config, part=part)
+        check_parts(config, name, encoders, recipe, list(counts))
+        try:
+            model = untrained(_without_weights(config), name, encoders, counts)
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            found[name] = {"missing": str(error)}
+            continue
+        spec = input_spec(model)
+        batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
+        inputs = [f"images of {recipe.data.working_size} pixels"] if spec.image else []
+        inputs += [f"texts of {batch.inputs['text'].shape[1]} tokens"] if spec.tokenizer else []
+        notes = [f"shapes are those of {' and '.join(inputs)}", *notes]
+        notes += [f"encoders.{bare} is built without its weights, which change no shape" for bare in _bare(config)]
+        for tower in frozen_towers(model) if name == TEACHER else ():
+            notes.append(
+                f"encoders.{tower} is frozen: its outputs are kept and its modules do not run beside a student; tap "
+                f"encoders.{tower}, its tokens"
+            )
+        num_params = sum(parameter.numel() for parameter in model.parameters())
+        found[name] = {"num_params": num_params, "notes": notes, "taps": list_taps(model, batch)}
+    return found
+
+
+def list_taps(model: nn.Module, batch: Batch) -> list[Tap]:
+    """The modules of a model that give a tensor with the batch's rows first: encoders, then what reads them."""
+    found: dict[str, Tap] = {}
+
+    def reader(path: str) -> Callable[[nn.Module, Any, object], None]:
+        def read(module: nn.Module, args: Any, output: object) -> None:
+            feature = tapped_tensor(output)
+            if feature is None or not feature.is_floating_point() or feature.ndim < 2 or len(feature) != len(batch.ids):
+                return
+            found[path] = _tap(path, module, args[0] if args else None, feature)
+
+        return read
+
+    hooks = [module.register_forward_hook(reader(path)) for path, module in model.named_modules() if path]
+    with evaluating(model):
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    in_order = [found[path] for path, _ in model.named_modules() if path in found]
+    return sorted(in_order, key=lambda tap: not tap.path.startswith(ENCODERS))
+
+
+def chosen(taps: Sequence[Tap], pattern: str, depth: int) -> list[Tap]:
+    """Those whose path holds a text or matches a pattern with ``*``; without one, what is not trivial down to a depth.
+
+    Raises:
+        UserError: the pattern matches none.
+    """
+    if not pattern:
+        return [tap for tap in taps if not tap.trivial and tap.inside <= depth]
+    whole = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    matching = [tap for tap in taps if fnmatchcase(tap.path, whole)]
+    if not matching:
+        hint = nearest(pattern, {piece for tap in taps for piece in tap.path.split(".") if not piece.isdigit()})
+        raise UserError(f"--filter {pattern!r}: no module path has this in it; {hint}")
+    return matching
+
+
+def as_json(found: Mapping[str, Any], pattern: str, depth: int) -> dict[str, Any]:
+    """The listing as JSON values, of the taps that are :func:`chosen`."""
+    return {
+        name: model | {"taps": [asdict(tap) for tap in chosen(model["taps"], pattern, depth)]}
+        if "taps" in model
+        else model
+        for name, model in found.items()
+    }
+
+
+def render(found: Mapping[str, Any], pattern: str, depth: int) -> list[str]:
+    """The listing as lines, of the taps that are :func:`chosen`."""
+    lines: list[str] = []
+    for name, model in found.items():
+        if "missing" in model:
+            lines.append(f"{name}: not listed: {model['missing']}")
+            continue
+        taps = chosen(model["taps"], pattern, depth)
+        lines += [f"{name}: {model['num_params']:,} parameters", *(f"  ({note})" for note in model["notes"])]
+        cells = [(tap.path, "x".join(map(str, tap.shape)), f"{tap.num_params:,}", tap.kind) for tap in taps]
+        head = ("tap", "shape a row", "parameters", "kind")
+        wide = [max(len(row[column]) for row in (head, *cells)) for column in range(3)]
+        lines += [
+            f"  {row[0]:<{wide[0]}}  {row[1]:>{wide[1]}}  {row[2]:>{wide[2]}}  {row[3]}" for row in (head, *cells)
+        ]
+        more = len(model["taps"]) - len(taps)
+        if more and not pattern:
+            lines.append(f"  {more} more inside these: --depth {depth + 1}, or --filter TEXT")
+    return lines
+
+
+def _tap(path: str, module: nn.Module, given: object, feature: Tensor) -> Tap:
+    num_params = sum(parameter.numel() for parameter in module.parameters())
+    layout, modality = layout_of(feature, modality_of(path)), modality_of(path)
+    kind = KINDS.get(layout, layout)
+    grid = grid_of(feature, modality)
+    if layout == "tokens" and modality == IMAGE and grid is not None:
+        kind = f"tokens, {grid.height}x{grid.width}" + (f" behind {grid.before}" if grid.before else "")
+    alike = isinstance(given, Tensor) and given.shape == feature.shape
+    trivial = alike and not num_params and layout != "attention"
+    return Tap(path, list(feature.shape[1:]), kind, num_params, type(module).__name__, _inside(path), trivial)
+
+
+def _inside(path: str) -> int:
+    steps = path.split(".")
+    if path.startswith(ENCODERS):
+        numbered = next((place for place, step in enumerate(steps) if step.isdigit()), len(steps))
+        return max(0, len(steps) - 1 - numbered)
+    owner = steps[2:] if steps[0] == "others" else steps  # of an ensemble's further members
+    return max(0, len(owner) - NAMED.get(owner[0], 2))
+
+
+def _classes(recipe: Recipe, config: ModelConfig, *, part: bool) -> tuple[dict[str, int], list[str]]:
+    """Task -> number of classes, and what to say of it; nothing of a model without heads."""
+    if config.fusion is None:
+        return {}, []
+    labels = Path(recipe.output) / recipe.name / "data" / LABELS_FILE
+    if not part and labels.is_file():
+        return {task: len(names) for task, names in read_json(labels).items()}, []
+    tasks = list(config.heads or ({} if part else recipe.data.targets))
+    if not tasks:
+        terms = getattr(config, "objective", [])
+        tasks = list(dict.fromkeys(str(term.task).partition(".")[0] for term in terms if term.task)) or ["task"]
+    note = f"heads are shown with {CLASSES} classes: no run has counted those of the data yet"
+    return dict.fromkeys(tasks, CLASSES), [note]
+
+
+def _without_weights(config: Any) -> Any:
+    """The same model with initial weights wherever its builder can do without."""
+    parts = {name: Part(type=part.type, **{**part.params, "pretrained": False}) for name, part in _bare(config).items()}
+    return config.model_copy(update={"encoders": {**config.encoders, **parts}})
+
+
+def _bare(config: ModelConfig) -> dict[str, Part]:
+    """Encoders that load weights only if they are told to."""
+    return {name: part for name, part in config.encoders.items() if part.params.get("pretrained")}
