@@ -2,8 +2,8 @@
 
 The quick start's student starts from scratch (nothing is inherited, and there is no transfer set) and learns from
 labels, or from labels and one method. All arms of a seed share the teacher, the rows, their order and views, and the
-number of steps. Each method is tried at its usual weight and at a third and three times that; the validation rows of
-the first seed choose. Test rows are read once a seed for what was chosen. A training that fails is listed as such.
+number of steps. Each method is tried at each of ``--factors`` times its usual weight; the validation rows of the first
+seed choose. Test rows are read once a seed for what was chosen. A training that fails is listed as such.
 
 What is finished is kept, so a second call only prints.
 """
@@ -11,7 +11,6 @@ What is finished is kept, so a second call only prints.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,22 +18,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-import students
-from benchmarks.seed_tables import add_outputs, mean_and_half, put_out, table
-from distill import evaluate, pipeline
-from distill.build import input_spec
+from benchmarks.seed_tables import add_outputs, put_out, table
+from benchmarks.student_arms import columns, run_arm, titles
 from distill.config import Recipe, TermConfig
-from distill.contracts import IGNORE, TEST, VALID, UserError
+from distill.contracts import UserError
 from distill.recipe import load_recipe
-from distill.report import formats
-from distill.report.compare import t_interval
-from distill.runs import find, fingerprint, finish, start
-from distill.step import TrainingError
-from distill.workspace import STUDENT, Workspace
 
-VERSION = 1  # raised when the code changes what is trained
 FACTORS = (1 / 3, 1.0, 3.0)  # of a method's usual weights
 NONE, RECIPE = "none (labels alone)", "quick start's objective"
 TASKS, EMBEDDINGS = ("category", "subcategory"), ("fused", "image", "text")
@@ -130,24 +119,6 @@ METHODS = (
 )
 
 
-@dataclass(frozen=True)
-class Result:
-    """How an arm of a seed ended.
-
-    Attributes:
-        accuracy: split -> task -> share of right predictions; empty where the training failed.
-        failure: why it failed.
-    """
-
-    accuracy: dict[str, dict[str, float]]
-    failure: str = ""
-
-    @property
-    def chosen_by(self) -> float:
-        """What the weight is chosen by: the mean over tasks on the validation rows."""
-        return fmean(self.accuracy[VALID].values()) if self.accuracy else -1.0
-
-
 def seed_recipe(seed: int, output: str, overrides: Sequence[str]) -> Recipe:
     """The quick start from scratch; its cache holds what any method reads."""
     own = [f"seed={seed}", f"name=kd_methods-seed{seed}", f"output={output}", f"cache.taps=[{', '.join(STAGES)}]"]
@@ -155,39 +126,9 @@ def seed_recipe(seed: int, output: str, overrides: Sequence[str]) -> Recipe:
     return load_recipe("quickstart", [*scratch, *overrides, *own])
 
 
-def run_arm(recipe: Recipe, name: str, objective: list[TermConfig]) -> Result:
-    """Train the student with an objective, or find what came of it."""
-    changed = recipe.model_copy(update={"student": recipe.student.model_copy(update={"objective": objective})})
-    key = fingerprint(VERSION, changed.model_dump())
-    place = pipeline.run_folder(recipe) / "methods" / re.sub(r"[^\w.]+", "_", name)
-    artifact = find(place, name, key)
-    if artifact is None:
-        start(place, key)
-        try:
-            found = {"accuracy": _accuracy(changed), "failure": ""}
-        except (TrainingError, UserError) as error:
-            found = {"accuracy": {}, "failure": str(error)}
-        artifact = finish(place, name, key, found)
-    return Result(**artifact.info)
-
-
-def _accuracy(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Split -> task -> accuracy of a student that the pipeline trains."""
-    work = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, pipeline.run(recipe, until=STUDENT))
-    model, data, found = work.model(STUDENT), work.data(), {}
-    for split in (VALID, TEST):
-        loader = work.clean_loader(split, input_spec(model), STUDENT)
-        predicted = evaluate.predict_torch(model, evaluate.clean_batches(loader, STUDENT))
-        rows = data.rows(split)
-        targets = {task: np.asarray(values[rows]) for task, values in data.targets.items()}
-        found[split] = {
-            task: float((predicted[f"logits.{task}"].argmax(axis=1) == labels)[labels != IGNORE].mean())
-            for task, labels in targets.items()
-        }
-    return found
-
-
-def measure(recipes: Sequence[Recipe], methods: Sequence[Method]) -> list[dict[str, Any]]:
+def measure(
+    recipes: Sequence[Recipe], methods: Sequence[Method], factors: Sequence[float] = FACTORS
+) -> list[dict[str, Any]]:
     """Every arm: its name, what it compares, the factor chosen, and its results seed by seed."""
     first = recipes[0]
     labels, whole = list(first.student.baseline), list(first.student.objective)
@@ -195,8 +136,8 @@ def measure(recipes: Sequence[Recipe], methods: Sequence[Method]) -> list[dict[s
     for name, objective in ((NONE, labels), (RECIPE, whole)):
         arms.append({"name": name, "on": "", "factor": None, "runs": [run_arm(r, name, objective) for r in recipes]})
     for method in methods:
-        tried = {f: run_arm(first, f"{method.name} x{f:.2g}", method.objective(labels, f)) for f in FACTORS}
-        best = max(FACTORS, key=lambda factor: tried[factor].chosen_by)
+        tried = {f: run_arm(first, f"{method.name} x{f:.2g}", method.objective(labels, f)) for f in factors}
+        best = max(factors, key=lambda factor: tried[factor].chosen_by)
         objective = method.objective(labels, best)
         runs = [tried[best], *(run_arm(r, f"{method.name} x{best:.2g}", objective) for r in recipes[1:])]
         arms.append({"name": method.name, "on": method.on, "factor": best, "runs": runs})
@@ -208,33 +149,19 @@ def markdown(arms: Sequence[dict[str, Any]], command: str) -> str:
     against = arms[0]["runs"]
     seeds = len(against)
     ranked = sorted(arms, key=lambda arm: -fmean(run.chosen_by for run in arm["runs"]))
-    rows = [[arm["name"], arm["on"], _weight(arm), *_columns(arm["runs"], against)] for arm in ranked]
-    titles = ["method", "on", "weight", "validation, %"]
-    titles += [f"{task}, {what}" for task in TASKS for what in ("%", "points against labels alone")]
+    head = ["method", "on", "weight", *titles(against, "labels alone")]
+    rows = [[arm["name"], arm["on"], _weight(arm), *columns(arm["runs"], against)] for arm in ranked]
     about = (
         f"The quick start's student from scratch, {seeds} seeds, each with a teacher of its own, on test rows. ± is\n"
         "half of the 95 % t-interval over seeds; differences are paired, with their interval. Weight: times the usual\n"
-        "one, chosen on the validation rows of the first seed. The mean over tasks and seeds there orders the table."
+        "one; where several were tried, the one that was best on the validation rows of the first seed. The mean over\n"
+        "tasks and seeds there orders the table."
     )
-    return "\n\n".join(["# Methods of distillation", f"    {command}", about, table(titles, rows)]) + "\n"
+    return "\n\n".join(["# Methods of distillation", f"    {command}", about, table(head, rows)]) + "\n"
 
 
 def _weight(arm: dict[str, Any]) -> str:
     return "" if arm["factor"] is None else {1 / 3: "1/3"}.get(arm["factor"], f"{arm['factor']:g}")
-
-
-def _columns(runs: Sequence[Result], against: Sequence[Result]) -> list[str]:
-    failures = [run.failure for run in runs if run.failure]
-    if failures:
-        return [f"failed in {len(failures)} of {len(runs)}: {failures[0]}", *[""] * 2 * len(TASKS)]
-    cells = [formats.percent_number(fmean(run.chosen_by for run in runs))]
-    for task in TASKS:
-        ours, theirs = ([run.accuracy[TEST][task] for run in some] for some in (runs, against))
-        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-        interval = formats.points_range(t_interval(gaps)) if len(gaps) > 1 else ""
-        difference = f"{formats.points(fmean(gaps))} ({interval})" if interval else formats.points(fmean(gaps))
-        cells += [mean_and_half(ours), "" if runs is against else difference]
-    return cells
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -246,6 +173,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe, such as student.train.epochs=5")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on")
+    parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, metavar="F", help="on the usual weights")
     parser.add_argument("--methods", nargs="*", choices=[method.name for method in METHODS], metavar="NAME")
     parser.add_argument("--output", default="runs/kd_methods", help="folder of the runs")
     add_outputs(parser)
@@ -256,7 +184,11 @@ def main(arguments: Sequence[str]) -> None:
     """Train what is not trained yet, and print the table."""
     options = parse(arguments)
     methods = [method for method in METHODS if options.methods is None or method.name in options.methods]
-    arms = measure([seed_recipe(seed, options.output, options.overrides) for seed in range(options.seeds)], methods)
+    arms = measure(
+        [seed_recipe(seed, options.output, options.overrides) for seed in range(options.seeds)],
+        methods,
+        options.factors,
+    )
     command = shlex.join(["python", "-m", "benchmarks.kd_methods", *arguments])
     text = markdown(arms, command)
     shown = [{**arm, "runs": [vars(run) for run in arm["runs"]]} for arm in arms]

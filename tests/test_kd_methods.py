@@ -9,7 +9,8 @@ import pytest
 
 import students
 from benchmarks import kd_methods
-from benchmarks.kd_methods import FACTORS, METHODS, NONE, RECIPE, Method, Result, seed_recipe
+from benchmarks.kd_methods import FACTORS, METHODS, NONE, RECIPE, Method, seed_recipe
+from benchmarks.student_arms import Result
 from distill import pipeline
 from distill.check import check_recipe
 from distill.config import Recipe, TermConfig

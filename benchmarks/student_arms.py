@@ -1,0 +1,104 @@
+"""A recipe's student trained with one objective or another, and how often it is right: what studies compare."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+import students
+from benchmarks.seed_tables import mean_and_half
+from distill import evaluate, pipeline
+from distill.build import input_spec
+from distill.config import Recipe, TermConfig
+from distill.contracts import IGNORE, TEST, VALID, UserError
+from distill.report import formats
+from distill.report.compare import t_interval
+from distill.runs import find, fingerprint, finish, start
+from distill.step import TrainingError
+from distill.workspace import STUDENT, Workspace
+
+VERSION = 1  # raised when the code changes what is trained
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an arm of a seed ended.
+
+    Attributes:
+        accuracy: split -> task -> share of right predictions; empty where the training failed.
+        failure: why it failed.
+    """
+
+    accuracy: dict[str, dict[str, float]]
+    failure: str = ""
+
+    @property
+    def chosen_by(self) -> float:
+        """What settings are chosen by: the mean over tasks on the validation rows."""
+        return fmean(self.accuracy[VALID].values()) if self.accuracy else -1.0
+
+
+def run_arm(recipe: Recipe, name: str, objective: list[TermConfig]) -> Result:
+    """Train the recipe's student with an objective, or find what came of it."""
+    changed = recipe.model_copy(update={"student": recipe.student.model_copy(update={"objective": objective})})
+    key = fingerprint(VERSION, changed.model_dump())
+    place = pipeline.run_folder(recipe) / "arms" / re.sub(r"[^\w.]+", "_", name)
+    artifact = find(place, name, key)
+    if artifact is None:
+        start(place, key)
+        try:
+            found = {"accuracy": _accuracy(changed), "failure": ""}
+        except (TrainingError, UserError) as error:
+            found = {"accuracy": {}, "failure": str(error)}
+        artifact = finish(place, name, key, found)
+    return Result(**artifact.info)
+
+
+def _accuracy(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Split -> task -> accuracy of a student that the pipeline trains."""
+    work = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, pipeline.run(recipe, until=STUDENT))
+    model, data, found = work.model(STUDENT), work.data(), {}
+    for split in (VALID, TEST):
+        loader = work.clean_loader(split, input_spec(model), STUDENT)
+        predicted = evaluate.predict_torch(model, evaluate.clean_batches(loader, STUDENT))
+        rows = data.rows(split)
+        targets = {task: np.asarray(values[rows]) for task, values in data.targets.items()}
+        found[split] = {
+            task: float((predicted[f"logits.{task}"].argmax(axis=1) == labels)[labels != IGNORE].mean())
+            for task, labels in targets.items()
+        }
+    return found
+
+
+def columns(runs: Sequence[Result], against: Sequence[Result]) -> list[str]:
+    """Cells of a table: validation, then each task on the test rows, with points against another arm seed by seed.
+
+    Args:
+        runs: of an arm, one a seed.
+        against: of the other, in the same order; an arm has no points against itself.
+
+    Returns:
+        The cells that :func:`titles` names; where a training failed, why, and empty ones.
+    """
+    tasks = list(against[0].accuracy[TEST])
+    failures = [run.failure for run in runs if run.failure]
+    if failures:
+        return [f"failed in {len(failures)} of {len(runs)}: {failures[0]}", *[""] * 2 * len(tasks)]
+    cells = [formats.percent_number(fmean(run.chosen_by for run in runs))]
+    for task in tasks:
+        ours, theirs = ([run.accuracy[TEST][task] for run in some] for some in (runs, against))
+        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+        interval = formats.points_range(t_interval(gaps)) if len(gaps) > 1 else ""
+        difference = f"{formats.points(fmean(gaps))} ({interval})" if interval else formats.points(fmean(gaps))
+        cells += [mean_and_half(ours), "" if runs is against else difference]
+    return cells
+
+
+def titles(against: Sequence[Result], name: str) -> list[str]:
+    """The titles of :func:`columns` against an arm of that name."""
+    tasks = against[0].accuracy[TEST]
+    return ["validation, %", *(f"{task}, {what}" for task in tasks for what in ("%", f"points against {name}"))]
