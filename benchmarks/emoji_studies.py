@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.seed_tables import add_outputs, put_out, table
-from benchmarks.student_arms import Result, columns, run_arm, titles
+from benchmarks.student_arms import Result, columns, run_arm, titles, weighted
 from distill.config import Recipe, TermConfig
 from distill.contracts import UserError
 from distill.losses.terms import needs_teacher
@@ -69,8 +69,7 @@ def objective(factor: float = 1.0) -> Callable[[Recipe], Terms]:
 
     def scaled(recipe: Recipe) -> Terms:
         return [
-            term.model_copy(update={"weight": term.weight * factor}) if needs_teacher([term]) else term
-            for term in recipe.student.objective
+            one for term in recipe.student.objective for one in weighted([term], factor if needs_teacher([term]) else 1)
         ]
 
     return scaled
@@ -123,7 +122,7 @@ Options = argparse.Namespace
 def train(name: str, seed: int, arm: str, trial: Trial, options: Options) -> Result:
     """Train a study's student with a seed as a trial says, or find it trained."""
     study = STUDIES[name]
-    own = [f"seed={seed}", f"name={name}-seed{seed}", f"output={options.output}"]
+    own = [f"seed={seed}", f"name={study.recipe}-seed{seed}", f"output={options.output}"]
     recipe = load_recipe(study.recipe, [*study.overrides, *trial.overrides, *options.overrides, *own])
     return run_arm(recipe, f"{arm}, {trial.shown}", trial.objective(recipe))
 

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.seed_tables import add_outputs, put_out, table
-from benchmarks.student_arms import columns, run_arm, titles
+from benchmarks.student_arms import columns, run_arm, titles, weighted
 from distill.config import Recipe, TermConfig
 from distill.contracts import UserError
 from distill.recipe import load_recipe
@@ -48,7 +48,7 @@ class Method:
     def objective(self, labels: Sequence[TermConfig], factor: float) -> list[TermConfig]:
         """The labels' terms, then its own, at a multiple of their weights."""
         own = [TermConfig.model_validate(term) for term in self.terms]
-        return [*labels, *(term.model_copy(update={"weight": term.weight * factor}) for term in own)]
+        return [*labels, *weighted(own, factor)]
 
 
 def _on_tasks(loss: str, weight: float = 1.0, **params: Any) -> Method:

@@ -42,6 +42,15 @@ class Result:
         return fmean(self.accuracy[VALID].values()) if self.accuracy else -1.0
 
 
+def weighted(terms: Sequence[TermConfig], factor: float) -> list[TermConfig]:
+    """The same terms at a multiple of their weights, none of which has a schedule."""
+    found = []
+    for term in terms:
+        assert isinstance(term.weight, float)
+        found.append(term.model_copy(update={"weight": term.weight * factor}))
+    return found
+
+
 def run_arm(recipe: Recipe, name: str, objective: list[TermConfig]) -> Result:
     """Train the recipe's student with an objective, or find what came of it."""
     changed = recipe.model_copy(update={"student": recipe.student.model_copy(update={"objective": objective})})
