@@ -95,21 +95,22 @@ def image(loss: str, weight: float, **params: Any) -> Terms:
     return [TermConfig(loss=loss, embedding="image", weight=weight, params=params)]
 
 
-SCRATCH = ("student.inherit={}", "student.train.epochs=14", "transfer.texts=12000")
+TEXTS = "transfer.texts=12000"
 STUDIES = {
     "scratch": Study(
         "The quick start's student from scratch: nothing is inherited. With distillation it also reads texts that no\n"
         "one labelled, behind the labelled rows of each batch: training texts with other words.",
         "quickstart",
-        SCRATCH,
+        ("student.inherit={}", "student.train.epochs=14"),
         {
             "labels alone": tuple(
-                Trial(f"lr {rate:g}", baseline, (f"student.train.lr={rate}",)) for rate in (1.5e-3, 3e-3, 6e-3)
+                Trial(f"lr {rate:g}", baseline, (f"student.train.lr={rate}", "transfer.texts=0"))
+                for rate in (1.5e-3, 3e-3, 6e-3)
             ),
             "labels and KD": (
-                Trial("one text a row", objective()),
-                Trial("two texts a row", objective(), ("transfer.ratio=2",)),
-                Trial("two texts a row, weights x3", objective(3.0), ("transfer.ratio=2",)),
+                Trial("one text a row", objective(), (TEXTS,)),
+                Trial("two texts a row", objective(), (TEXTS, "transfer.ratio=2")),
+                Trial("two texts a row, weights x3", objective(3.0), (TEXTS, "transfer.ratio=2")),
             ),
         },
     ),

@@ -14,7 +14,7 @@ from benchmarks.seed_tables import mean_and_half
 from distill import evaluate, pipeline
 from distill.build import input_spec
 from distill.config import Recipe, TermConfig
-from distill.contracts import IGNORE, TEST, VALID, UserError
+from distill.contracts import IGNORE, TEST, VALID
 from distill.report import formats
 from distill.report.compare import t_interval
 from distill.runs import find, fingerprint, finish, start
@@ -52,7 +52,11 @@ def weighted(terms: Sequence[TermConfig], factor: float) -> list[TermConfig]:
 
 
 def run_arm(recipe: Recipe, name: str, objective: list[TermConfig]) -> Result:
-    """Train the recipe's student with an objective, or find what came of it."""
+    """Train the recipe's student with an objective, or find what came of it.
+
+    Raises:
+        UserError: the recipe or the objective is wrong, which no training would change.
+    """
     changed = recipe.model_copy(update={"student": recipe.student.model_copy(update={"objective": objective})})
     key = fingerprint(VERSION, changed.model_dump())
     place = pipeline.run_folder(recipe) / "arms" / re.sub(r"[^\w.]+", "_", name)
@@ -61,7 +65,7 @@ def run_arm(recipe: Recipe, name: str, objective: list[TermConfig]) -> Result:
         start(place, key)
         try:
             found = {"accuracy": _accuracy(changed), "failure": ""}
-        except (TrainingError, UserError) as error:
+        except TrainingError as error:
             found = {"accuracy": {}, "failure": str(error)}
         artifact = finish(place, name, key, found)
     return Result(**artifact.info)
