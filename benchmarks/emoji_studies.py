@@ -75,11 +75,15 @@ def objective(factor: float = 1.0) -> Callable[[Recipe], Terms]:
     return scaled
 
 
-def labels(*terms: Terms, weight: float = 1.0, head: str = "") -> Callable[[Recipe], Terms]:
-    """Labels of each task, then other terms."""
+def joined(*terms: Terms) -> Callable[[Recipe], Terms]:
+    """The same terms in any recipe."""
+    return lambda recipe: [term for some in terms for term in some]
+
+
+def hard(weight: float = 1.0, head: str = "") -> Terms:
+    """Labels, for one head where it is named."""
     smoothing = {"label_smoothing": 0.1}
-    own = [TermConfig(loss="cross_entropy", task=task + head, weight=weight, params=smoothing) for task in TASKS]
-    return lambda recipe: [*own, *(term for some in terms for term in some)]
+    return [TermConfig(loss="cross_entropy", task=task + head, weight=weight, params=smoothing) for task in TASKS]
 
 
 def soft(weight: float = 1.0, head: str = "") -> Terms:
@@ -96,6 +100,40 @@ def image(loss: str, weight: float, **params: Any) -> Terms:
 
 
 TEXTS = "transfer.texts=12000"
+IMAGE_ONLY = (
+    "student=image_only",
+    "student.encoders.image.widths=[16, 32, 48, 64]",
+    "student.encoders.image.blocks=[0, 0, 1, 1]",
+    "student.train.epochs=10",
+    "student.train.keep=last",
+    "student.train.validate_every=10",
+    "transfer.texts=0",
+)
+BOTH_HEADS = ("student.unimodal_heads=true",)
+
+
+def at_rates(shown: Callable[[Recipe], Terms], *overrides: str) -> tuple[Trial, ...]:
+    """An objective at three learning rates."""
+    return tuple(
+        Trial(f"lr {rate:g}", shown, (f"student.train.lr={rate}", *overrides)) for rate in (1.5e-3, 3e-3, 6e-3)
+    )
+
+
+def few_labels(share: float, epochs: int) -> Study:
+    """Labels for some families."""
+    return Study(
+        f"Labels for {share:.0%} of the emoji families. The teacher learns from those alone, and so do the first two\n"
+        "arms; the last one learns from all drawings and names, by what that teacher says of them.",
+        "few_labels",
+        (f"data.labelled={share}", f"teacher.train.epochs={epochs}"),
+        {
+            "labels alone": (Trial("as it is", baseline, ("student.inherit={}",)),),
+            "labels and inheritance": (Trial("as it is", baseline),),
+            "labels, inheritance and KD": (Trial("as it is", objective()),),
+        },
+    )
+
+
 STUDIES = {
     "scratch": Study(
         "The quick start's student from scratch: nothing is inherited. With distillation it also reads texts that no\n"
@@ -103,16 +141,46 @@ STUDIES = {
         "quickstart",
         ("student.inherit={}", "student.train.epochs=14"),
         {
-            "labels alone": tuple(
-                Trial(f"lr {rate:g}", baseline, (f"student.train.lr={rate}", "transfer.texts=0"))
-                for rate in (1.5e-3, 3e-3, 6e-3)
-            ),
+            "labels alone": at_rates(baseline, "transfer.texts=0"),
             "labels and KD": (
                 Trial("one text a row", objective(), (TEXTS,)),
                 Trial("two texts a row", objective(), (TEXTS, "transfer.ratio=2")),
                 Trial("two texts a row, weights x3", objective(3.0), (TEXTS, "transfer.ratio=2")),
             ),
         },
+    ),
+    "image_only": Study(
+        "A small student that sees the image alone, of a teacher that also reads the name, which says more.",
+        "quickstart",
+        IMAGE_ONLY,
+        {
+            "labels alone": at_rates(joined(hard())),
+            "soft labels of image and text": (
+                Trial("x0.3", joined(hard(), soft(0.3))),
+                Trial("x1", joined(hard(), soft())),
+                Trial("x1, labels x0.5", joined(hard(0.5), soft())),
+            ),
+            "soft labels of the image head": (
+                Trial("x1", joined(hard(), soft(1.0, ".image")), BOTH_HEADS),
+                Trial("x3", joined(hard(), soft(3.0, ".image")), BOTH_HEADS),
+                Trial(
+                    "x1, labels on that head too", joined(hard(), hard(head=".image"), soft(1.0, ".image")), BOTH_HEADS
+                ),
+            ),
+            "the image's embedding": (
+                Trial("cosine x1", joined(hard(), image("cosine", 1.0))),
+                Trial("cosine x3", joined(hard(), image("cosine", 3.0))),
+                Trial("cosine x1, rkd x1", joined(hard(), image("cosine", 1.0), image("rkd", 1.0))),
+            ),
+        },
+    ),
+    "few_labels_10": few_labels(0.1, 40),
+    "few_labels_20": few_labels(0.2, 20),
+    "retrieval": Study(
+        "A dual encoder: images find their names, and names their images.",
+        "retrieval",
+        (),
+        {"contrastive alone": at_rates(baseline), "contrastive and KD": at_rates(objective())},
     ),
 }
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
 import students
 from benchmarks.seed_tables import mean_and_half
 from distill import evaluate, pipeline
 from distill.build import input_spec
 from distill.config import Recipe, TermConfig
-from distill.contracts import IGNORE, TEST, VALID
+from distill.contracts import TEST, VALID
+from distill.dual import DualEncoder
 from distill.report import formats
 from distill.report.compare import t_interval
 from distill.runs import find, fingerprint, finish, start
@@ -72,18 +71,22 @@ def run_arm(recipe: Recipe, name: str, objective: list[TermConfig]) -> Result:
 
 
 def _accuracy(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Split -> task -> accuracy of a student that the pipeline trains."""
+    """Split -> task, or direction and recall -> share that a student gets right, which the pipeline trains."""
     work = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, pipeline.run(recipe, until=STUDENT))
-    model, data, found = work.model(STUDENT), work.data(), {}
+    model = work.model(STUDENT)
+    found = {}
     for split in (VALID, TEST):
-        loader = work.clean_loader(split, input_spec(model), STUDENT)
-        predicted = evaluate.predict_torch(model, evaluate.clean_batches(loader, STUDENT))
-        rows = data.rows(split)
-        targets = {task: np.asarray(values[rows]) for task, values in data.targets.items()}
-        found[split] = {
-            task: float((predicted[f"logits.{task}"].argmax(axis=1) == labels)[labels != IGNORE].mean())
-            for task, labels in targets.items()
-        }
+        batches = evaluate.clean_batches(work.clean_loader(split, input_spec(model), STUDENT), STUDENT)
+        if isinstance(model, DualEncoder):
+            recalls = evaluate.validation_recall(model, batches, work.pairs(split))
+            found[split] = {name.removeprefix("valid/"): share for name, share in recalls.items() if "_to_" in name}
+        else:
+            accuracies = evaluate.validation_accuracy(model, batches)
+            found[split] = {
+                name.removeprefix("valid/").removesuffix("_accuracy"): share
+                for name, share in accuracies.items()
+                if name != evaluate.ACCURACY
+            }
     return found
 
 
