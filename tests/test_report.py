@@ -452,6 +452,21 @@ def test_compare_runs():
     assert comparison_table(result).row_count == len(result["accuracy"])
 
 
+def test_compare_shows_recalls():
+    reports, names = runs()
+    for seed, report in enumerate(reports):
+        found = {f"recall@{k}": {"value": k / 20 + seed / 100} for k in (1, 5, 10)}
+        report["retrieval"] = {"image_to_text": {"models": {"student": found}}}
+    result = compare_runs(reports, names)
+    recalls = [entry for entry in result["accuracy"] if "recall" in entry["task"]]
+    assert [(entry["model"], entry["task"]) for entry in recalls] == [
+        ("student", f"image_to_text recall@{k}") for k in (1, 5, 10)
+    ] * 2
+    assert recalls[1]["mean"] == pytest.approx(0.26)
+    (gap,) = (entry for entry in result["differences"] if entry["task"] == "image_to_text recall@1")
+    assert gap["difference"] == pytest.approx(0.03)
+
+
 def test_compare_warns_of_other_data_and_repeated_seeds():
     reports, names = runs()
     reports[1]["data"]["fingerprint"] = "other"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from distill.contracts import UserError
 from distill.report import formats
 from distill.report.formats import DASH
+from distill.retrieval import RECALLS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +39,7 @@ def compare_runs(reports: Sequence[Report], names: Sequence[str]) -> dict[str, A
         names: what to call each run, unique.
 
     Returns:
-        ``runs`` (what each is), ``accuracy`` (a model and task: mean and 95 % t-interval over repetitions, and each
+        ``runs`` (what each is), ``accuracy`` (a model and task, or a recall: mean and 95 % t-interval over repetitions, and each
         run's value), ``differences`` (groups of repetitions against the first group, paired by seed), ``settings``
         (recipe keys whose values differ) and ``warnings``.
 
@@ -97,7 +98,12 @@ def render_comparison(comparison: dict[str, Any]) -> str:
             for r in runs
         ],
     )
-    lines += ["## Accuracy, %", "", "Mean and 95 % t-interval over repetitions (recipes equal but for the seed).", ""]
+    lines += [
+        "## Accuracy and recall, %",
+        "",
+        "Mean and 95 % t-interval over repetitions (recipes equal but for the seed).",
+        "",
+    ]
     lines += _table(
         ["recipe", "model", "task", "runs", "mean", *names], [_accuracy_row(a, names) for a in comparison["accuracy"]]
     )
@@ -118,7 +124,9 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
     from rich.text import Text
 
     names = [run["name"] for run in comparison["runs"]]
-    table = Table(caption="accuracy in %, mean ± half of its 95 % t-interval over repetitions", caption_justify="left")
+    table = Table(
+        caption="accuracy and recall in %, mean ± half of its 95 % t-interval over repetitions", caption_justify="left"
+    )
     for number, title in enumerate(("recipe", "model", "task", "runs", "mean", *names)):
         table.add_column(Text(title), justify="left" if number < 3 else "right")
     for entry in comparison["accuracy"]:
@@ -160,7 +168,7 @@ def _accuracies(reports: Sequence[Report], names: Sequence[str], groups: list[st
     for group in dict.fromkeys(groups):
         members = [(report, name) for report, name, own in zip(reports, names, groups, strict=True) if own == group]
         for model in dict.fromkeys(m["name"] for report, _ in members for m in report["models"]):
-            for task in dict.fromkeys(task for report, _ in members for task in report["tasks"]):
+            for task in dict.fromkeys(task for report, _ in members for task in _measured(report)):
                 values = {name: _value(report, model, task) for report, name in members}
                 known = [value for value in values.values() if value is not None]
                 if known:
@@ -195,7 +203,19 @@ def _by_seed(
     return found
 
 
+def _measured(report: Report) -> list[str]:
+    """The tasks, and the recalls of each direction of retrieval."""
+    recalls = [f"{direction} recall@{k}" for direction in report.get("retrieval", {}) for k in RECALLS]
+    return [*report["tasks"], *recalls]
+
+
 def _value(report: Report, model: str, task: str) -> float | None:
+    """A model's accuracy in a task, or a recall."""
+    direction, _, recall = task.rpartition(" ")
+    retrieval = report.get("retrieval", {})
+    if direction in retrieval:
+        measures = retrieval[direction]["models"].get(model)
+        return float(measures[recall]["value"]) if measures else None
     for entry in report["models"]:
         if entry["name"] == model:
             value: float | None = entry["quality"].get(task, {}).get("accuracy")
