@@ -22,6 +22,11 @@ class TimmEncoder(Encoder):
         size: pixels to which images are resized inside the graph; the model's own size where None.
         freeze: fix the parameters.
         drop_path: stochastic depth rate.
+        classifier: of pretrained weights, the model's head begins with theirs. Classes of the data are in the order of
+            their names, which fits ImageNet's folders ``n01440764``...
+
+    Attributes:
+        own_classifier: "weight" [C, D] and "bias" [C] of the pretrained classifier, until a head has taken them.
     """
 
     mean: Tensor
@@ -35,6 +40,7 @@ class TimmEncoder(Encoder):
         size: int | None = None,
         freeze: bool = False,
         drop_path: float = 0.0,
+        classifier: bool = False,
     ) -> None:
         super().__init__()
         import timm
@@ -43,11 +49,17 @@ class TimmEncoder(Encoder):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
             raise UserError(f"timm has no model {name!r}; similar: {close or 'none'}")
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        takes = classifier and pretrained
         try:
-            self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+            self.net = timm.create_model(
+                name, pretrained=pretrained, **options, **({} if takes else {"num_classes": 0})
+            )
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"timm model {name!r} cannot be created: {reason}") from error
+        self.own_classifier = dict(self.net.get_classifier().state_dict()) if takes else None
+        if takes:
+            self.net.reset_classifier(0)
         config = timm.data.resolve_model_data_config(self.net)
         self.size = size or int(config["input_size"][-1])
         self.out_dim = int(self.net.num_features)
