@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.contracts import UserError
-from distill.multimodal import Encoded, Encoder
+from distill.multimodal import Encoded, Encoder, evaluating
 
 
 class TimmEncoder(Encoder):
@@ -57,17 +57,32 @@ class TimmEncoder(Encoder):
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"timm model {name!r} cannot be created: {reason}") from error
-        self.own_classifier = dict(self.net.get_classifier().state_dict()) if takes else None
-        if takes:
-            self.net.reset_classifier(0)
         config = timm.data.resolve_model_data_config(self.net)
         self.size = size or int(config["input_size"][-1])
+        self.own_classifier = self._without_classifier(name) if takes else None
         self.out_dim = int(self.net.num_features)
         self.frozen = freeze
         self.register_buffer("mean", _channels(config["mean"]), persistent=False)
         self.register_buffer("std", _channels(config["std"]), persistent=False)
         if freeze:
             self.requires_grad_(False)
+
+    def _without_classifier(self, name: str) -> dict[str, Tensor]:
+        """Take the classifier off the net; it has to read what this encoder gives, the mean of the tokens."""
+        layer = self.net.get_classifier()
+        self.net.reset_classifier(0)
+        with evaluating(self.net) as net:
+            pixels = torch.linspace(-1, 1, 3 * self.size**2).view(1, 3, self.size, self.size)
+            features = net.forward_features(pixels)
+            read = net.forward_head(features, pre_logits=True)
+            pooled = self._tokens(features).mean(1)
+        same = read.shape == pooled.shape and torch.allclose(read, pooled, rtol=1e-3, atol=1e-4)
+        if not same or not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"timm model {name!r} has more than a mean over positions before its classifier; set classifier to "
+                "false, and let a head learn"
+            )
+        return dict(layer.state_dict())
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode ``image`` uint8 [B, 3, H, W], or take ``image_encoded`` [B, T, D] computed before."""
@@ -80,7 +95,9 @@ class TimmEncoder(Encoder):
         pixels = image.float() / 255
         if image.shape[-1] != self.size:
             pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        features = self.net.forward_features((pixels - self.mean) / self.std)
+        return self._tokens(self.net.forward_features((pixels - self.mean) / self.std))
+
+    def _tokens(self, features: Tensor) -> Tensor:
         if features.ndim == 3:
             return features
         last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"

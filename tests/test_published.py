@@ -18,6 +18,7 @@ from distill.optimize import lr_factor
 from distill.pipeline import ENCODERS, check
 from distill.recipe import load_recipe
 from distill.schedules import at
+from teachers import TimmEncoder
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 CIFAR, IMAGENET = ("cifar100_kd", "cifar100_dkd"), ("imagenet_kd", "imagenet_dkd", "imagenet_dist")
@@ -134,6 +135,16 @@ def test_a_teacher_with_its_own_classifier_answers_as_its_weights_do(folder, wei
 def test_a_classifier_of_other_classes_is_refused(folder, weights):
     with pytest.raises(UserError, match=r"classifier: it tells 3 classes of one task, and the data has 5 of task 'x'"):
         build_model(load_recipe("imagenet_kd", SMALL["imagenet"]).teacher, ENCODERS, {"x": 5}, "teacher")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "mobilenetv3_small_050"])
+def test_a_classifier_that_reads_something_else_is_refused(name, weights):
+    with pytest.raises(UserError, match=f"{name}' has more than a mean over positions before its classifier"):
+        TimmEncoder(name=name, pretrained=True, classifier=True)
+
+
+def test_a_classifier_without_pretrained_weights_is_none(weights):
+    assert TimmEncoder(name="test_resnet", classifier=True).own_classifier is None
 
 
 @pytest.mark.parametrize(
