@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import numpy as np
 import pytest
 import timm
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from tiny_project import distill, refusal
 
@@ -16,7 +19,7 @@ from distill.build import build_model
 from distill.contracts import UserError
 from distill.optimize import lr_factor
 from distill.pipeline import ENCODERS, check
-from distill.recipe import load_recipe
+from distill.recipe import load_recipe, packaged_configs
 from distill.schedules import at
 from teachers import TimmEncoder
 
@@ -118,6 +121,33 @@ def test_two_steps_of_a_shrunken_copy(name, folder, weights):
     entry = json.loads((run / "student" / "metrics.jsonl").read_text().splitlines()[-1])
     assert entry["step"] == 2 and all(np.isfinite(value) for value in entry.values())
     assert not list((run / "cache").rglob("*.safetensors"))  # 240 views of all rows are not stored
+
+
+def test_the_teacher_of_one_recipe_is_copied_by_the_other_as_its_header_says(folder):
+    overrides = [*SMALL["cifar100"], *SHORT]
+    assert distill("train", "cifar100_kd", *overrides).code == 0
+    again = ["teachers.kd.run=runs/cifar100_kd", "student.objective.1.teacher=kd"]
+    plan = distill("run", "cifar100_dkd", *overrides, *again, "--dry-run")
+    states = {line.split()[0]: line for line in plan.out.splitlines() if line.strip()}
+    assert plan.code == 0, plan.err
+    assert all("to copy" in states[stage] for stage in ("data", "teacher")) and "to do" in states["student"]
+
+
+def test_data_may_be_a_copy_that_save_to_disk_wrote(folder):
+    random = np.random.default_rng(0)
+    features = Features({"img": ImageFeature(), "fine_label": ClassLabel(names=list(CLASSES))})
+
+    def rows(count):
+        pictures = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+        return Dataset.from_dict({"img": pictures, "fine_label": [n % 3 for n in range(count)]}, features=features)
+
+    DatasetDict(train=rows(60), test=rows(12)).save_to_disk(folder / "copy")
+    header = (packaged_configs() / "data" / "cifar100.yaml").read_text().splitlines()
+    (line,) = (line for line in header if line.startswith("#   "))
+    given = shlex.split(line.removeprefix("#").replace("FOLDER", "copy"))
+    answer = distill("run", "cifar100_kd", *given, *SMALL["cifar100"], "data.hold_out=0.3", "--dry-run")
+    assert answer.code == 0, answer.err
+    assert "12 test" in answer.out
 
 
 def test_a_teacher_with_its_own_classifier_answers_as_its_weights_do(folder, weights):
