@@ -69,9 +69,10 @@ class TimmEncoder(Encoder):
 
     def _without_classifier(self, name: str) -> dict[str, Tensor]:
         """Take the classifier off the net; it has to read what this encoder gives, the mean of the tokens."""
-        layer = self.net.get_classifier()
-        self.net.reset_classifier(0)
-        with evaluating(self.net) as net:
+        net: Any = self.net
+        layer = net.get_classifier()
+        net.reset_classifier(0)
+        with evaluating(net):
             pixels = torch.linspace(-1, 1, 3 * self.size**2).view(1, 3, self.size, self.size)
             features = net.forward_features(pixels)
             read = net.forward_head(features, pre_logits=True)
