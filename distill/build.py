@@ -43,6 +43,18 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
         _check_unfused(config, where)
         return
     check_part(FUSIONS, config.fusion, f"{where}.fusion", ("modalities",))
+    plain = FUSIONS[config.fusion.type].plain
+    if plain and len(config.encoders) > 1:
+        raise UserError(
+            f"{where}.fusion: {config.fusion.type} is for models of one modality, and {where} reads "
+            f"{', '.join(config.encoders)}; use concat"
+        )
+    for name, part in config.encoders.items():
+        if part.params.get("classifier") and not plain:
+            raise UserError(
+                f"{where}.encoders.{name}.classifier reads the encoder's own vector, which {config.fusion.type} "
+                f"changes; set {where}.fusion to {{type: pooled}}"
+            )
     for name in config.head_weights:
         if not config.unimodal_heads:
             raise UserError(
@@ -93,18 +105,42 @@ def build_model(
         return DualEncoder(encoders, config.embedding_dim)
     widths = {name: encoder.out_dim for name, encoder in encoders.items()}
     members = config.members if isinstance(config, TeacherConfig) else 1
-    others = [_build_reader(partial(Reader, widths), config, num_classes, where) for _ in range(members - 1)]
-    return _build_reader(partial(MultimodalModel, encoders, others=others), config, num_classes, where)
+    build = partial(_build_reader, config=config, num_classes=num_classes, widths=widths, where=where)
+    model = build(
+        partial(MultimodalModel, encoders, others=[build(partial(Reader, widths)) for _ in range(members - 1)])
+    )
+    for name, encoder in encoders.items():
+        if getattr(encoder, "own_classifier", None) is not None:
+            _take_classifier(encoder, model, f"{where}.encoders.{name}.classifier")
+    return model
+
+
+def _take_classifier(encoder: Any, model: MultimodalModel, where: str) -> None:
+    """Give the only task's head what the encoder's weights were trained with."""
+    heads: dict[str, Any] = dict(model.heads)
+    theirs = len(encoder.own_classifier["weight"])
+    for task, head in heads.items():
+        if len(heads) > 1 or head.linear.out_features != theirs:
+            raise UserError(
+                f"{where}: it tells {theirs} classes of one task, and the data has {head.linear.out_features} of task "
+                f"{task!r}, one of {len(heads)}; name other data, or set it to false"
+            )
+        head.linear.load_state_dict(encoder.own_classifier)
+    encoder.own_classifier = None
 
 
 def _build_reader(
-    make: Callable[..., AReader], config: ModelConfig, num_classes: Mapping[str, int], where: str
+    make: Callable[..., AReader],
+    config: ModelConfig,
+    num_classes: Mapping[str, int],
+    widths: Mapping[str, int],
+    where: str,
 ) -> AReader:
     """Build what reads encoders, itself with them or not."""
     assert config.fusion is not None
     modalities = list(config.encoders)
     fusion = build_part(FUSIONS, config.fusion, f"{where}.fusion", modalities=modalities)
-    dim = int(config.fusion.params["dim"])
+    dim = widths[modalities[0]] if fusion.plain else int(config.fusion.params["dim"])
     parts = config.heads or dict.fromkeys(num_classes, Part(type="classification"))
 
     def head(task: str, part: Part) -> Any:

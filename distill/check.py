@@ -179,7 +179,8 @@ def _check_fit(teacher: TeacherConfig) -> None:
     fixed = teacher.fusion is None and all(
         part.params.get("projected") and part.params.get("freeze", True) for part in parts
     )
-    if not teacher.objective and not fixed:
+    known = all(part.params.get("classifier") and part.params.get("pretrained") for part in parts)
+    if not teacher.objective and not fixed and not known:
         raise UserError("teacher.objective is empty, and the teacher has something to learn; add a term")
     if fixed and teacher.objective and not any(LEARNED in term.params.values() for term in teacher.objective):
         raise UserError("teacher.objective: nothing is left to learn there, as its encoders are frozen; set it to []")

@@ -53,7 +53,9 @@ class ImageAugment(Strict):
     """Replayable image augmentation of uint8 images at working size."""
 
     flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
-    shift: int = Field(0, ge=0)  # largest translation, pixels; the border is filled with the corner's white
+    shift: int = Field(0, ge=0)  # largest translation, pixels
+    fill: Literal["white", "black"] = "white"  # what a shift uncovers
+    crop: float = Field(1.0, gt=0, le=1)  # least share of the area that a random resized crop keeps; 1 crops nothing
     brightness: float = Field(0.0, ge=0, le=1)  # largest relative change
     contrast: float = Field(0.0, ge=0, le=1)  # largest relative change
 
@@ -89,7 +91,11 @@ class DataConfig(Strict):
     split: str = "split"  # column holding train / valid / test
     group: str | None = None  # column whose values stay together in bootstrap intervals
     id: str | None = None  # column of stable integer ids; row numbers where absent
+    hold_out: float = Field(0.0, ge=0, lt=1)  # share of train's groups that are valid's, where the source has no valid
     working_size: int = Field(64, ge=8, le=1024)  # pixels; every image is resized to it before augmentation
+    image_fit: Literal["pad", "crop"] = (
+        "pad"  # an image that is no square is padded with white, or its centre is cut out
+    )
     decode_once: bool = True  # keep images at working size on disk; false: decode them from the source in each epoch
     two_level_order: int = Field(10**8, ge=1)  # training rows above which an epoch's order is blocks, then windows
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
@@ -177,6 +183,7 @@ class TrainConfig(Strict):
     lr: float = Field(1e-3, gt=0)
     lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}  # module-path prefix -> factor on lr; 0 freezes it
     weight_decay: float = Field(0.01, ge=0)
+    decay_vectors: bool = False  # of biases and norms too
     momentum: float = Field(0.9, ge=0, lt=1)  # sgd only
     schedule: Literal["cosine", "constant", "onecycle", "step"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)  # fraction of all steps

@@ -75,8 +75,9 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     encode, batch, tower_bytes = _encoded(teacher, recipe)
     batches = {name: _example(spec, recipe) for name, spec in teachers.specs.items()} | {TEACHER: batch}
     answer = _least_seconds(lambda: teachers(batches)) / ROWS
-    stored = _store_bytes(teachers(batches), train, views, recipe.cache.dtype)
-    if texts:
+    cached = recipe.cache.enabled
+    stored = _store_bytes(teachers(batches), train, views, recipe.cache.dtype) if cached else 0
+    if texts and cached:
         alone = {name: _texts_alone(item) for name, item in batches.items()}
         stored += _store_bytes(teachers(alone), texts, 1, recipe.cache.dtype)
     inputs = len(rows.ids) + train * views
@@ -85,10 +86,11 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     example = _encoded(student, recipe)[1]
     step["student"] = _seconds_a_row(student, example)
     mixed = step["student"] + (recipe.transfer.ratio * _seconds_a_row(student, _texts_alone(example)) if texts else 0)
+    mixed += 0 if cached else answer
     found["seconds"] = {
         "towers": inputs * encode,
         "teacher": _trained(recipe.teacher.train, fitted) * step["teacher"],
-        "cache": train * views * answer + texts * (encode + answer),
+        "cache": train * views * answer + texts * (encode + answer) if cached else 0.0,
         "baseline": _trained(recipe.student.train, learnt) * step["student"],
         "student": _trained(recipe.student.train, learnt) * mixed,
         "pruned": _trained(recipe.prune.train, learnt) * mixed,

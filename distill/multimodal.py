@@ -85,6 +85,14 @@ class Neck(nn.Module):
         return self.linear(self.norm(x))
 
 
+class PlainNeck(Dropout):
+    """The encoder's own vector, in its own width."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return [..., in_dim] as it is."""
+        return x
+
+
 class Reader(nn.Module):
     """Necks, a fusion block, heads and embedders: what answers from encoded modalities.
 
@@ -115,7 +123,9 @@ class Reader(nn.Module):
     ) -> None:
         super().__init__()
         self.head_weights = dict(head_weights or {})
-        self.necks = nn.ModuleDict({name: Neck(width, dim, dropout) for name, width in widths.items()})
+        own, names = fusion.plain, [*widths, "fused"]
+        necks = {name: PlainNeck(dropout) if own else Neck(width, dim, dropout) for name, width in widths.items()}
+        self.necks = nn.ModuleDict(necks)
         by_token = widths if fusion.reads_tokens else {}
         self.token_necks = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(width, dim), Dropout(dropout)) for name, width in by_token.items()}
@@ -123,7 +133,7 @@ class Reader(nn.Module):
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads)
         self.unimodal_heads = nn.ModuleDict({task: nn.ModuleDict(by) for task, by in unimodal_heads.items()})
-        self.embedders = nn.ModuleDict({name: nn.Linear(dim, embedding_dim) for name in [*widths, "fused"]})
+        self.embedders = nn.ModuleDict({n: nn.Identity() if own else nn.Linear(dim, embedding_dim) for n in names})
         self.modality_dropout = modality_dropout
 
     def read(self, encoded: Mapping[str, Encoded], present: dict[str, Tensor]) -> Outputs:

@@ -131,8 +131,8 @@ def check_optimizer(config: TrainConfig, where: str) -> None:
 def build_optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
     """Freeze what ``lr_scale`` sets to 0 and group the rest by learning rate and decay.
 
-    Biases, norms and other one-dimensional parameters are not decayed. A parameter takes the factor of the longest
-    prefix that names it, with or without the leading ``model.``.
+    Biases, norms and other one-dimensional parameters are decayed with ``decay_vectors`` alone. A parameter takes the
+    factor of the longest prefix that names it, with or without the leading ``model.``.
 
     Raises:
         UserError: ``lr_scale`` names no parameter, or the optimizer does not fit (see :func:`check_optimizer`).
@@ -149,8 +149,9 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
         scale = config.lr_scale[max(fitting, key=len)] if fitting else 1.0
         if scale == 0:
             parameter.requires_grad_(False)
+        decayed = config.decay_vectors or parameter.ndim > 1
         if parameter.requires_grad:
-            groups.setdefault((scale, parameter.ndim > 1, parameter in matrices), []).append(parameter)
+            groups.setdefault((scale, decayed, parameter in matrices), []).append(parameter)
     options = [
         {
             "params": parameters,

@@ -37,15 +37,17 @@ class BadInput(UserError):
     """An image that cannot be used; the message is the reason."""
 
 
-def decode_image(source: bytes | str | Path, size: int) -> NDArray[np.uint8]:
-    """Decode an image file to a square of white-padded RGB pixels.
+def decode_image(source: bytes | str | Path, size: int, *, crop: bool = False) -> NDArray[np.uint8]:
+    """Decode an image file to a square of RGB pixels.
 
     The EXIF orientation is applied, transparency is laid on white, the longer side is resized to ``size``
-    (bicubic, aspect kept) and the rest is filled with white on both sides. Of an animation the first frame counts.
+    (bicubic, aspect kept) and the rest is filled with white on both sides; with ``crop`` the shorter side is, and the
+    centre is kept. Of an animation the first frame counts.
 
     Args:
         source: the bytes of an image file, or its path.
         size: side of the result, pixels.
+        crop: cut what is no square instead of padding it.
 
     Returns:
         uint8 array [3, size, size], red first.
@@ -60,7 +62,7 @@ def decode_image(source: bytes | str | Path, size: int) -> NDArray[np.uint8]:
                 raise BadInput(f"image of {width}x{height} pixels is above the limit of {MAX_PIXELS} pixels")
             image.draft("RGB", (2 * size, 2 * size))  # lets a JPEG decode at a fraction of its size
             pixels = _flatten(ImageOps.exif_transpose(image))
-            return np.ascontiguousarray(np.asarray(_square(pixels, size)).transpose(2, 0, 1))
+            return np.ascontiguousarray(np.asarray((_centre if crop else _square)(pixels, size)).transpose(2, 0, 1))
     except BadInput:
         raise
     except FileNotFoundError:
@@ -92,6 +94,13 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     canvas = Image.new("RGB", (size, size), WHITE)
     canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
     return canvas
+
+
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    """Resize the largest square in the middle."""
+    side = min(image.size)
+    left, top = ((whole - side) / 2 for whole in image.size)
+    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
 
 
 class Tokenizer:
@@ -175,11 +184,12 @@ class Preprocessor:
     Attributes:
         image_size: side of the graph's image input, pixels; None for a model without images.
         tokenizer: the model's tokenizer; None for a model without text.
+        crop: whether images that are no squares are cut instead of padded.
     """
 
-    def __init__(self, image_size: int | None, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, image_size: int | None, tokenizer: Tokenizer | None, *, crop: bool = False) -> None:
         """Take the parts; a part that is None is a modality that the model does not read."""
-        self.image_size, self.tokenizer = image_size, tokenizer
+        self.image_size, self.tokenizer, self.crop = image_size, tokenizer, crop
 
     @classmethod
     def load(cls, folder: str | Path) -> Preprocessor:
@@ -192,16 +202,16 @@ class Preprocessor:
         try:
             spec = json.loads(file.read_text(encoding="utf-8"))
             image, text = spec.get("image"), spec.get("text")
-            size = None if image is None else int(image["size"])
+            size, crop = (None, False) if image is None else (int(image["size"]), bool(image.get("crop", False)))
             options = None if text is None else (str(text["tokenizer"]), int(text["max_length"]), int(text["pad_id"]))
         except FileNotFoundError:
             raise UserError(f"no {SPEC_FILE} in {folder}; is it a bundle made by `distill export`?") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is malformed ({error!r}); export the bundle again") from error
         if options is None:
-            return cls(size, None)
+            return cls(size, None, crop=crop)
         name, max_length, pad_id = options
-        return cls(size, Tokenizer(file.parent / Path(name).name, max_length, pad_id))
+        return cls(size, Tokenizer(file.parent / Path(name).name, max_length, pad_id), crop=crop)
 
     def save(self, folder: str | Path) -> None:
         """Write ``preprocess.json`` and copy the tokenizer beside it; the folder is made if absent."""
@@ -209,7 +219,7 @@ class Preprocessor:
         folder.mkdir(parents=True, exist_ok=True)
         spec: dict[str, dict[str, Any]] = {}
         if self.image_size is not None:
-            spec["image"] = {"size": self.image_size}
+            spec["image"] = {"size": self.image_size, **({"crop": True} if self.crop else {})}
         if self.tokenizer is not None:
             spec["text"] = {
                 "tokenizer": TOKENIZER_FILE,
@@ -247,8 +257,7 @@ class Preprocessor:
             feeds["text_present"] = np.array([has_text(text) for text in texts], dtype=bool)
         return feeds
 
-    @staticmethod
-    def _image(number: int, value: Any, size: int) -> NDArray[np.uint8] | None:
+    def _image(self, number: int, value: Any, size: int) -> NDArray[np.uint8] | None:
         if value is None:
             return None
         if isinstance(value, np.ndarray):
@@ -259,7 +268,7 @@ class Preprocessor:
         if not isinstance(value, bytes | str | Path):
             raise BadInput(f"row {number}: image is a {type(value).__name__}; give file bytes, a path or an array")
         try:
-            return decode_image(value, size)
+            return decode_image(value, size, crop=self.crop)
         except BadInput as error:
             raise BadInput(f"row {number}: {error}") from error
 

@@ -2,8 +2,8 @@
 
 ``data:``, ``teacher:`` and ``student:`` hold a mapping, or name a part file: a path relative to the recipe,
 or a name among the packaged configs (``configs/teachers/NAME.yaml``). Paths of data, weights and other runs start
-from the folder of the file that names them, those on the command line from the working directory; so do runs that a
-packaged recipe names, as its own output lies there.
+from the folder of the file that names them, those on the command line from the working directory; so do the data and
+the runs that a packaged recipe names, as its own output lies there.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def _anchored(recipe: Recipe, files: dict[str, Path], assigned: Iterable[str]) -
         dotted = ".".join(location)
         here = any(dotted == key or dotted.startswith(f"{key}.") for key in assigned)
         file = files.get(location[0], files[""])
-        runs_of_packaged = location[0] == "teachers" and file.is_relative_to(packaged_configs())
-        return Path.cwd() if here or runs_of_packaged else file.parent
+        beside_output = location[0] in ("data", "teachers") and file.is_relative_to(packaged_configs())
+        return Path.cwd() if here or beside_output else file.parent
 
     def absolute(value: Any, *location: str, prefix: str = "") -> Any:
         if isinstance(value, list):

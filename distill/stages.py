@@ -156,8 +156,10 @@ def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Store the teachers' outputs for every training row and view, and for the transfer set."""
+    """Store the teachers' outputs for every training row and view, and for the transfer set, unless they run live."""
     recipe = work.recipe
+    if not recipe.cache.enabled:
+        return {}
     teachers = _teachers(work)
     loader = work.train_loader(teachers.specs, recipe.student.train)
     views = sorted({loader.view(epoch) for epoch in range(recipe.cache.views)})  # the clean one if nothing augments

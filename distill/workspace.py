@@ -273,7 +273,7 @@ class Workspace:
         """The preprocessing that an exported model of this spec needs."""
         size = self.recipe.data.working_size if spec.image else None
         text = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
-        return Preprocessor(size, text)
+        return Preprocessor(size, text, crop=self.recipe.data.image_fit == "crop")
 
 
 def untrained(config: ModelConfig, where: str, encoders: Registry, num_classes: Mapping[str, int]) -> Model:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from students.inherit import encoder_weights, token_embeddings, tower_weights
+from students.resnet import CifarResNet
 from students.text import StaticEmbeddings
 from students.vision import ConvNet
 
 ENCODERS = {
     "convnet": ConvNet,
+    "resnet_cifar": CifarResNet,
     "static_embeddings": StaticEmbeddings,
 }
 
@@ -21,6 +23,7 @@ INHERITANCES: dict[str, Callable[..., Any]] = {
 __all__ = [
     "ENCODERS",
     "INHERITANCES",
+    "CifarResNet",
     "ConvNet",
     "StaticEmbeddings",
     "encoder_weights",

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.contracts import UserError
-from distill.multimodal import Encoded, Encoder
+from distill.multimodal import Encoded, Encoder, evaluating
 
 
 class TimmEncoder(Encoder):
@@ -22,6 +22,11 @@ class TimmEncoder(Encoder):
         size: pixels to which images are resized inside the graph; the model's own size where None.
         freeze: fix the parameters.
         drop_path: stochastic depth rate.
+        classifier: of pretrained weights, the model's head begins with theirs. Classes of the data are in the order of
+            their names, which fits ImageNet's folders ``n01440764``...
+
+    Attributes:
+        own_classifier: "weight" [C, D] and "bias" [C] of the pretrained classifier, until a head has taken them.
     """
 
     mean: Tensor
@@ -35,6 +40,7 @@ class TimmEncoder(Encoder):
         size: int | None = None,
         freeze: bool = False,
         drop_path: float = 0.0,
+        classifier: bool = False,
     ) -> None:
         super().__init__()
         import timm
@@ -43,19 +49,41 @@ class TimmEncoder(Encoder):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
             raise UserError(f"timm has no model {name!r}; similar: {close or 'none'}")
         options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        takes = classifier and pretrained
         try:
-            self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+            self.net = timm.create_model(
+                name, pretrained=pretrained, **options, **({} if takes else {"num_classes": 0})
+            )
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"timm model {name!r} cannot be created: {reason}") from error
         config = timm.data.resolve_model_data_config(self.net)
         self.size = size or int(config["input_size"][-1])
+        self.own_classifier = self._without_classifier(name) if takes else None
         self.out_dim = int(self.net.num_features)
         self.frozen = freeze
         self.register_buffer("mean", _channels(config["mean"]), persistent=False)
         self.register_buffer("std", _channels(config["std"]), persistent=False)
         if freeze:
             self.requires_grad_(False)
+
+    def _without_classifier(self, name: str) -> dict[str, Tensor]:
+        """Take the classifier off the net; it has to read what this encoder gives, the mean of the tokens."""
+        net: Any = self.net
+        layer = net.get_classifier()
+        net.reset_classifier(0)
+        with evaluating(net):
+            pixels = torch.linspace(-1, 1, 3 * self.size**2).view(1, 3, self.size, self.size)
+            features = net.forward_features(pixels)
+            read = net.forward_head(features, pre_logits=True)
+            pooled = self._tokens(features).mean(1)
+        same = read.shape == pooled.shape and torch.allclose(read, pooled, rtol=1e-3, atol=1e-4)
+        if not same or not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"timm model {name!r} has more than a mean over positions before its classifier; set classifier to "
+                "false, and let a head learn"
+            )
+        return dict(layer.state_dict())
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode ``image`` uint8 [B, 3, H, W], or take ``image_encoded`` [B, T, D] computed before."""
@@ -68,7 +96,9 @@ class TimmEncoder(Encoder):
         pixels = image.float() / 255
         if image.shape[-1] != self.size:
             pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
-        features = self.net.forward_features((pixels - self.mean) / self.std)
+        return self._tokens(self.net.forward_features((pixels - self.mean) / self.std))
+
+    def _tokens(self, features: Tensor) -> Tensor:
         if features.ndim == 3:
             return features
         last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"

@@ -102,6 +102,12 @@ def test_paths_start_from_the_file_that_names_them(recipe_file, tmp_path, monkey
     assert load_recipe(recipe_file, ["data.source.path=~/t.csv"]).data.source.params == {"path": f"{Path.home()}/t.csv"}
 
 
+def test_data_of_packaged_recipes_lies_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("cifar100_kd").data.source.params == {"path": f"{tmp_path}/data/cifar100"}
+    assert load_recipe("quickstart").data.source.params == {"path": "sample:emoji"}
+
+
 def test_a_recipe_cannot_be_changed(recipe_file):
     with pytest.raises(ValidationError, match="frozen"):
         load_recipe(recipe_file).seed = 1

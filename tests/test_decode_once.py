@@ -1,11 +1,14 @@
 """Images decoded when they are read are those that were decoded once, in every kind of source."""
 
+import io
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from test_loader import assert_equal
 from test_prepare import config, good_rows, picture, report_of
 from test_tar_shards import config as tar_config
@@ -16,6 +19,7 @@ from distill.contracts import UserError
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepare import prepare
 from distill.data.prepared import PreparedData, SourceImages
+from distill.preprocess import decode_image
 
 AUGMENT = AugmentConfig.model_validate({"image": {"flip": 0.5, "shift": 2}})
 
@@ -68,6 +72,16 @@ def test_batches_are_the_same(tmp_path, write):
     assert once.ids.tolist() == live.ids.tolist() and len(once) == (10 if write is shards else 9)
     for one, other in zip(batches(once), batches(live), strict=True):
         assert_equal(one, other)
+    assert all(np.array_equal(live.images[row], once.images[row]) for row in range(len(once)))
+
+
+def test_images_are_cropped_by_both(tmp_path):
+    rows = good_rows()
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (12, 30, 3), dtype=np.uint8)).save(buffer, "PNG")
+    rows[0]["image"] = buffer.getvalue()
+    once, live = both(tmp_path, table(tmp_path, rows).model_copy(update={"image_fit": "crop"}))
+    assert np.array_equal(once.images[0], decode_image(rows[0]["image"], 8, crop=True))
     assert all(np.array_equal(live.images[row], once.images[row]) for row in range(len(once)))
 
 

@@ -10,7 +10,7 @@ from distill.fusion import FUSIONS, CrossAttentionFusion
 
 DIM, ROWS = 8, 5
 LENGTHS = {"image": 4, "text": 6, "audio": 3}
-BLOCKS = list(FUSIONS)
+BLOCKS = [name for name, block in FUSIONS.items() if not block.plain]
 
 
 def inputs(names, seed=0):
@@ -114,3 +114,14 @@ def test_a_block_that_cannot_be_built_says_why(modalities, params, message):
 def test_one_modality_alone_can_be_concatenated():
     block = fusion("concat", ["image"])
     assert block(*inputs(["image"])).shape == (ROWS, DIM)
+
+
+def test_pooled_is_the_vector_of_the_only_modality_and_zero_where_it_is_absent():
+    block = build_part(FUSIONS, Part(type="pooled"), "student.fusion", modalities=["image"])
+    tokens, masks, pooled, present = inputs(["image"])
+    present["image"] = torch.tensor([True, False, True, True, False])
+    fused = block(tokens, masks, pooled, present)
+    assert torch.equal(fused[present["image"]], pooled["image"][present["image"]])
+    assert (fused[~present["image"]] == 0).all() and not list(block.parameters())
+    with pytest.raises(UserError, match="it reads one modality, and there are image, text; use concat"):
+        build_part(FUSIONS, Part(type="pooled"), "student.fusion", modalities=["image", "text"])

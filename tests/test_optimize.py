@@ -153,3 +153,10 @@ def test_a_step_schedule_falls_at_its_milestones():
     factors = [lr_factor(step, 100, settings) for step in range(100)]
     assert factors[10:50] == [1.0] * 40 and factors[50:75] == [0.2] * 25
     assert factors[75:] == [pytest.approx(0.04)] * 25 and factors[:10] == sorted(factors[:10])
+
+
+@pytest.mark.parametrize(("everything", "decays"), [(False, [0.3, 0.0]), (True, [0.3])])
+def test_norms_and_biases_are_decayed_when_asked_for(everything, decays):
+    made = build_optimizer(torch.nn.Linear(3, 2), config(optimizer="sgd", weight_decay=0.3, decay_vectors=everything))
+    assert [group["weight_decay"] for group in made.param_groups] == decays
+    assert sum(len(group["params"]) for group in made.param_groups) == 2

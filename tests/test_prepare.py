@@ -355,3 +355,41 @@ def test_the_hash_of_a_split_is_that_of_its_rows_alone(prepared):
     swapped = prepared.targets | {"tone": 1 - prepared.targets["tone"]}
     assert replace(prepared, labels=labels, targets=swapped).fingerprint("test") == own  # classes count by name
     assert replace(prepared, labels=labels).fingerprint("test") != own
+
+
+def many_rows(count: int = 400) -> list[dict]:
+    """Rows of train and test, two a family."""
+    rows = good_rows()[:2] * (count // 2)
+    return [
+        {**row, "id": number, "family": f"f{number // 2}", "split": "test" if number % 50 > 47 else "train"}
+        for number, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("group", ["family", None])
+def test_held_out_rows_are_a_share_of_train_in_whole_groups(tmp_path, group):
+    rows = many_rows()
+    found = {}
+    for seed, share in ((0, 0.3), (1, 0.3), (0, 0.4)):
+        place = tmp_path / f"{seed}-{share}"
+        place.mkdir()
+        _, data, _ = run(place, rows, seed=seed, hold_out=share, group=group)
+        found[seed, share] = set(data.ids[data.split == "valid"].tolist())
+        assert {row for row, split in zip(data.ids, data.split, strict=True) if split == "test"} == {
+            row["id"] for row in rows if row["split"] == "test"
+        }
+    assert found[0, 0.3] == found[1, 0.3] < found[0, 0.4]
+    assert 0.2 < len(found[0, 0.3]) / 384 < 0.4
+    halves = {row ^ 1 for row in found[0, 0.3]}
+    assert (halves == found[0, 0.3]) == (group is not None)
+
+
+def test_rows_are_held_out_only_where_there_is_no_valid_split(tmp_path):
+    with pytest.raises(UserError, match=r"data.hold_out is 0.3, and .* has rows of split 'valid'; set it to 0"):
+        run(tmp_path, good_rows(), hold_out=0.3)
+
+
+def test_rows_without_a_label_stay_in_train(tmp_path):
+    rows = [{**row, "label": None, "colour": None} if number < 100 else row for number, row in enumerate(many_rows())]
+    _, data, _ = run(tmp_path, [row for row in rows if row["label"] or row["split"] == "train"], hold_out=0.4)
+    assert data.ids[data.split == "valid"].min() >= 100

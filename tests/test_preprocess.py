@@ -72,6 +72,24 @@ def test_aspect_is_kept_by_white_padding(shape):
     assert (green[:, :4] == 255).all() and (green[:, 12:] == 255).all() and (green[:, 4:12] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (21, 64)])
+def test_cropping_keeps_the_centre_square(shape):
+    whole = noise(*shape)
+    side = min(shape)
+    left, top = ((length - side) // 2 for length in shape)
+    square = whole.crop((left, top, left + side, top + side))
+    found = decode_image(encoded(whole), side, crop=True)
+    if all((length - side) % 2 == 0 for length in shape):
+        assert np.array_equal(found, decode_image(encoded(square), side))
+    assert found.shape == (3, side, side)
+    assert (decode_image(encoded(Image.new("RGB", shape, (255, 0, 0))), 16, crop=True)[1] == 0).all()
+
+
+def test_a_long_thin_image_is_cropped_without_its_length():
+    image = decode_image(encoded(Image.new("RGB", (60_000, 2), (0, 0, 0))), 16, crop=True)
+    assert image.shape == (3, 16, 16) and (image == 0).all()
+
+
 def test_transparency_is_laid_on_white():
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     half.paste((10, 20, 30, 255), (0, 0, 8, 4))
@@ -275,6 +293,14 @@ def test_saved_preprocessing_is_the_same(bert, tmp_path):
     }
     for name, feed in before(rows).items():
         assert np.array_equal(feed, after(rows)[name]), name
+
+
+def test_a_bundle_crops_as_its_training_did(tmp_path):
+    rows = [{"image": encoded(noise(30, 20))}]
+    Preprocessor(16, None, crop=True).save(tmp_path)
+    found = Preprocessor.load(tmp_path)(rows)["image"][0]
+    assert np.array_equal(found, decode_image(rows[0]["image"], 16, crop=True))
+    assert not np.array_equal(found, Preprocessor(16, None)(rows)["image"][0])
 
 
 @pytest.mark.parametrize("content", [None, "nonsense", '{"image": {}}', "[]", '{"text": {"tokenizer": "x"}}'])

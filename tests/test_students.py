@@ -12,7 +12,7 @@ from tiny import SPECIAL, WORDS
 from tokenizers import Tokenizer
 
 from distill.contracts import UserError
-from students import INHERITANCES, ConvNet, StaticEmbeddings, encoder_weights, token_embeddings
+from students import INHERITANCES, CifarResNet, ConvNet, StaticEmbeddings, encoder_weights, token_embeddings
 from students.inherit import embed_tokens, reduce_width, share_rows
 from students.vocabulary import frame_ids, reduce_vocabulary, renumber, word_pieces
 from teachers import PretrainedText
@@ -47,6 +47,40 @@ def test_a_convnet_reads_bytes_centred_on_zero():
 def test_a_convnet_of_unequal_lists_is_refused():
     with pytest.raises(ValueError, match="widths has 2 stages and blocks has 1; give as many of each"):
         ConvNet(widths=[4, 8], blocks=[1])
+
+
+@pytest.mark.parametrize(
+    ("depth", "widths", "millions"),
+    [
+        (8, [32, 64, 128, 256], 1.233540),
+        (32, [32, 64, 128, 256], 7.433860),
+        (20, [16, 16, 32, 64], 0.278324),
+        (56, [16, 16, 32, 64], 0.861620),
+    ],
+)
+def test_resnets_of_cifar_have_the_published_size(depth, widths, millions):
+    encoder = CifarResNet(depth=depth, widths=widths).eval()
+    head = 100 * (widths[-1] + 1)
+    assert sum(p.numel() for p in encoder.parameters()) + head == round(millions * 1e6)
+    assert sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in encoder.modules()) == depth - 1
+    encoded = encoder({"image": images(2)})
+    assert encoded.tokens.shape == (2, 64, widths[-1]) and encoder.out_dim == widths[-1] and encoded.mask.all()
+    torch.testing.assert_close(encoded.pooled, encoded.tokens.mean(1))
+
+
+def test_a_resnet_of_cifar_normalises_bytes():
+    encoder = CifarResNet(depth=8, widths=[4, 4, 4, 4], mean=[0.0, 0.5, 1.0], std=[1.0, 0.5, 2.0]).eval()
+    seen = []
+    encoder.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    encoder({"image": torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)})
+    torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([1.0, 1.0, 0.0]))
+    assert not {"mean", "std"} & encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("options", [{"depth": 9}, {"depth": 2}, {"depth": 8, "widths": [4, 4, 4]}])
+def test_a_resnet_of_another_shape_is_refused(options):
+    with pytest.raises(ValueError, match=r"it is 6n \+ 2|widths are four"):
+        CifarResNet(**options)
 
 
 def test_static_embeddings_are_the_masked_mean_of_the_table(wordpiece_file):

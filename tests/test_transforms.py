@@ -1,5 +1,6 @@
 """Augmentation is a function of (seed, row id, view): golden values, ranges, and no influence of the batch."""
 
+import hashlib
 import time
 
 import numpy as np
@@ -7,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import RandomResizedCrop
 
 from distill.config import ImageAugment
 from distill.contracts import CLEAN_VIEW
-from distill.data.transforms import augment_images, drop_words, hash_uniform
+from distill.data.transforms import augment_images, crop_boxes, drop_words, hash_uniform, resize_images
 
 FULL = ImageAugment(flip=0.5, shift=3, brightness=0.3, contrast=0.3)
+CROPPED = FULL.model_copy(update={"crop": 0.3, "fill": "black"})
+DIGESTS = ["6a615f185072", "39b598f60372"]
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -58,28 +62,87 @@ def test_golden_values_never_change():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), order=st.permutations(range(6)), size=st.integers(1, 6))
-def test_augmentation_does_not_depend_on_the_batch(seed, order, size):
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    order=st.permutations(range(6)),
+    size=st.integers(1, 6),
+    config=st.sampled_from([FULL, CROPPED]),
+)
+def test_augmentation_does_not_depend_on_the_batch(seed, order, size, config):
     images, ids, views = images_of(6), torch.arange(6) * 11, torch.tensor([0, 1, 2, 3, CLEAN_VIEW, 0])
-    whole = augment_images(images, ids, views, seed, FULL)
+    whole = augment_images(images, ids, views, seed, config)
     part = torch.tensor(order[:size])
-    assert torch.equal(augment_images(images[part], ids[part], views[part], seed, FULL), whole[part])
+    assert torch.equal(augment_images(images[part], ids[part], views[part], seed, config), whole[part])
 
 
-def test_clean_rows_are_not_touched():
+@pytest.mark.parametrize("config", [FULL, CROPPED])
+def test_clean_rows_are_not_touched(config):
     images, ids = images_of(8), torch.arange(8)
     views = torch.tensor([0, CLEAN_VIEW] * 4)
-    result = augment_images(images, ids, views, 0, FULL)
+    result = augment_images(images, ids, views, 0, config)
     assert torch.equal(result[1::2], images[1::2])
     assert not torch.equal(result[::2], images[::2])
-    assert torch.equal(augment_images(images, ids, torch.full((8,), CLEAN_VIEW), 0, FULL), images)
+    assert torch.equal(augment_images(images, ids, torch.full((8,), CLEAN_VIEW), 0, config), images)
 
 
-def test_input_is_not_modified():
+@pytest.mark.parametrize("config", [FULL, CROPPED])
+def test_input_is_not_modified(config):
     images = images_of(8)
     before = images.clone()
-    augment_images(images, torch.arange(8), torch.zeros(8, dtype=torch.int64), 0, FULL)
+    augment_images(images, torch.arange(8), torch.zeros(8, dtype=torch.int64), 0, config)
     assert torch.equal(images, before)
+
+
+def test_augmented_images_never_change():
+    images, ids = images_of(16), torch.arange(16)
+    digests = [
+        hashlib.sha256(augment_images(images, ids, ids % 3, 0, config).numpy().tobytes()).hexdigest()[:12]
+        for config in (ImageAugment(flip=0.5, shift=3), ImageAugment(flip=0.5, shift=3, fill="black"))
+    ]
+    assert digests == DIGESTS
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), row=INT64, least=st.floats(0.01, 1), size=st.integers(1, 300))
+def test_crops_lie_in_the_image_and_are_nearly_square(seed, row, least, size):
+    ids, views = torch.full((20,), row), torch.arange(20)
+    top, left, height, width = crop_boxes(ids, views, seed, least, size)
+    assert (np.stack([top, left]) >= 0).all() and (np.stack([height, width]) >= 1).all()
+    assert (top + height <= size).all() and (left + width <= size).all()
+    slack = 0.5  # sides are whole pixels
+    assert ((height + slack) * (width + slack) >= least * size**2 - 1e-6).all()
+    assert (np.maximum(height, width) - slack <= 4 / 3 * (np.minimum(height, width) + slack)).all()
+    assert np.array_equal(
+        crop_boxes(ids[7:8], views[7:8], seed, least, size)[:, 0], [top[7], left[7], height[7], width[7]]
+    )
+
+
+def test_crops_have_every_area_and_place():
+    ids = torch.arange(4000)
+    top, left, height, width = crop_boxes(ids, torch.zeros_like(ids), 0, 0.08, 224)
+    area = height * width / 224**2
+    stats = pytest.importorskip("scipy.stats")
+    assert 0.079 < area.min() < 0.1 and 0.95 < area.max() <= 1
+    torch.manual_seed(0)
+    image = torch.zeros(3, 224, 224)
+    drawn = np.array([RandomResizedCrop.get_params(image, [0.08, 1], [3 / 4, 4 / 3]) for _ in range(4000)]).T
+    for ours, theirs in ((area, drawn[2] * drawn[3] / 224**2), (width / height, drawn[3] / drawn[2]), (top, drawn[0])):
+        assert stats.ks_2samp(ours, theirs).pvalue > 0.01  # the distribution of the code that papers use
+    free = np.maximum(height, width) < 200
+    shares = [corner[free] / (224 - side[free]) for corner, side in ((top, height), (left, width))]
+    assert np.mean(shares, axis=1) == pytest.approx([0.5, 0.5], abs=0.02) and abs(np.corrcoef(*shares)[0, 1]) < 0.05
+
+
+def test_a_crop_is_brought_back_to_the_images_size():
+    images, ids = images_of(12, 32), torch.arange(12)
+    views = torch.zeros_like(ids)
+    boxes = crop_boxes(ids, views, 3, 0.2, 32).T.tolist()
+    result = augment_images(images, ids, views, 3, ImageAugment(crop=0.2))
+    for before, after, (top, left, height, width) in zip(images, result, boxes, strict=True):
+        part = before[None, :, top : top + height, left : left + width]
+        assert torch.equal(after, resize_images(part, 32)[0])
+    plain = torch.full_like(images, 77)
+    assert torch.equal(augment_images(plain, ids, views, 3, ImageAugment(crop=0.2)), plain)
 
 
 def test_flip_alone():
@@ -90,12 +153,13 @@ def test_flip_alone():
     assert all(a != b for a, b in zip(flipped, kept, strict=True)) and 20 <= sum(flipped) <= 44
 
 
-def test_shift_moves_whole_pixels_and_uncovers_white():
+@pytest.mark.parametrize(("fill", "value"), [("white", 255), ("black", 0)])
+def test_shift_moves_whole_pixels_and_uncovers_the_fill(fill, value):
     images, ids = images_of(400), torch.arange(400)
-    result = augment_images(images, ids, torch.zeros_like(ids), 0, ImageAugment(shift=2))
+    result = augment_images(images, ids, torch.zeros_like(ids), 0, ImageAugment(shift=2, fill=fill))
     seen = set()
     for before, after in zip(images, result, strict=True):
-        padded = torch.full((3, 12, 12), 255, dtype=torch.uint8)
+        padded = torch.full((3, 12, 12), value, dtype=torch.uint8)
         padded[:, 2:10, 2:10] = before
         steps = [(y, x) for y in range(5) for x in range(5) if torch.equal(after, padded[:, y : y + 8, x : x + 8])]
         assert len(steps) == 1

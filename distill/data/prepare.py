@@ -131,7 +131,7 @@ def _check_images(
     usable = (row for part in chunks(total) for row in (part.start + np.flatnonzero(~rows.bad.flags[part])).tolist())
     to_do = total - rows.bad.count()
     with _image_file(path, total, size) if config.decode_once else nullcontext(_unwritten) as write:
-        for done, (row, image) in enumerate(_decoded(source, config.modalities["image"], size, usable), start=1):
+        for done, (row, image) in enumerate(_decoded(source, config, usable), start=1):
             if isinstance(image, str):
                 rows.bad.add(row, image)
             elif image is None and not any(values[row] for values in others):
@@ -174,9 +174,10 @@ def _write_header(file: BinaryIO, num_rows: int, size: int) -> int:
 
 
 def _decoded(
-    source: Source, column: str, size: int, rows: Iterator[int]
+    source: Source, config: DataConfig, rows: Iterator[int]
 ) -> Iterator[tuple[int, tuple[NDArray[np.uint8], Keys] | str | None]]:
     """Yield (row, its pixels and the hash of its file | the reason why it is bad | None if absent), in order."""
+    column, size, crop = config.modalities["image"], config.working_size, config.image_fit == "crop"
 
     def read(row: int) -> bytes | Path | BadInput | None:
         try:
@@ -192,7 +193,7 @@ def _decoded(
                 return "it is a folder, a device or a pipe; images are plain files"  # which may have no end
             content = value.read_bytes() if isinstance(value, Path) else value
             digest = hashlib.blake2b(content, digest_size=16).digest()
-            return decode_image(content, size), np.frombuffer(digest, "<u8")
+            return decode_image(content, size, crop=crop), np.frombuffer(digest, "<u8")
         except BadInput as error:
             return str(error)
         except OSError as error:

@@ -48,10 +48,11 @@ class SourceImages:
         column: which column.
         rows: integers [N], the source's row of each image.
         size: side, pixels.
+        crop: whether images that are no squares are cut instead of padded.
     """
 
-    def __init__(self, source: Source, column: str, rows: NDArray[np.int64], size: int) -> None:
-        self._source, self._column, self._rows = source, column, rows
+    def __init__(self, source: Source, column: str, rows: NDArray[np.int64], size: int, *, crop: bool = False) -> None:
+        self._source, self._column, self._rows, self._crop = source, column, rows, crop
         self.shape = (len(rows), 3, size, size)
 
     def __getitem__(self, rows: SupportsIndex | NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -70,7 +71,9 @@ class SourceImages:
     def _decoded(self, row: int) -> NDArray[np.uint8]:
         try:
             value = self._source.image(row, self._column)
-            return np.zeros(self.shape[1:], np.uint8) if value is None else decode_image(value, self.shape[-1])
+            if value is None:
+                return np.zeros(self.shape[1:], np.uint8)
+            return decode_image(value, self.shape[-1], crop=self._crop)
         except BadInput as error:
             where = self._source.where(row, self._column)
             raise UserError(
@@ -181,7 +184,8 @@ def _open_images(folder: Path, rows: NDArray[np.int64], config: DataConfig | Non
         return runs.read_array(folder / IMAGE_FILE, mmap_mode="r")
     if config is None or "image" not in config.modalities:
         return None
-    return SourceImages(open_source(config.source, base, folder), config.modalities["image"], rows, config.working_size)
+    source, crop = open_source(config.source, base, folder), config.image_fit == "crop"
+    return SourceImages(source, config.modalities["image"], rows, config.working_size, crop=crop)
 
 
 def _with_prefix(records: NDArray[Any], prefix: str) -> dict[str, NDArray[Any]]:

@@ -14,8 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from distill.config import DataConfig, nearest, one_line
-from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
+from distill.contracts import IGNORE, SPLITS, TRAIN, VALID, UserError
 from distill.data.columns import Source
+from distill.data.hashing import mix
 from distill.data.scratch import chunks, positions_where, repeated, scratch, take
 from distill.preprocess import has_text
 
@@ -132,7 +133,24 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
     for cells in _cells(source, wanted):
         _read_piece(config, rows, cells)
     _check_ids(config, rows)
+    if config.hold_out:
+        _hold_out(config.hold_out, rows)
     return rows
+
+
+def _hold_out(share: float, rows: Rows) -> None:
+    """Make about a share of the groups of train (of the rows, without a group column) those of valid.
+
+    Which ones follows from a hash of the group alone: it is the same for all seeds, so that runs compare.
+    """
+    if count_splits(rows)[VALID]:
+        raise UserError(f"data.hold_out is {share}, and {rows.source} has rows of split 'valid'; set it to 0")
+    for part in chunks(len(rows.ids)):
+        own = rows.ids[part].astype(np.uint64) if rows.groups is None else rows.groups[part, 0]
+        known = [labels.codes[part] != MISSING for labels in rows.labels.values()]
+        chosen = (mix(mix(own)) < np.uint64(share * 2**64)) & (rows.split[part] == SPLITS.index(TRAIN))
+        chosen &= np.any(known, axis=0) if known else True
+        rows.split[part] = np.where(chosen, SPLITS.index(VALID), rows.split[part])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,12 @@
 
 from distill.fusion.concat import ConcatFusion
 from distill.fusion.cross_attention import CrossAttentionFusion
+from distill.fusion.pooled import PooledFusion
 
-FUSIONS = {"concat": ConcatFusion, "cross_attention": CrossAttentionFusion}
+FUSIONS: dict[str, type[ConcatFusion | CrossAttentionFusion | PooledFusion]] = {
+    "concat": ConcatFusion,
+    "cross_attention": CrossAttentionFusion,
+    "pooled": PooledFusion,
+}
 
-__all__ = ["FUSIONS", "ConcatFusion", "CrossAttentionFusion"]
+__all__ = ["FUSIONS", "ConcatFusion", "CrossAttentionFusion", "PooledFusion"]

@@ -20,6 +20,7 @@ class ConcatFusion(nn.Module):
     """
 
     reads_tokens = False
+    plain = False
 
     def __init__(self, modalities: Sequence[str], dim: int, *, dropout: float = 0.0) -> None:
         super().__init__()

@@ -68,6 +68,7 @@ class CrossAttentionFusion(nn.Module):
     """
 
     reads_tokens = True
+    plain = False
 
     def __init__(
         self, modalities: Sequence[str], dim: int, *, heads: int = 4, depth: int = 1, dropout: float = 0.0
