@@ -39,9 +39,9 @@ def compare_runs(reports: Sequence[Report], names: Sequence[str]) -> dict[str, A
         names: what to call each run, unique.
 
     Returns:
-        ``runs`` (what each is), ``accuracy`` (a model and task, or a recall: mean and 95 % t-interval over repetitions, and each
-        run's value), ``differences`` (groups of repetitions against the first group, paired by seed), ``settings``
-        (recipe keys whose values differ) and ``warnings``.
+        ``runs`` (what each is), ``accuracy`` (a model and task, or a recall: mean and 95 % t-interval over repetitions,
+        and each run's value), ``differences`` (groups of repetitions against the first group, paired by seed),
+        ``settings`` (recipe keys whose values differ) and ``warnings``.
 
     Raises:
         UserError: there is no run, or names do not fit.
