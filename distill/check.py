@@ -259,6 +259,11 @@ def _check_terms(
     for number, term in enumerate(terms):
         place, ours = f"{where}[{number}]", list(recipe.data.targets)
         _check_names(term, model, ours, f"{place}: no")
+        if LOSSES[term.loss].kind == "teacher+numbers":
+            raise UserError(
+                f"{place}: {term.loss} needs targets that are numbers, and the targets of {term.task!r} are classes; use "
+                "kd, or mse_logits for the teacher's logits"
+            )
         if "group" in term.positives and recipe.data.group is None:
             raise UserError(f"{place}.positives: the data names no group column; set data.group, or leave 'group' out")
         if others is None or not needs_teacher([term]):
