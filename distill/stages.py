@@ -46,6 +46,7 @@ from distill.other_teachers import Teachers, cache_parts, modalities_read, own_t
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.runs import read_array, seed_everything, write_json
+from distill.tasks import keep_classifiers, reuse_classifiers, reuses
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
     BASELINE,
@@ -237,12 +238,13 @@ def _teachers_tokenizer(work: Workspace) -> Path:
 
 
 def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Make the student as it is before training, with what its encoders inherit from the teacher."""
+    """Make the student as it is before training, with what its encoders and heads inherit from the teacher."""
     config = work.recipe.student
     if work.takers(config):
         shutil.copyfile(work.path("vocabulary") / TOKENIZER_FILE, folder / TOKENIZER_FILE)
     model = work.blank(STUDENT)
-    teacher: Any = work.teacher() if config.inherit else None
+    teacher: Any = work.teacher() if config.inherit or reuses(work.recipe) else None
+    reuse_classifiers(model, teacher)
     for name, part in config.inherit.items():
         given: dict[str, Any] = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
         if takes_tokens(work.inheritances[part.type]):
@@ -299,7 +301,8 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def _freeze_inherited(recipe: Recipe, model: Model) -> None:
-    """Fix the inherited tables that the recipe keeps."""
+    """Fix the inherited tables that the recipe keeps, and the teacher's classifiers."""
+    keep_classifiers(model)
     for name, part in recipe.student.inherit.items():
         table: Any = getattr(model.encoders[name], "table", None)
         if table is not None and part.params.get("freeze", True):

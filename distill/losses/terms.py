@@ -90,6 +90,7 @@ LOSSES = {
     "regression_kd": Loss(outputs.regression_kd, "teacher+numbers"),
     "cosine": Loss(features.cosine, "features", arrangement="last"),
     "fitnet": Loss(features.fitnet, "features"),
+    "simkd": Loss(features.simkd, "features"),
     "srrl": Loss(features.srrl, "features+head", arrangement="mean"),
     "at": Loss(maps.at, "features", one_width=False, arrangement="map"),
     "nst": Loss(maps.nst, "features", one_width=False, arrangement="map"),
