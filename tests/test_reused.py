@@ -63,7 +63,8 @@ def test_a_reduction_that_leaves_nothing_is_refused():
 @pytest.mark.parametrize("until", ["pruned", pytest.param("quantize", marks=pytest.mark.slow)])
 def test_student_and_pruned_student_of_a_recipe_answer_through_the_teachers_classifier(project, until):
     """The baseline, which knows no teacher, learns its own. Both bundles pass their gates, in the slow variant."""
-    pipeline.run(recipe("student.train.epochs=3"), until=until, quiet=True)
+    for stage in ("baseline", until):
+        pipeline.run(recipe("student.train.epochs=3"), until=stage, quiet=True)
     runs = Path("runs/tiny")
     models = {name: load_file(runs / name / "model.safetensors") for name in ("teacher", "student", "pruned")}
     baseline, begun = (load_file(runs / name / "model.safetensors") for name in ("baseline", "inherit"))
