@@ -20,7 +20,11 @@ SIMKD = [
     {"loss": "simkd", "taps": {"student": "unimodal_heads.colour.image.projector", "teacher": "necks.image"}},
     {"loss": "simkd", "taps": {"student": "unimodal_heads.colour.text.projector", "teacher": "necks.text"}},
 ]
-LABELS = [{"loss": "cross_entropy", "task": "shape"}]
+LABELS = [  # of the colour too, whose gradient reaches the classifier
+    {"loss": "cross_entropy", "task": "shape"},
+    {"loss": "cross_entropy", "task": "colour", "weight": 0.1},
+    {"loss": "cross_entropy", "task": "colour.image", "weight": 0.1},
+]
 USUAL = ["teacher.members=1", "trackers=[]"]
 
 
