@@ -27,6 +27,7 @@ from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import check_teachers
 from distill.sharding import check_sharding
+from distill.tasks import check_reused
 from distill.trackers import check_trackers
 from distill.workspace import takers, takes_tokens
 
@@ -59,6 +60,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_retrieval(recipe)
     others = check_teachers(recipe)
     _check_inheritance(recipe, encoders, inheritances)
+    check_reused(recipe)
     _check_transfer(recipe, others)
     _check_fit(recipe.teacher)
     _check_pretraining(recipe.teacher)
@@ -260,6 +262,11 @@ def _check_terms(
     for number, term in enumerate(terms):
         place, ours = f"{where}[{number}]", list(recipe.data.targets)
         _check_names(term, model, ours, f"{place}: no")
+        if LOSSES[term.loss].kind == "teacher+numbers":
+            raise UserError(
+                f"{place}: {term.loss} needs targets that are numbers, and those of {term.task!r} are classes; use kd, "
+                "or mse_logits for the teacher's logits"
+            )
         if "group" in term.positives and recipe.data.group is None:
             raise UserError(f"{place}.positives: the data names no group column; set data.group, or leave 'group' out")
         if others is None or not needs_teacher([term]):

@@ -108,7 +108,7 @@ def fit(job: Job) -> dict[str, Any]:
 
     Raises:
         TrainingError: the loss or its gradient is not finite (the rows are written to ``not_finite.json``, weights are
-            unchanged), or the memory does not suffice.
+            unchanged), gradients stay beyond what fp16 holds, or the memory does not suffice.
         InterruptedRunError: SIGINT or SIGTERM arrived; the state was saved.
         UserError: the device cannot compute in the precision asked for.
     """

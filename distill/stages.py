@@ -46,6 +46,7 @@ from distill.other_teachers import Teachers, cache_parts, modalities_read, own_t
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.runs import read_array, seed_everything, write_json
+from distill.tasks import keep_classifiers, reuse_classifiers, reuses
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
     BASELINE,
@@ -148,7 +149,7 @@ def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
     known = list(dict.fromkeys(text for row in data.rows(TRAIN) if (text := data.texts[row])))
     if not known:
         raise UserError(f"transfer.texts is {recipe.transfer.texts}, and no training row has a text; set it to 0")
-    words = whole_words(_teachers_tokenizer(work))
+    words = whole_words(work.teachers_tokenizer())
     count, probability = recipe.transfer.texts, recipe.transfer.replace
     texts = replace_words(known, words, count, probability=probability, seed=recipe.seed)
     write_json(folder / TEXTS_FILE, sorted(texts, key=len))  # the teacher reads them in this order: little padding
@@ -229,22 +230,19 @@ def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
     builder: Any = work.encoders[part.type]
     texts = [data.texts[row] for row in data.rows(TRAIN)]
     size = int(part.params["vocab_size"])
-    ids = builder.reduce_vocabulary(_teachers_tokenizer(work), texts, size, folder / TOKENIZER_FILE)
+    ids = builder.reduce_vocabulary(work.teachers_tokenizer(), texts, size, folder / TOKENIZER_FILE)
     np.save(folder / TOKENS_FILE, ids, allow_pickle=False)
     return {"vocab_size": len(ids)}
 
 
-def _teachers_tokenizer(work: Workspace) -> Path:
-    return build_part(work.encoders, work.recipe.teacher.encoders["text"], "teacher.encoders.text").tokenizer_file
-
-
 def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Make the student as it is before training, with what its encoders inherit from the teacher."""
+    """Make the student as it is before training, with what its encoders and heads inherit from the teacher."""
     config = work.recipe.student
     if work.takers(config):
         shutil.copyfile(work.path("vocabulary") / TOKENIZER_FILE, folder / TOKENIZER_FILE)
     model = work.blank(STUDENT)
-    teacher: Any = work.teacher() if config.inherit else None
+    teacher: Any = work.teacher() if config.inherit or reuses(work.recipe) else None
+    reuse_classifiers(model, teacher)
     for name, part in config.inherit.items():
         given: dict[str, Any] = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
         if takes_tokens(work.inheritances[part.type]):
@@ -301,7 +299,8 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def _freeze_inherited(recipe: Recipe, model: Model) -> None:
-    """Fix the inherited tables that the recipe keeps."""
+    """Fix the inherited tables that the recipe keeps, and the teacher's classifiers."""
+    keep_classifiers(model)
     for name, part in recipe.student.inherit.items():
         table: Any = getattr(model.encoders[name], "table", None)
         if table is not None and part.params.get("freeze", True):

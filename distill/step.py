@@ -28,6 +28,7 @@ from distill.sharding import Shards, whole
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_FINITE = "not_finite.json"
 MOST_SKIPPED = 10  # steps in a row
+MOST_OVERFLOWN = 40  # steps in a row; by then fp16's scale has fallen from 2^16 to 2^-24, where 1e12 fits
 
 Result = TypeVar("Result")
 Watch = Callable[[str], AbstractContextManager[Any]]
@@ -163,7 +164,7 @@ class Stepper:
         self.parameters = [parameter for parameter in trainee.parameters() if parameter.requires_grad]
         self._own_teacher = own_teacher
         self.micro_batches = config.accumulate  # more once the memory did not suffice
-        self.skipped = 0  # steps in a row
+        self.skipped = self.overflown = 0  # steps in a row
         self._buffers = list(trainee.model.buffers())
         self._statistics = [*self._buffers, *_batch_statistics(trainee.objective)]  # what a forward pass changes
         self._compares_ranks = ranks.count > 1 and any(trainee.objective.relational)
@@ -215,10 +216,16 @@ class Stepper:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        self.overflown = self.overflown + 1 if overflow else 0
         if overflow:
             self.trainee.objective.forget()
         else:
             self.trainee.objective.settle(self.ranks)
+        if self.overflown == MOST_OVERFLOWN:
+            raise TrainingError(
+                f"gradients are beyond what fp16 holds for the {MOST_OVERFLOWN}th step in a row, however small their "
+                "scale; weights are unchanged since; set train.precision to bf16, or lower the weights of terms on taps"
+            )
         return rows, values
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:

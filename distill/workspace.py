@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import evaluate, prune
-from distill.build import Model, build_model, input_spec
+from distill.build import Model, build_model, build_part, input_spec
 from distill.checkpoint import load_weights, read_tensors
 from distill.config import ModelConfig, Recipe, TrainConfig
 from distill.contracts import TRAIN, VALID, Artifact, Batch, UserError
@@ -232,6 +232,11 @@ class Workspace:
             measure = partial(evaluate.validation_recall, pairs=self.pairs(VALID), gather=self.ranks.gather)
             return partial(measure, batches=batches), evaluate.RECALL
         return partial(evaluate.validation_accuracy, batches=batches, total=self.ranks.sum), evaluate.ACCURACY
+
+    def teachers_tokenizer(self) -> Path:
+        """The ``tokenizer.json`` of the teacher's text tower."""
+        tower: Any = build_part(self.encoders, self.recipe.teacher.encoders["text"], "teacher.encoders.text")
+        return Path(tower.tokenizer_file)
 
     def pairs(self, split: str) -> Pairs:
         """Which images and texts of a split belong together; rows are counted in order of id.

@@ -113,6 +113,10 @@ def change_rows(folder, change):
             r"student\.objective\[3\]: cosine reads one embedding, got 'image,",
         ),
         ("student.objective.3.embedding=fuse", r"student\.objective\[3\]: no embedding 'fuse'; did you mean 'fused'\?"),
+        (
+            "student.objective.2={loss: regression_kd, task: colour}",
+            r"student\.objective\[2\]: regression_kd needs targets that are numbers, and those of 'colour' are classes",
+        ),
         ("student.baseline.0.loss=kd", r"student\.baseline: a term reads a teacher, and this stage has none"),
         ("student.inherit.text.type=token", r"student\.inherit\.text: unknown type 'token'; did you mean 'token_embed"),
         (

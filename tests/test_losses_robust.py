@@ -6,9 +6,10 @@ from losses_table import CALLS, HELPERS, Draw, call
 
 from distill import losses
 from distill.contracts import UserError
+from distill.losses.terms import LOSSES
 
 HALVES = [torch.float16, torch.bfloat16]
-BEYOND_FP16 = {"fsp", "mgd", "vid"}  # of inputs near 1e4 they have gradients above 65,504, which fp16 cannot hold
+BEYOND_HALF = 65520  # becomes infinite in float16
 SITUATIONS = {
     "plain": {},
     "one row": {"rows": 1},
@@ -21,13 +22,14 @@ SITUATIONS = {
 }
 
 
-def test_every_exported_loss_is_in_the_table():
+def test_every_exported_loss_and_every_one_of_recipes_is_in_the_table():
     assert set(CALLS) | HELPERS == set(losses.__all__) and not set(CALLS) & HELPERS
+    assert set(LOSSES) - set(CALLS) == {"review"}  # hcl of several stages, tested with the other parts
 
 
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 @pytest.mark.parametrize("name", CALLS)
-def test_value_and_gradient_are_finite_and_those_of_float32(name, situation):
+def test_value_and_gradient_are_finite_and_those_of_float32_or_refused_in_a_sentence(name, situation):
     for dtype in HALVES:
         for scale in (0.0, 1e-4, 1e-2, 1.0, 100.0, 1e4):
             where = f"{dtype}, inputs up to {scale}"
@@ -37,12 +39,17 @@ def test_value_and_gradient_are_finite_and_those_of_float32(name, situation):
             expected = call(name, single)
             assert value.dtype == torch.float32 and value.isfinite(), where
             torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9, msg=where)
-            value.backward()
             expected.backward()
+            assert all(leaf.grad.isfinite().all() for leaf in single.student), where
+            if dtype == torch.float16 and max(leaf.grad.abs().max() for leaf in single.student) >= BEYOND_HALF:
+                with pytest.raises(
+                    UserError, match=f"^{name}: a gradient of .* is beyond 65,504, the largest number of"
+                ):
+                    value.backward()
+                continue
+            value.backward()
             for ours, theirs in zip(half.student, single.student, strict=True):
-                assert ours.grad.dtype == dtype and theirs.grad.isfinite().all(), where
-                if name not in BEYOND_FP16 or dtype != torch.float16:
-                    assert ours.grad.isfinite().all(), where
+                assert ours.grad.dtype == dtype and ours.grad.isfinite().all(), where
                 torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), rtol=1e-2, atol=1e-6, msg=where)
 
 
@@ -51,6 +58,44 @@ def rounded(draw, dtype):
     make = draw._leaf
     draw._leaf = lambda values, side: make(values.to(dtype), side)
     return draw
+
+
+class TestGradientsBeyondFloat16:
+    """Of features up to 1e4 FSP's gradients are near 1e12."""
+
+    def value(self, scale=1e4):
+        draw = Draw(scale=scale, dtype=torch.float16)
+        return call("fsp", draw), draw.student
+
+    def test_a_refused_gradient_is_the_one_that_overflows(self):
+        value, leaves = self.value()
+        with pytest.raises(UserError, match=r"^fsp: a gradient of .*e\+\d+ is beyond .*; give bfloat16 or float32"):
+            value.backward()
+        value, leaves = self.value()
+        (0 * value).backward()  # nothing overflows
+        assert not any(leaf.grad.any() for leaf in leaves)
+
+    def test_a_weight_that_brings_it_into_range_is_enough(self):
+        value, leaves = self.value()
+        (1e-9 * value).backward()
+        assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
+
+    def test_what_a_gradient_scaler_does_too_much_is_its_own_to_mend(self):
+        value, leaves = self.value(scale=1.0)
+        (1e9 * value).backward()
+        assert any(leaf.grad.isinf().any() for leaf in leaves)
+
+    def test_inside_autocast_a_scaler_is_told_by_infinity(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            value, leaves = self.value()
+        value.backward()
+        assert any(leaf.grad.isinf().any() for leaf in leaves)
+
+
+def test_transforms_of_torch_func_take_halves():
+    student, teacher = (torch.randn(4, 3, dtype=torch.float16) for _ in range(2))
+    gradients = torch.func.vmap(torch.func.grad(losses.mse_logits))(student, teacher)
+    torch.testing.assert_close(gradients, (2 / 3 * (student.float() - teacher.float())).half())
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -1,5 +1,7 @@
 """Losses that learn or store something beside the student: their parts, in an objective, a training and a run."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +149,40 @@ def test_without_rows_a_part_gets_a_gradient_of_zero(name, batch):
     objective.settle(Ranks())
     assert value.item() == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in objective.parameters())
+
+
+@pytest.mark.parametrize("constant", [None, 0.0, 0.3])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("name", sorted(set(ITEMS) - {"mgd", "queue_kl"}))  # have projectors here, which read no halves
+def test_gradients_of_halves_are_finite_or_refused_in_a_sentence(name, scale, constant, batch):
+    objective = filled(objective_of(name), batch)
+    for dtype in (torch.float16, torch.bfloat16):
+        student, teacher = (_scaled(side, scale, dtype) for side in (outputs(2), teacher_of()))
+        if constant is not None:
+            student = _filled(student, scale * constant)
+        leaves = [tensor.requires_grad_() for kind in student for tensor in kind.values()]
+        value, _ = objective(student, teacher, batch)
+        assert value.isfinite()
+        try:
+            value.backward()
+        except UserError as error:
+            assert re.match(f"{name}: a gradient of .* is beyond 65,504", str(error)) and dtype == torch.float16
+            single = _scaled(student, 1.0, torch.float32)
+            alone = [tensor.detach().requires_grad_() for kind in single for tensor in kind.values()]
+            tensors = iter(alone)
+            single = Outputs(*({key: next(tensors) for key in kind} for kind in single))
+            objective(single, teacher, batch)[0].backward()
+            assert max(leaf.grad.abs().max() for leaf in alone if leaf.grad is not None) >= 65520
+            continue
+        assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def _scaled(side, scale, dtype):
+    return Outputs(*({key: (scale * value.float()).to(dtype) for key, value in kind.items()} for kind in side))
+
+
+def _filled(side, number):
+    return Outputs(*({key: torch.full_like(value, number) for key, value in kind.items()} for kind in side))
 
 
 def test_maps_of_halves_as_a_cache_gives_them_are_read(batch):

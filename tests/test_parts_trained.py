@@ -21,7 +21,7 @@ from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
 from distill.ranks import Ranks
 from distill.recipe import load_recipe
-from distill.step import Stepper, Trainee
+from distill.step import MOST_OVERFLOWN, Stepper, Trainee, TrainingError
 
 MAP = "encoders.image.stages.1.0"  # before a ReLU
 OF_STAGES = ["encoders.image.stages.0", "encoders.image.stages.1"]
@@ -152,6 +152,34 @@ def test_a_step_that_overflows_in_halves_stores_nothing(tmp_path, wordpiece_file
         assert stepper({"student": batch}, "student", lambda given: teacher(given["student"]))[1]
         for name, value in before.items():
             assert torch.equal(made.state_dict()[name], value) is not stored, name
+
+
+def test_gradients_that_no_scale_brings_into_the_range_of_halves_end_the_training(tmp_path, wordpiece_file):
+    batch = make_batch(24)
+    tapped, made = make_objective(make_model(wordpiece_file), terms(*IN_PARTS[:1]), batch, None)
+    config = TrainConfig(optimizer="sgd", optimizer_params={"fused": False})
+    trainee = Trainee(tapped, made).train()
+    stepper = Stepper(_accelerator("no"), Ranks(), trainee, build_optimizer(trainee, config), config, tmp_path)
+    before = {name: value.clone() for name, value in trainee.named_parameters()}
+
+    def step(scale):
+        stepper.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return stepper({"student": batch}, "student", None)
+
+    for scale in [
+        *[torch.inf] * (MOST_OVERFLOWN - 1),
+        1.0,
+        *[torch.inf] * (MOST_OVERFLOWN - 1),
+    ]:  # now and then is no harm
+        assert step(scale)[1]
+        if scale == 1.0:
+            assert not all(torch.equal(value, before[name]) for name, value in trainee.named_parameters())
+            before = {name: value.clone() for name, value in trainee.named_parameters()}
+    with pytest.raises(
+        TrainingError, match=r"beyond what fp16 holds for the 40th step in a row.*train\.precision to bf16"
+    ):
+        step(torch.inf)
+    assert all(torch.equal(value, before[name]) for name, value in trainee.named_parameters())
 
 
 def test_banks_hold_the_rows_that_their_term_reads():

@@ -11,10 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import relations_job
 import torch
 from safetensors.torch import load_file
-from tiny import write_prepared, write_wordpiece
+from tiny import terms, write_prepared, write_wordpiece
 from tiny_project import ROOT, make_project
+
+from distill.losses.objective import Objective
+from distill.losses.terms import LOSSES
+from distill.step import take
 
 TESTS = Path(__file__).parent
 
@@ -46,6 +51,39 @@ def train(place, name, count, *settings):
     found = json.loads((place / name / "losses.json").read_text())
     weights = load_file(place / name / "run" / "model.safetensors")
     return found, load_file(place / name / "gradients.safetensors"), weights
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, loss in LOSSES.items() if loss.kind in relations_job.ON and loss.arrangement != "map"]
+)
+def test_a_loss_counts_as_comparing_rows_just_if_it_does(name):
+    """Two halves of 8 rows are less than the whole for such losses alone."""
+    torch.manual_seed(0)
+    student, teacher, batch = relations_job.said(0), relations_job.teachers(), relations_job.batch()
+    objective = Objective(terms(relations_job.item_of(name)), student, teacher).double()
+    rows = torch.tensor([row for row in range(relations_job.ROWS) if row not in relations_job.NO_TEXT][:8])
+    whole, first, second = (
+        objective(*(take(item, some) for item in (student, teacher, batch)))[0].item()
+        for some in (rows, rows[:4], rows[4:])
+    )
+    assert ((first + second) / 2 != pytest.approx(whole, rel=1e-9)) == LOSSES[name].relational
+
+
+@pytest.fixture(scope="module")
+def relations(tmp_path_factory):
+    file = tmp_path_factory.mktemp("relations") / "found.json"
+    finished(launch(2, TESTS / "relations_job.py", file))
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.relational])
+def test_a_loss_that_compares_rows_has_the_value_and_gradient_of_one_rank(relations, name):
+    """Of 11 rows, two without a text, one rank has 7, 10 or all; those with a text are then all on one rank."""
+    own = {case: result for case, result in relations.items() if case.split(",")[0].split(" ")[0] == name}
+    assert len(own) == len(relations_job.SPLITS) * (1 + LOSSES[name].keys)
+    for case, result in own.items():
+        assert abs(result["value"]) > 1e-6 and result["gradient"] > 1e-6, case
+        assert max(result["apart"]) < 1e-12 * max(1.0, abs(result["value"]), result["gradient"]), case
 
 
 @pytest.mark.parametrize(

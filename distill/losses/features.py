@@ -49,8 +49,9 @@ def simkd(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 
     ``mean (P(student) - teacher)²`` over all elements, of the last feature map before pooling. The projector P (the
     authors': 1x1, 3x3 and 1x1 convolutions with BatchNorm and ReLU) and the teacher's frozen classifier behind it are
-    the caller's: the student predicts through both, and this is its whole loss. Re-implementations that add a
-    cross-entropy or KD train something else. Maps of unequal size are pooled to the smaller one.
+    the caller's: the student predicts through both, and this is its whole loss. In a recipe they are the student's
+    heads of type ``reused`` (:mod:`distill.tasks.reused`), on vectors. Re-implementations that add a cross-entropy or
+    KD train something else. Maps of unequal size are pooled to the smaller one.
 
     Args:
         student_map: the projected features, [B, C, H, W] or [B, C].

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
 import torch
 from torch import Tensor
 
+from distill.contracts import UserError
+
 P = ParamSpec("P")
+BEYOND_HALF = 65520.0
+"""The least number that becomes infinite in float16."""
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -21,18 +24,73 @@ def upcast(tensor: Tensor) -> Tensor:
 def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Let a loss compute in float32 at least: its tensors are :func:`upcast`, and autocast is off inside.
 
-    Autocast would multiply matrices in half precision again, where squares of features overflow.
+    Autocast would multiply matrices in half precision again, where squares of features overflow. Outside of autocast,
+    gradients are kept :func:`within_half`.
     """
 
     @functools.wraps(loss)
     def precise(*args: P.args, **kwargs: P.kwargs) -> Tensor:
         device = next(value.device.type for value in args if isinstance(value, Tensor))
-        named = {name: _lift(value) for name, value in kwargs.items()}
-        within = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with within:
-            return cast("Callable[..., Tensor]", loss)(*map(_lift, args), **named)
+        call = cast("Callable[..., Tensor]", loss)
+        if not torch.is_autocast_enabled(device):
+            return within_half(loss.__name__, call, args, kwargs)
+        with torch.autocast(device, enabled=False):
+            return call(*map(_lift, args), **{name: _lift(value) for name, value in kwargs.items()})
 
     return precise
+
+
+def within_half(name: str, loss: Callable[..., Tensor], args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    """Call a loss with its tensors :func:`upcast`; its backward pass refuses gradients that float16 cannot hold.
+
+    A gradient goes back in the type of what was given, and float16 ends at 65,504. What a factor above 1 behind the
+    loss does too much is not refused: an infinite gradient is what tells a gradient scaler to lower its scale. Under
+    transforms of ``torch.func``, which take no hooks, nothing is refused.
+
+    Args:
+        name: of the loss, for the message.
+        loss: what to call.
+        args: its arguments, tensors or not.
+        named: its keyword arguments.
+
+    Returns:
+        The value. Its backward pass raises UserError.
+    """
+    given, lifted = [_lift(value) for value in args], {key: _lift(value) for key, value in named.items()}
+    value = loss(*given, **lifted)
+    pairs = zip((*args, *named.values()), (*given, *lifted.values()), strict=True)
+    halves = [half for own, half in pairs if isinstance(own, Tensor) and own.dtype == torch.float16]
+    halves = [half for half in halves if half.requires_grad]
+    if halves and value.ndim == 0 and not torch._C._are_functorch_transforms_active():
+        _refuse_beyond_half(name, value, halves)
+    return value
+
+
+def _refuse_beyond_half(name: str, value: Tensor, halves: list[Tensor]) -> None:
+    """Let the backward pass of a value stop at gradients that float16 cannot hold.
+
+    Args:
+        name: of the loss.
+        value: its scalar.
+        halves: float32, made of float16.
+    """
+    arriving: dict[str, Tensor] = {}
+
+    def note(gradient: Tensor) -> None:
+        arriving["scale"] = gradient.abs()
+
+    def check(gradient: Tensor) -> None:
+        largest = gradient.abs().amax() if gradient.numel() else gradient.new_zeros(())
+        unscaled = largest / arriving["scale"]
+        if bool((largest >= BEYOND_HALF) & (unscaled >= BEYOND_HALF) & unscaled.isfinite()):
+            raise UserError(
+                f"{name}: a gradient of {float(unscaled):.2g} is beyond 65,504, the largest number of float16; give "
+                "bfloat16 or float32, or smaller features"
+            )
+
+    value.register_hook(note)
+    for half in halves:
+        half.register_hook(check)
 
 
 def unit(rows: Tensor, eps: float = 0.0) -> Tensor:

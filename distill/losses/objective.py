@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.config import EMA, MixConfig, TermConfig
 from distill.contracts import Batch, Outputs
 from distill.losses.mixing import Mixed
-from distill.losses.numeric import unit, upcast
+from distill.losses.numeric import unit, upcast, within_half
 from distill.losses.parts import Known, Part, need_vectors
 from distill.losses.picks import check_tokens, check_widths, keys_of, need, read_batch, read_head, read_models
 from distill.losses.projectors import build_projector
@@ -241,6 +241,8 @@ class Objective(nn.Module):
             arguments.append(self.get_buffer(f"head{index}"))
         params = {name: at(value, self._progress) for name, value in self._params[index].items()}
         params |= {name: number() for name, number in self._learned_by(index)}
+        if part is not None and not torch.is_autocast_enabled(arguments[0].device.type):
+            return within_half(term.loss, part, arguments, params)
         found: Tensor = (part or loss.function)(*arguments, **params)  # type: ignore[assignment]
         return found
 

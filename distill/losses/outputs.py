@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.contracts import IGNORE
+from distill.contracts import IGNORE, UserError
 from distill.losses.bounds import AtLeastZero, Temperature
 from distill.losses.numeric import full_precision
 
@@ -62,10 +62,13 @@ def regression_kd(
 
     Returns:
         A scalar, averaged over the rows that have a target; 0 (with a gradient of 0) when none has.
+
+    Raises:
+        UserError: the targets are classes, or the three have not one shape.
     """
+    _need_numbers(student_values, teacher_values, targets)
     known = ~targets.isnan()
     filled = torch.where(known, targets, 0.0).to(student_values)
-
     own, bound = (
         (values - filled).masked_fill(~known, 0.0).square().reshape(len(values), -1).sum(-1)
         for values in (student_values, teacher_values.detach())
@@ -123,6 +126,21 @@ class _Reversal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0] * -ctx.strength, None
+
+
+def _need_numbers(student: Tensor, teacher: Tensor, targets: Tensor) -> None:
+    """Classes are integers, and shapes that only broadcast would compare each row with all others."""
+    shapes = [list(tensor.shape) for tensor in (student, teacher, targets)]
+    if not targets.is_floating_point():
+        raise UserError(
+            f"regression_kd reads targets that are numbers, NaN where missing, got {targets.dtype} {shapes[2]}; "
+            "use kd for classes, or convert them"
+        )
+    if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+        raise UserError(
+            f"regression_kd compares values of one shape, got {shapes[0]} of the student, {shapes[1]} of the teacher "
+            f"and targets {shapes[2]}; give each output a target, NaN where it is missing"
+        )
 
 
 def _known(labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.config import TermConfig, nearest, of_teacher
 from distill.contracts import Batch, Outputs, UserError
 from distill.layouts import arranged
-from distill.losses.numeric import upcast
+from distill.losses.numeric import unit, upcast
 from distill.losses.rows import Reads, readable
 from distill.losses.terms import FEATURES, LABELS, LOSSES, Loss, mixes, one_modality, reads_text_tokens
 
@@ -151,9 +151,12 @@ def _features(term: TermConfig, outputs: Outputs, side: Literal["student", "teac
 
 
 def _pair(term: TermConfig, outputs: Outputs, teacher: str | None = None) -> tuple[Tensor, ...]:
-    """The term's two embeddings, normalised in float32 at least: halves have a norm of 1 within 1e-3 only."""
+    """The term's two embeddings, normalised in float32 at least: halves have a norm of 1 within 1e-3 only.
+
+    One of zeros stays so and gets no gradient.
+    """
     names = [of_teacher(name, teacher) for name in str(term.embedding).split(",")]
-    return tuple(F.normalize(upcast(_pick(outputs.embeddings, name, term.name)), dim=-1) for name in names)
+    return tuple(unit(upcast(_pick(outputs.embeddings, name, term.name))) for name in names)
 
 
 def _pick(tensors: dict[str, Tensor], name: str, term: str) -> Tensor:

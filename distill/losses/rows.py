@@ -52,5 +52,12 @@ def num_rows(term: TermConfig, batch: Batch, reads: Reads) -> int:
     rows = term_rows(term, batch, reads)
     counted = torch.ones_like(batch.ids, dtype=torch.bool) if rows is None else rows
     if LOSSES[term.loss].kind in LABELS:
-        counted = counted & (batch.targets[str(term.task).split(".")[0]] != IGNORE)
+        counted = counted & _has_target(batch.targets[str(term.task).split(".")[0]])
     return int(counted.sum())
+
+
+def _has_target(targets: Tensor) -> Tensor:
+    """Whether a row has a label, or a number among several: bool [B]."""
+    if not targets.is_floating_point():
+        return targets != IGNORE
+    return ~targets.isnan().reshape(len(targets), -1).all(dim=-1)

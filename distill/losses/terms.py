@@ -25,6 +25,7 @@ Kind = Literal[
     "labels+counts",
     "teacher",
     "teacher+labels",
+    "teacher+numbers",
     "features",
     "features+ids",
     "features+head",
@@ -43,11 +44,12 @@ class Loss:
     Attributes:
         function: the pure function, or the part that holds what it learns or stores and calls it.
         kind: "labels" (logits, labels), "labels+counts" (and the training rows of each class), "teacher" (logits of
-            both), "teacher+labels", "features" (an embedding or a pair of taps, of both), "features+ids" (and the ids
-            of the rows), "features+head" (a pair of taps and the weights of the teacher's classifier), "stages" (taps
-            of several stages, the student's and then the teacher's), "tokens" (a pair of taps and the mask of the
-            text's tokens, if they are of a text), "pair" (two embeddings of the model's own, normalised),
-            "pair+teacher" (and the same two of the teacher), "pair+teachers" (of several teachers).
+            both), "teacher+labels", "teacher+numbers" (targets that are numbers, as many as logits, NaN where missing),
+            "features" (an embedding or a pair of taps, of both), "features+ids" (and the ids of the rows),
+            "features+head" (a pair of taps and the weights of the teacher's classifier), "stages" (taps of several
+            stages, the student's and then the teacher's), "tokens" (a pair of taps and the mask of the text's tokens,
+            if they are of a text), "pair" (two embeddings of the model's own, normalised), "pair+teacher" (and the
+            same two of the teacher), "pair+teachers" (of several teachers).
         relational: True where rows are compared with each other, so that splitting a batch changes the value.
         one_width: True where the student's numbers are compared with the teacher's one by one. Features of other shapes
             then get a projector (:mod:`distill.losses.projectors`); embeddings of a pair have none and are refused.
@@ -85,8 +87,10 @@ LOSSES = {
     "dist": Loss(logits.dist, "teacher", relational=True),
     "dkd": Loss(logits.dkd, "teacher+labels"),
     "nkd": Loss(logits.nkd, "teacher+labels"),
+    "regression_kd": Loss(outputs.regression_kd, "teacher+numbers"),
     "cosine": Loss(features.cosine, "features", arrangement="last"),
     "fitnet": Loss(features.fitnet, "features"),
+    "simkd": Loss(features.simkd, "features"),
     "srrl": Loss(features.srrl, "features+head", arrangement="mean"),
     "at": Loss(maps.at, "features", one_width=False, arrangement="map"),
     "nst": Loss(maps.nst, "features", one_width=False, arrangement="map"),
@@ -122,11 +126,15 @@ LEARNED = "learned"
 """In place of a number: a parameter of :mod:`distill.losses.scales`."""
 OWN = "own"
 """In place of a number: what the teacher itself was trained with."""
-LABELS: tuple[Kind, ...] = ("labels", "labels+counts", "teacher+labels")
+LABELS: tuple[Kind, ...] = ("labels", "labels+counts", "teacher+labels", "teacher+numbers")
 PAIRS: tuple[Kind, ...] = ("pair", "pair+teacher", "pair+teachers")
 FEATURES: tuple[Kind, ...] = ("features", "features+ids", "features+head", "tokens")
-TEACHING: tuple[Kind, ...] = ("teacher", "teacher+labels", *FEATURES, "stages", "pair+teacher", "pair+teachers")
 TASKS: tuple[Kind, ...] = (*LABELS, "teacher")
+TEACHING: tuple[Kind, ...] = (
+    *("teacher", "teacher+labels", "teacher+numbers"),
+    *(*FEATURES, "stages"),
+    *("pair+teacher", "pair+teachers"),
+)
 NEEDS = (
     dict.fromkeys(FEATURES, ("embedding", "taps"))
     | dict.fromkeys(TASKS, ("task",))

@@ -1,5 +1,16 @@
 """Tasks: the head that each needs."""
 
-from distill.tasks.heads import HEADS, ClassificationHead
+from distill.tasks.heads import ClassificationHead
+from distill.tasks.reused import REUSED, ReusedHead, check_reused, keep_classifiers, reuse_classifiers, reuses
 
-__all__ = ["HEADS", "ClassificationHead"]
+HEADS = {"classification": ClassificationHead, REUSED: ReusedHead}
+
+__all__ = [
+    "HEADS",
+    "ClassificationHead",
+    "ReusedHead",
+    "check_reused",
+    "keep_classifiers",
+    "reuse_classifiers",
+    "reuses",
+]

@@ -24,6 +24,3 @@ class ClassificationHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Map [B, D] to logits [B, C]."""
         return self.linear(self.dropout(pooled))
-
-
-HEADS = {"classification": ClassificationHead}
