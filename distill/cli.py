@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # torchao, where it is installed, makes torch warn about itself as soon as transformers is imported.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
-        with _stoppable():
+        with _stoppable(), _leaving():
             app(args=arguments)
     except UserError as error:
         _fail(error, 2)
@@ -281,6 +281,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if type(error).__module__.partition(".")[0] != "distill":
             raise
         _fail(error, getattr(error, "exit_code", 1))
+
+
+@contextmanager
+def _leaving() -> Iterator[None]:
+    """Leave the process group of a launcher when all went well; importing torch to ask for one would take a second."""
+    try:
+        yield
+    except SystemExit as ended:
+        if not ended.code and "distill.ranks" in sys.modules:
+            sys.modules["distill.ranks"].leave()
+        raise
 
 
 @contextmanager

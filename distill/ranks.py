@@ -110,6 +110,15 @@ def join() -> Ranks:
     return Ranks()
 
 
+def leave() -> None:
+    """Leave the process group at the end of all work: a process that just ends may abort in the group's threads.
+
+    Not after a failure, where the others may never answer.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

@@ -107,3 +107,18 @@ def test_our_own_run_time_errors_exit_1_and_a_full_disk_too(monkeypatch):
     for bug in (RuntimeError("of torch"), FileNotFoundError(2, "ours", "a")):
         with pytest.raises(type(bug)):
             failing(bug)
+
+
+def test_a_process_group_is_left_at_the_end_unless_the_command_fails(tmp_path):
+    script = f"""
+import torch.distributed as dist
+from distill import cli, ranks
+for number, arguments in enumerate((["run", "no-such-recipe"], ["--version"])):
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method="file://{tmp_path / "group"}", rank=0, world_size=1)
+    try:
+        cli.main(arguments)
+    except SystemExit as ended:
+        print(ended.code, dist.is_initialized())
+"""
+    assert run_python(script).splitlines() == ["2 True", f"multidistill {__version__}", "0 False"]
