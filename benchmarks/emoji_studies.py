@@ -193,7 +193,7 @@ def train(name: str, seed: int, arm: str, trial: Trial, options: Options) -> Res
     study = STUDIES[name]
     own = [f"seed={seed}", f"name={study.recipe}-seed{seed}", f"output={options.output}"]
     recipe = load_recipe(study.recipe, [*study.overrides, *trial.overrides, *options.overrides, *own])
-    return run_arm(recipe, f"{arm}, {trial.shown}", trial.objective(recipe))
+    return run_arm(recipe, f"{name}, {arm}, {trial.shown}", trial.objective(recipe))
 
 
 def measure(name: str, options: Options) -> list[dict[str, Any]]:

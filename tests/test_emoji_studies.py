@@ -57,7 +57,10 @@ def test_a_trial_is_chosen_by_validation_on_the_first_seed_alone(monkeypatch: py
     monkeypatch.setattr(emoji_studies, "run_arm", run_arm)
     found = {"scratch": emoji_studies.measure("scratch", parse(["--seeds", "2"]))}
     assert [arm["chosen"] for arm in found["scratch"]] == ["lr 0.006", "one text a row"]
-    assert [name for seed, name in asked if seed == 1] == ["labels alone, lr 0.006", "labels and KD, one text a row"]
+    assert [name for seed, name in asked if seed == 1] == [
+        "scratch, labels alone, lr 0.006",
+        "scratch, labels and KD, one text a row",
+    ]
     text = emoji_studies.markdown(found, "the command", 2)
     assert "| labels and KD | one text a row | 90.0 | 50.0 ±0.0 | 0.0 (0.0 to 0.0) |" in text
     assert "labels alone: lr 0.0015 50.0, lr 0.003 50.0, lr 0.006 90.0" in text
