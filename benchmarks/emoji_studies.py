@@ -10,13 +10,12 @@ What is finished is kept, so a second call only prints.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.seed_tables import add_outputs, put_out, table
+from benchmarks.seed_tables import add_outputs, command_line, put_out, table
 from benchmarks.student_arms import Result, columns, run_arm, titles, weighted
 from distill.config import Recipe, TermConfig
 from distill.contracts import UserError
@@ -248,7 +247,7 @@ def main(arguments: Sequence[str]) -> None:
     """Train what is not trained yet, and print the tables."""
     options = parse(arguments)
     found = {name: measure(name, options) for name in options.studies}
-    command = shlex.join(["python", "-m", "benchmarks.emoji_studies", *arguments])
+    command = command_line("benchmarks.emoji_studies", arguments)
     shown = {
         name: [
             {

@@ -18,7 +18,6 @@ import argparse
 import math
 import os
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.fashion_mnist import TASK, grey_student, grey_teacher, read_idx, write_images
-from benchmarks.seed_tables import add_outputs, mean_and_half, put_out, table
+from benchmarks.seed_tables import add_outputs, command_line, mean_and_half, put_out, table
 from distill import engine, evaluate
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights
@@ -286,7 +285,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as every run does
     data = open_data(options.fashion_mnist, options.output / "data")
-    command = shlex.join(["python", "-m", "benchmarks.few_labels", *arguments])
+    command = command_line("benchmarks.few_labels", arguments)
     if options.tune:
         found = tune(data, options.labels, options.output, HELD_OUT)
     else:

@@ -11,14 +11,13 @@ What is finished is kept, so a second call only prints.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from benchmarks.seed_tables import add_outputs, put_out, table
+from benchmarks.seed_tables import add_outputs, command_line, put_out, table
 from benchmarks.student_arms import columns, run_arm, titles, weighted
 from distill.config import Recipe, TermConfig
 from distill.contracts import UserError
@@ -189,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
         methods,
         options.factors,
     )
-    command = shlex.join(["python", "-m", "benchmarks.kd_methods", *arguments])
+    command = command_line("benchmarks.kd_methods", arguments)
     text = markdown(arms, command)
     shown = [{**arm, "runs": [vars(run) for run in arm["runs"]]} for arm in arms]
     put_out(options, text, {"command": command, "arms": shown})

@@ -10,7 +10,6 @@ second call only prints.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import students
-from benchmarks.seed_tables import add_outputs, markdown, put_out
+from benchmarks.seed_tables import add_outputs, command_line, markdown, put_out
 from distill import evaluate, pipeline, stages
 from distill.build import input_spec
 from distill.config import AugmentConfig, Recipe, TextAugment
@@ -247,7 +246,7 @@ def main(arguments: Sequence[str]) -> None:
         say(f"== {recipe.name}")
         works.append(finished_run(recipe, full=options.full, say=say))
         scores.append(score_seed(works[-1]))
-    command = shlex.join(["python", "-m", "benchmarks.quickstart_seeds", *arguments])
+    command = command_line("benchmarks.quickstart_seeds", arguments)
     summary = {"command": command, **summarize(recipes, scores, works)}
     text = markdown(summary)
     if options.full:

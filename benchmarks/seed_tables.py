@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,8 @@ from distill.report.compare import t_interval
 from distill.runs import write_json
 
 Summary = dict[str, Any]
+
+PLACES = ("--output", "--json", "--markdown")
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,6 +37,18 @@ def put_out(options: argparse.Namespace, text: str, found: Mapping[str, Any]) ->
         options.markdown.write_text(text, encoding="utf-8")
     if options.json:
         write_json(options.json, dict(found))
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """The command that makes a table anywhere: without the places that it was told to write to."""
+    shown: list[str] = []
+    names = iter(arguments)
+    for word in names:
+        if word in PLACES:
+            next(names, None)
+        elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
+            shown.append(word)
+    return shlex.join(["python", "-m", module, *shown])
 
 
 def mean_and_half(values: Sequence[float]) -> str:

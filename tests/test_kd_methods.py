@@ -10,6 +10,7 @@ import pytest
 import students
 from benchmarks import kd_methods
 from benchmarks.kd_methods import FACTORS, METHODS, NONE, RECIPE, Method, seed_recipe
+from benchmarks.seed_tables import command_line
 from benchmarks.student_arms import Result
 from distill import pipeline
 from distill.check import check_recipe
@@ -72,3 +73,20 @@ def test_a_method_adds_its_terms_to_the_labels() -> None:
     labels = [TermConfig(loss="cross_entropy", task="category")]
     method = Method("kd", "logits", ({"loss": "kd", "task": "category", "weight": 0.5},))
     assert [(term.loss, term.weight) for term in method.objective(labels, 3.0)] == [("cross_entropy", 1.0), ("kd", 1.5)]
+
+
+def test_the_command_shown_names_no_place_of_a_machine() -> None:
+    arguments = [
+        "--seeds",
+        "3",
+        "--output",
+        "/a/b",
+        "--json=/c",
+        "student.train.epochs=5",
+        "--markdown",
+        "d.md",
+        "--methods",
+        "a b",
+    ]
+    shown = command_line("benchmarks.kd_methods", arguments)
+    assert shown == "python -m benchmarks.kd_methods --seeds 3 student.train.epochs=5 --methods 'a b'"
