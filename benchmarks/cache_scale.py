@@ -135,7 +135,7 @@ def train(folder: Path) -> None:
     """Train a small student of texts on the labels for an epoch."""
     from distill import engine
     from distill.config import TermConfig, TrainConfig
-    from distill.fusion import FUSIONS
+    from distill.fusion import ConcatFusion
     from distill.losses.objective import Objective
     from distill.multimodal import MultimodalModel, Tapped, evaluating
     from distill.tasks import ClassificationHead
@@ -143,7 +143,7 @@ def train(folder: Path) -> None:
 
     encoder = StaticEmbeddings(tokenizer_file=folder / "tokenizer.json", vocab_size=1001, dim=32)
     heads: Any = {"kind": ClassificationHead(32, 2)}
-    model = MultimodalModel({"text": encoder}, FUSIONS["concat"](["text"], 32), heads, {}, dim=32, embedding_dim=32)
+    model = MultimodalModel({"text": encoder}, ConcatFusion(["text"], 32), heads, {}, dim=32, embedding_dim=32)
     loader, tapped = train_loader(folder), Tapped(model, [])
     with evaluating(model):
         example = tapped(loader.at(0, 0)["student"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import students
 from distill.contracts import TEST, TRAIN, UserError
 from distill.data.prepared import PreparedData, write_prepared
-from distill.fusion import FUSIONS
+from distill.fusion import ConcatFusion
 from distill.multimodal import MultimodalModel
 from distill.tasks import ClassificationHead
 
@@ -78,4 +78,4 @@ def _image_model(widths: list[int], blocks: list[int], dim: int, seed: int) -> M
     torch.manual_seed(seed)
     encoders: Any = {"image": students.ConvNet(widths=widths, blocks=blocks)}
     heads: Any = {TASK: ClassificationHead(dim, CLASSES)}
-    return MultimodalModel(encoders, FUSIONS["concat"](["image"], dim), heads, {}, dim=dim, embedding_dim=dim)
+    return MultimodalModel(encoders, ConcatFusion(["image"], dim), heads, {}, dim=dim, embedding_dim=dim)
