@@ -106,6 +106,7 @@ IMAGE_ONLY = (
     "student.train.epochs=10",
     "student.train.keep=last",
     "student.train.validate_every=10",
+    "student.unimodal_heads=false",
     "transfer.texts=0",
 )
 BOTH_HEADS = ("student.unimodal_heads=true",)
@@ -149,7 +150,8 @@ STUDIES = {
         },
     ),
     "image_only": Study(
-        "A small student that sees the image alone, of a teacher that also reads the name, which says more.",
+        "A small student that sees the image alone, of a teacher that also reads the name, which says more. The third\n"
+        "arm has two heads, one of which imitates the teacher's head for images, and answers with their mean.",
         "quickstart",
         IMAGE_ONLY,
         {
