@@ -120,15 +120,16 @@ def at_rates(shown: Callable[[Recipe], Terms], *overrides: str) -> tuple[Trial, 
 
 
 def few_labels(share: float, epochs: int) -> Study:
-    """Labels for some families."""
+    """Labels for some families; arms that read those alone repeat them, so that all have as many steps."""
+    repeated = f"student.train.epochs={round(7 / share)}"  # of fewer rows; the student's own are 7
     return Study(
         f"Labels for {share:.0%} of the emoji families. The teacher learns from those alone, and so do the first two\n"
         "arms; the last one learns from all drawings and names, by what that teacher says of them.",
         "few_labels",
         (f"data.labelled={share}", f"teacher.train.epochs={epochs}"),
         {
-            "labels alone": (Trial("as it is", baseline, ("student.inherit={}",)),),
-            "labels and inheritance": (Trial("as it is", baseline),),
+            "labels alone": (Trial("as it is", baseline, ("student.inherit={}", repeated)),),
+            "labels and inheritance": (Trial("as it is", baseline, (repeated,)),),
             "labels, inheritance and KD": (Trial("as it is", objective()),),
         },
     )
