@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.seed_tables import add_outputs, command_line, put_out, table
-from benchmarks.student_arms import Result, columns, run_arm, titles, weighted
+from benchmarks.student_arms import Result, columns, run_arm, tasks_of, titles, weighted
 from distill.config import Recipe, TermConfig
 from distill.contracts import UserError
 from distill.losses.terms import needs_teacher
@@ -219,9 +219,9 @@ def markdown(found: dict[str, list[dict[str, Any]]], command: str, seeds: int) -
         "steps and had the same number of trials, of which the validation rows of the first seed chose.",
     ]
     for name, arms in found.items():
-        first = arms[0]
-        head = ["arm", "chosen", *titles(first["runs"], first["name"])]
-        rows = [[arm["name"], arm["chosen"], *columns(arm["runs"], first["runs"])] for arm in arms]
+        first, tasks = arms[0], tasks_of(arm["runs"] for arm in arms)
+        head = ["arm", "chosen", *titles(tasks, first["name"])]
+        rows = [[arm["name"], arm["chosen"], *columns(arm["runs"], first["runs"], tasks)] for arm in arms]
         tried = [
             f"{arm['name']}: " + ", ".join(f"{shown} {100 * one.chosen_by:.1f}" for shown, one in arm["tried"].items())
             for arm in arms

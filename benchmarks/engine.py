@@ -62,7 +62,7 @@ class Arm:
     name: str
     images: int
     run: Callable[[], None]  # works through the images
-    limit: Callable[[int], None]  # works through about that many
+    limit: Callable[[int], int]  # works through at least that many, and returns how many
 
 
 def write_data(folder: Path, rows: int, source: Path | None) -> PreparedData:
@@ -80,18 +80,20 @@ def constant(model: nn.Module) -> dict[str, float]:
     return {engine.Job.select: 0.0}
 
 
-def bare_steps(job: engine.Job, batch: Batch, answer: Callable[[], Outputs]) -> Callable[[int], None]:
+def bare_steps(job: engine.Job, batch: Batch, answer: Callable[[], Outputs]) -> Callable[[int], int]:
     """The limit: steps on one batch in memory; ``answer`` gives the teacher's outputs for it."""
     trainee = Trainee(job.tapped, job.objective)
     optimizer = build_optimizer(trainee, job.config)
 
-    def run(images: int) -> None:
+    def run(images: int) -> int:
         trainee.train()
-        for _ in range(-(-images // len(batch.ids))):
+        steps = -(-images // len(batch.ids))
+        for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
             loss, _ = trainee(batch, answer())
             loss.backward()
             optimizer.step()
+        return steps * len(batch.ids)
 
     return run
 
@@ -166,9 +168,11 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
 
     one = both.at(0, 0)["teacher"]
 
-    def forward(images: int) -> None:
-        for _ in range(-(-images // BATCH)):
+    def forward(images: int) -> int:
+        batches = -(-images // BATCH)
+        for _ in range(batches):
             ask(one)
+        return batches * BATCH
 
     return [
         make_arm("cached", plain, cache),
@@ -179,22 +183,22 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
 
 
 def quickstart_arm(folder: Path) -> Arm:
-    """The quick start's student on its cache, as the ``student`` stage trains it; three epochs of its seven."""
-    recipe = load_recipe("quickstart", [f"output={folder}", *QUICK, "student.train.epochs=3"])
+    """The quick start's student on its cache, as the ``student`` stage trains it, from the first step to the last."""
+    recipe = load_recipe("quickstart", [f"output={folder}", *QUICK])
     done = pipeline.run(recipe, until="cache", quiet=True) | pipeline.run(recipe, until="inherit", quiet=True)
     job = replace(stages.student_job(pipeline.workspace(recipe, done), folder), validate=constant)
     assert job.teacher is not None
     first = job.loader.at(0, 0)
-    kept = job.teacher(first)
-    rows = sum(len(batches[job.reads].ids) for epoch in range(3) for batches in job.loader.epoch(epoch))
+    kept, epochs = job.teacher(first), job.config.epochs
+    rows = sum(len(batches[job.reads].ids) for epoch in range(epochs) for batches in job.loader.epoch(epoch))
     return Arm("quickstart", rows, fitting(job, folder / "runs"), bare_steps(job, first[job.reads], lambda: kept))
 
 
-def seconds(work: Callable[..., None], *arguments: int) -> float:
-    """CPU time of a call, in all threads and children."""
+def timed(work: Callable[..., Any], *arguments: int) -> tuple[float, Any]:
+    """CPU time of a call, in all threads and children, and what it returns."""
     began = cpu_seconds()
-    work(*arguments)
-    return cpu_seconds() - began
+    result = work(*arguments)
+    return cpu_seconds() - began, result
 
 
 def measure(arms: list[Arm], repetitions: int) -> list[dict[str, Any]]:
@@ -202,11 +206,11 @@ def measure(arms: list[Arm], repetitions: int) -> list[dict[str, Any]]:
     rates: dict[str, list[tuple[float, float]]] = {arm.name: [] for arm in arms}
     for repetition in range(repetitions + 1):
         for arm in arms:
-            before = seconds(arm.limit, arm.images // 2)  # and behind: a machine that slows down favours neither
-            taken = seconds(arm.run)
-            spent = before + seconds(arm.limit, arm.images // 2)
+            before, first = timed(arm.limit, arm.images // 2)  # and behind: a machine that slows down favours neither
+            taken, _ = timed(arm.run)
+            behind, second = timed(arm.limit, arm.images // 2)
             if repetition:  # the first warms up
-                rates[arm.name].append((arm.images / taken, 2 * (arm.images // 2) / spent))
+                rates[arm.name].append((arm.images / taken, (first + second) / (before + behind)))
     results = []
     for name, pairs in rates.items():
         ratios = sorted(ours / limit for ours, limit in pairs)

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.seed_tables import add_outputs, command_line, put_out, table
-from benchmarks.student_arms import columns, run_arm, titles, weighted
+from benchmarks.student_arms import columns, run_arm, tasks_of, titles, weighted
 from distill.config import Recipe, TermConfig
 from distill.contracts import UserError
 from distill.recipe import load_recipe
@@ -145,11 +145,11 @@ def measure(
 
 def markdown(arms: Sequence[dict[str, Any]], command: str) -> str:
     """The table, best on the validation rows first."""
-    against = arms[0]["runs"]
+    against, tasks = arms[0]["runs"], tasks_of(arm["runs"] for arm in arms)
     seeds = len(against)
     ranked = sorted(arms, key=lambda arm: -fmean(run.chosen_by for run in arm["runs"]))
-    head = ["method", "on", "weight", *titles(against, "labels alone")]
-    rows = [[arm["name"], arm["on"], _weight(arm), *columns(arm["runs"], against)] for arm in ranked]
+    head = ["method", "on", "weight", *titles(tasks, "labels alone")]
+    rows = [[arm["name"], arm["on"], _weight(arm), *columns(arm["runs"], against, tasks)] for arm in ranked]
     about = (
         f"The quick start's student from scratch, {seeds} seeds, each with a teacher of its own, on test rows. ± is\n"
         "half of the 95 % t-interval over seeds; differences are paired, with their interval. Weight: times the usual\n"

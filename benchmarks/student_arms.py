@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -90,31 +90,40 @@ def _accuracy(recipe: Recipe) -> dict[str, dict[str, float]]:
     return found
 
 
-def columns(runs: Sequence[Result], against: Sequence[Result]) -> list[str]:
+def tasks_of(arms: Iterable[Sequence[Result]]) -> list[str]:
+    """The tasks that test rows were asked for, of the first training that did not fail."""
+    return next((list(run.accuracy[TEST]) for runs in arms for run in runs if run.accuracy), [])
+
+
+def columns(runs: Sequence[Result], against: Sequence[Result], tasks: Sequence[str]) -> list[str]:
     """Cells of a table: validation, then each task on the test rows, with points against another arm seed by seed.
 
     Args:
         runs: of an arm, one a seed.
-        against: of the other, in the same order; an arm has no points against itself.
+        against: of the other, in the same order; there are no points against itself, or against one that failed.
+        tasks: which.
 
     Returns:
         The cells that :func:`titles` names; where a training failed, why, and empty ones.
     """
-    tasks = list(against[0].accuracy[TEST])
     failures = [run.failure for run in runs if run.failure]
     if failures:
         return [f"failed in {len(failures)} of {len(runs)}: {failures[0]}", *[""] * 2 * len(tasks)]
+    comparable = runs is not against and not any(run.failure for run in against)
     cells = [formats.percent_number(fmean(run.chosen_by for run in runs))]
     for task in tasks:
-        ours, theirs = ([run.accuracy[TEST][task] for run in some] for some in (runs, against))
-        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-        interval = formats.points_range(t_interval(gaps)) if len(gaps) > 1 else ""
-        difference = f"{formats.points(fmean(gaps))} ({interval})" if interval else formats.points(fmean(gaps))
-        cells += [mean_and_half(ours), "" if runs is against else difference]
+        ours = [run.accuracy[TEST][task] for run in runs]
+        cells.append(mean_and_half(ours))
+        cells.append(_points(ours, [run.accuracy[TEST][task] for run in against]) if comparable else "")
     return cells
 
 
-def titles(against: Sequence[Result], name: str) -> list[str]:
+def _points(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = formats.points(fmean(gaps))
+    return f"{mean} ({formats.points_range(t_interval(gaps))})" if len(gaps) > 1 else mean
+
+
+def titles(tasks: Sequence[str], name: str) -> list[str]:
     """The titles of :func:`columns` against an arm of that name."""
-    tasks = against[0].accuracy[TEST]
     return ["validation, %", *(f"{task}, {what}" for task in tasks for what in ("%", f"points against {name}"))]

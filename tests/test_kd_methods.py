@@ -69,6 +69,17 @@ def test_the_table_is_ordered_by_validation_and_keeps_failures() -> None:
     assert rows[NONE][4] == "" and rows["nkd"][2] == "failed in 1 of 2: the loss is not finite"
 
 
+def test_a_table_stands_without_the_arm_that_others_are_compared_with() -> None:
+    failed, fine = Result({}, "the loss is not finite"), result(0.5, 0.6)
+    alone = {"name": NONE, "on": "", "factor": None}
+    for runs in ([failed, fine], [fine, failed], [failed, failed]):
+        arms = [{**alone, "runs": runs}, {"name": "kd", "on": "logits", "factor": 1.0, "runs": [fine, fine]}]
+        rows = [line.split("|")[1:-1] for line in kd_methods.markdown(arms, "command").splitlines() if "|" in line]
+        assert [row[0].strip() for row in rows[2:]] == ["kd", NONE]
+        assert [cell.strip() for cell in rows[2][4:]] == ["60.0 ±0.0", "", "60.0 ±0.0", ""]
+    assert "failed in 2 of 2" in kd_methods.markdown([{**alone, "runs": [failed, failed]}], "command")
+
+
 def test_a_method_adds_its_terms_to_the_labels() -> None:
     labels = [TermConfig(loss="cross_entropy", task="category")]
     method = Method("kd", "logits", ({"loss": "kd", "task": "category", "weight": 0.5},))
