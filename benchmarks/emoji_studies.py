@@ -74,6 +74,15 @@ def objective(factor: float = 1.0) -> Callable[[Recipe], Terms]:
     return scaled
 
 
+def with_labels(*losses: str) -> Callable[[Recipe], Terms]:
+    """The objective's labels, and those of its terms with a teacher that have these losses."""
+
+    def chosen(recipe: Recipe) -> Terms:
+        return [term for term in recipe.student.objective if not needs_teacher([term]) or term.loss in losses]
+
+    return chosen
+
+
 def joined(*terms: Terms) -> Callable[[Recipe], Terms]:
     """The same terms in any recipe."""
     return lambda recipe: [term for some in terms for term in some]
@@ -136,6 +145,20 @@ def few_labels(share: float, epochs: int) -> Study:
 
 
 STUDIES = {
+    "inherited": Study(
+        "The quick start's student, which begins with the teacher's image tower and token embeddings: what each kind\n"
+        "of term adds. All arms but the first and the last also read 3,000 texts that no one labelled.",
+        "quickstart",
+        (),
+        {
+            "labels and inheritance": (Trial("as it is", baseline),),
+            "with soft labels": (Trial("as it is", with_labels("kd")),),
+            "with embeddings": (Trial("as it is", with_labels("cosine")),),
+            "with features of the image": (Trial("as it is", with_labels("fitnet")),),
+            "with all of them": (Trial("as it is", objective()),),
+            "with all of them, without texts": (Trial("as it is", objective(), ("transfer.texts=0",)),),
+        },
+    ),
     "scratch": Study(
         "The quick start's student from scratch: nothing is inherited. With distillation it also reads texts that no\n"
         "one labelled, behind the labelled rows of each batch: training texts with other words.",

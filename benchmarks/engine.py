@@ -39,7 +39,7 @@ from distill.optimize import build_optimizer
 from distill.progress import progress
 from distill.recipe import load_recipe
 from distill.resources import cpu_seconds, keep_freed_memory
-from distill.step import Trainee
+from distill.trainee import Trainee
 
 FLOORS = {"cached": 0.93, "cached_augmented": 0.80, "live": 0.95, "quickstart": 0.95, "fill": 0.95}
 BATCH = 128

@@ -35,8 +35,9 @@ from distill.optimize import build_optimizer, image_size, lr_factor
 from distill.progress import Progress, silent
 from distill.ranks import Ranks, join
 from distill.sharding import split, whole
-from distill.step import Stepper, Trainee, Watch
+from distill.step import Stepper
 from distill.trackers import EVERY, Tracking, untracked
+from distill.trainee import Trainee, Watch
 
 CHECKPOINT = "checkpoint"
 Teacher = Callable[[dict[str, Batch]], Outputs]

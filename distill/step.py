@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +14,12 @@ from torch import Tensor, nn
 
 from distill.averaging import join_teachers
 from distill.config import TrainConfig
-from distill.contracts import Batch, Outputs, UserError
-from distill.data.transforms import resize_images
+from distill.contracts import Batch, Outputs
 from distill.gradient_cache import backward_in_parts
-from distill.losses.objective import Objective
-from distill.losses.terms import tap_paths
-from distill.multimodal import Tapped
 from distill.ranks import Ranks
 from distill.runs import write_json
-from distill.sharding import Shards, whole
+from distill.sharding import whole
+from distill.trainee import Trainee
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_FINITE = "not_finite.json"
@@ -31,109 +27,11 @@ MOST_SKIPPED = 10  # steps in a row
 MOST_OVERFLOWN = 40  # steps in a row; by then fp16's scale has fallen from 2^16 to 2^-24, where 1e12 fits
 
 Result = TypeVar("Result")
-Watch = Callable[[str], AbstractContextManager[Any]]
-"""Gives a context for a named part of a step, in which its time may be taken."""
-
 log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last good checkpoint is kept."""
-
-
-class Trainee(nn.Module):
-    """The trained model and its objective as one module: what is optimized, averaged and checkpointed.
-
-    Args:
-        tapped: the model, with its taps.
-        objective: the terms.
-        watch: takes the time of their parts.
-        compiled: let torch.compile make faster code of the model; names and evaluation stay.
-        channels_last: keep weights and inputs of convolutions with the channels innermost.
-    """
-
-    def __init__(
-        self,
-        tapped: Tapped,
-        objective: Objective,
-        watch: Watch = nullcontext,
-        *,
-        compiled: bool = False,
-        channels_last: bool = False,
-    ) -> None:
-        super().__init__()
-        self.model, self.objective, self.watch = tapped.model, objective, watch
-        self._call: Callable[[Batch], Outputs] = _compiled(tapped) if compiled else tapped
-        self._channels_last = channels_last
-        self.image_size: int | None = None  # pixels to which training shrinks images
-        self.shards: Shards | None = None
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)
-
-    def forward(
-        self, batch: Batch, teacher: Outputs | None, shares: list[float] | None = None, ranks: Ranks | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and each term's value; see :meth:`Objective.forward`."""
-        return self.loss(self.answer(batch), teacher, batch, shares, ranks)
-
-    def shard(self, ranks: Ranks) -> None:
-        """Leave this rank's part of all weights here, on the ranks' device.
-
-        Raises:
-            UserError: the terms read taps alone.
-        """
-        if ranks.count == 1:
-            log.warning("train.shard: one process has nobody to share weights with; they stay whole")
-            return
-        if all(term.taps for term in self.objective.terms):
-            raise UserError(
-                "train.shard needs a term on logits or embeddings beside those on taps; add one or unset it"
-            )
-        self.shards = Shards(self.model, self.objective, tap_paths(self.objective.terms, "student"), ranks)
-
-    def answer(self, batch: Batch) -> Outputs:
-        """The model's outputs and taps; BatchNorm takes no part in an empty batch."""
-        if self.training and not len(batch.ids):
-            self.eval()
-            outputs = self.answer(batch)
-            self.train()
-            return outputs
-        with self.watch("student"):
-            return self._call(self._prepared(batch))
-
-    def _prepared(self, batch: Batch) -> Batch:
-        """The batch with its images at the size and in the memory format asked for."""
-        images = batch.inputs.get("image")
-        if images is None or images.ndim != 4:  # none, or what a frozen tower made of them
-            return batch
-        if self.training and self.image_size:
-            images = resize_images(images, self.image_size)
-        if self._channels_last:
-            images = images.to(memory_format=torch.channels_last)
-        return batch._replace(inputs={**batch.inputs, "image": images})
-
-    def loss(
-        self, outputs: Outputs, teacher: Outputs | None, batch: Batch, shares: list[float] | None, ranks: Ranks | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective of outputs."""
-        if self.shards:  # a unit gives a gradient of zero to each of its inputs that it does not read
-            outputs = self.objective.without_unread(outputs)
-        with self.watch("loss"):
-            return self.objective(outputs, teacher, batch, shares, ranks)
-
-
-def _compiled(tapped: Tapped) -> Callable[[Batch], Outputs]:
-    torch.compiler.reset()  # code made for another model has not this one's taps, and nothing would check that
-    fast = torch.compile(tapped.__call__)
-
-    def call(batch: Batch) -> Outputs:
-        try:
-            return fast(batch)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            why = " ".join(str(error).splitlines()[:2])
-            raise UserError(f"train.compile: torch cannot compile the model here ({why}); set it to false") from error
-
-    return call
 
 
 class Stepper:

@@ -33,6 +33,7 @@ LEVELS = {
         "distill.averaging",
         "distill.ranks",
         "distill.step",
+        "distill.trainee",
         "distill.gradient_cache",
         "distill.dropout",
         "distill.optimize",

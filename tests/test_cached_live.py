@@ -17,7 +17,7 @@ from distill.contracts import Outputs
 from distill.engine import Job, fit
 from distill.multimodal import Tapped
 from distill.recipe import load_recipe
-from distill.step import Trainee
+from distill.trainee import Trainee
 
 TAP = "encoders.image.stages:mean"
 OBJECTIVE = terms(

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import LABELS, make_loader, make_model, terms
+from tiny import LABELS, around, make_loader, make_model, terms
 from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, stopped_and_continued, weights, without_times
 
 from distill import checkpoint, engine, evaluate
@@ -20,7 +20,9 @@ from distill.data.batches import Batches
 from distill.engine import fit
 from distill.interrupts import InterruptedRunError
 from distill.optimize import build_optimizer, lr_factor
-from distill.step import Trainee, TrainingError
+from distill.step import TrainingError
+from distill.trainee import Trainee
+from students import ConvNet
 
 
 def test_it_learns_and_writes_a_line_an_epoch(make_job):
@@ -308,6 +310,16 @@ def test_channels_last_reaches_the_images(make_job):
     fit(job)
     found = [images.is_contiguous(memory_format=torch.channels_last) for images in trained if len(images) == 16]
     assert len(found) == 4 and all(found)
+
+
+def test_one_row_left_over_trains_with_the_averages_of_batch_norm(make_job, prepared, wordpiece_file):
+    (rows,) = prepared.rows("train").shape
+    loader = make_loader(prepared, wordpiece_file, batch_size=rows - 1)
+    deep = ConvNet(widths=[4, 4, 4, 8], blocks=[0, 0, 0, 0])  # its last map has one position
+    job = make_job(model=around({"image": deep}), loader=loader, epochs=2)
+    before = deep.stages[3][0][1].running_mean.clone()
+    assert fit(job)["steps"] == 4 and all(math.isfinite(entry["train/loss"]) for entry in lines(job))
+    assert not torch.equal(before, deep.stages[3][0][1].running_mean)
 
 
 @pytest.mark.slow

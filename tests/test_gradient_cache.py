@@ -13,7 +13,8 @@ from distill.gradient_cache import backward_in_parts
 from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
 from distill.ranks import Ranks
-from distill.step import Stepper, Trainee, take
+from distill.step import Stepper, take
+from distill.trainee import Trainee
 
 CONTRAST = [
     {"loss": "cross_entropy", "task": "kind"},

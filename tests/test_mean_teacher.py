@@ -15,7 +15,7 @@ from distill.engine import fit
 from distill.interrupts import InterruptedRunError
 from distill.multimodal import Tapped, evaluating
 from distill.recipe import load_recipe
-from distill.step import Trainee
+from distill.trainee import Trainee
 
 TAP = "encoders.image.stages:mean"
 TERMS = [

@@ -13,7 +13,7 @@ from distill.config import OptimizerName, TrainConfig
 from distill.contracts import UserError
 from distill.engine import fit
 from distill.optimize import OPTIMIZERS, MuonAndAdamW, build_optimizer, check_optimizer, lr_factor
-from distill.step import Trainee
+from distill.trainee import Trainee
 
 PARAMS = {"adam": {"betas": [0.8, 0.9], "amsgrad": True}, "rmsprop": {"momentum": 0.9, "centered": True}}
 LEARNED = {"adadelta": {"lr": 1.0}, "asgd": {"lr": 0.3}, "sgd": {"lr": 0.1}, "adagrad": {"lr": 0.1}}

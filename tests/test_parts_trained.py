@@ -21,7 +21,8 @@ from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
 from distill.ranks import Ranks
 from distill.recipe import load_recipe
-from distill.step import MOST_OVERFLOWN, Stepper, Trainee, TrainingError
+from distill.step import MOST_OVERFLOWN, Stepper, TrainingError
+from distill.trainee import Trainee
 
 MAP = "encoders.image.stages.1.0"  # before a ReLU
 OF_STAGES = ["encoders.image.stages.0", "encoders.image.stages.1"]

@@ -18,7 +18,7 @@ from distill.multimodal import Tapped
 from distill.ranks import Ranks
 from distill.recipe import load_recipe
 from distill.sharding import Shards
-from distill.step import Trainee
+from distill.trainee import Trainee
 from teachers import PretrainedText, PretrainedVision
 
 MAP, TOKENS = "encoders.image.stages.0", "encoders.image"

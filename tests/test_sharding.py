@@ -21,7 +21,7 @@ from distill.multimodal import Tapped
 from distill.optimize import OPTIMIZERS, build_optimizer
 from distill.ranks import Ranks
 from distill.sharding import WHOLE_MATRICES, Shards, check_sharding, find_units, whole
-from distill.step import Trainee
+from distill.trainee import Trainee
 from students import ConvNet
 from teachers import PretrainedText, PretrainedVision, TimmEncoder
 
