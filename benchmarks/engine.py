@@ -118,7 +118,7 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
     for name, model in (("student", student), ("teacher", teacher)):
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     tapped, live = Tapped(student, []), Tapped(teacher.eval().requires_grad_(False), [])
-    config = TrainConfig(epochs=1, batch_size=BATCH, checkpoint_minutes=0.1, keep="last")
+    config = TrainConfig(epochs=1, batch_size=BATCH, checkpoint_minutes=0.02, keep="last")
 
     def make_loader(augment: AugmentConfig | None, *reads: str) -> Loader:
         spec = InputSpec(True, None, 0)

@@ -34,12 +34,31 @@ def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
         state[name].copy_(split(value, state[name]))
 
 
+def statistics(module: nn.Module) -> list[Tensor]:
+    """The means and variances that the BatchNorms of a module have gathered."""
+    return list(_statistics(module).values())
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    norms = {name: part for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+    return {
+        f"{name}.{kind}": value
+        for name, part in norms.items()
+        for kind, value in part.named_buffers(recurse=False)
+        if value.is_floating_point()
+    }
+
+
 class Average:
     """Exponential moving average of the trained weights and buffers (Polyak & Juditsky 1992).
 
     Args:
         module: what to average.
         decay: share kept in each step; early steps use less, ``(1 + step) / (10 + step)``.
+
+    Attributes:
+        values: the average, by name.
+        statistics: those of ``values`` that are :func:`statistics` of the module.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -47,6 +66,7 @@ class Average:
         present = kept_state(module)  # the weights themselves, which training changes in place
         self.values = {name: value.clone() for name, value in present.items()}
         pairs = [(self.values[name], value) for name, value in present.items()]
+        self.statistics = [self.values[name] for name in _statistics(module) if name in self.values]
         self._moving = [pair for pair in pairs if pair[1].is_floating_point()]
         self._counting = [pair for pair in pairs if not pair[1].is_floating_point()]
 

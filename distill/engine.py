@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from distill import checkpoint
-from distill.averaging import Average, MeanTeacher, kept_state, load_state, trained_state
+from distill.averaging import Average, MeanTeacher, kept_state, load_state, statistics, trained_state
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.batches import Batches, made_and_finished
@@ -33,7 +31,7 @@ from distill.losses.objective import Objective
 from distill.multimodal import Tapped
 from distill.optimize import build_optimizer, image_size, lr_factor
 from distill.progress import Progress, silent
-from distill.ranks import Ranks, join
+from distill.ranks import Ranks, accelerator_for, join
 from distill.sharding import split, whole
 from distill.step import Stepper
 from distill.trackers import EVERY, Tracking, untracked
@@ -83,6 +81,17 @@ class Job:
     track: Tracking = untracked
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a run changes, and every rank's share of which a checkpoint holds."""
+
+    trainee: Trainee
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    scaler: Any  # of fp16's gradients, or None
+    ranks: Ranks
+
+
 @dataclass
 class State:
     """Where a run is: saved in every checkpoint."""
@@ -92,6 +101,7 @@ class State:
     step: int = 0
     best: float = -math.inf
     best_epoch: int = -1
+    improved: int = 0  # the epoch from which patience counts: the last one that was truly better
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch's terms, weighted by rows
     rows: int = 0
     seconds: float = 0.0
@@ -114,23 +124,25 @@ def fit(job: Job) -> dict[str, Any]:
         UserError: the device cannot compute in the precision asked for.
     """
     config, folder, ranks = job.config, job.folder, join()
-    accelerator = _accelerator(config.precision)
+    accelerator = accelerator_for(config.precision)
     torch.manual_seed(job.seed + ranks.rank)  # dropout differs from rank to rank
     trainee = _trainee(job, ranks, accelerator.device)
     optimizer = build_optimizer(trainee, config)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
     average = Average(trainee, config.ema) if config.ema else None
+    parts = Parts(trainee, optimizer, average, accelerator.scaler, ranks)
     kept: dict[str, Tensor] = {}
     state = State()
     place = folder / CHECKPOINT
     if checkpoint.exists(place):
-        state, kept = _restore(place, trainee, optimizer, average, ranks)
+        state, kept = _restore(place, parts)
     elif config.not_finite == "rollback":
-        _save(place, trainee, optimizer, average, state, kept, ranks)
+        _save(place, parts, state, kept)
     step = Stepper(accelerator, ranks, trainee, optimizer, config, folder, _own_teacher(job, average))
     per_epoch = len(job.loader)
     total = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
-    saved, ended = time.monotonic(), state.step >= total
+    saved = time.monotonic()
+    ended = state.step >= total or _out_of_time(state, config, ranks, accelerator.device)
 
     def save_if_asked() -> None:
         nonlocal saved
@@ -138,13 +150,13 @@ def fit(job: Job) -> dict[str, Any]:
         signum, due_somewhere = ranks.largest([received[0] if received else 0, due], accelerator.device)
         if signum or due_somewhere:
             with job.watch("checkpoint"):
-                _save(place, trainee, optimizer, average, state, kept, ranks)
+                _save(place, parts, state, kept)
             saved = time.monotonic()
         if signum:
             raise InterruptedRunError(signum, folder)
 
     with job.track(state.step) as tell, noted_signals() as received:  # what is noted must still be asked for
-        while state.epoch < config.epochs and not ended and not _out_of_patience(state, config):
+        while state.epoch < config.epochs and not ended and not _out_of_patience(job, state):
             trainee.train()
             began = time.monotonic()
             for batches, ask in _watched(_asked(job, state.epoch, start=state.batch), job.watch):
@@ -157,7 +169,7 @@ def fit(job: Job) -> dict[str, Any]:
                 if average and values:
                     average.update(state.step)
                 elif not values and config.not_finite == "rollback":
-                    _restore(place, trainee, optimizer, average, ranks)
+                    _restore(place, parts)
                 for name, value in values.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value * rows
                 state.rows += rows
@@ -174,7 +186,9 @@ def fit(job: Job) -> dict[str, Any]:
                 if state.batch < per_epoch:  # behind the last one, what validation finds belongs into the checkpoint
                     save_if_asked()
                 began = time.monotonic()
-            ranks.average_buffers(trainee)
+            ranks.average(statistics(trainee))
+            if average:
+                ranks.average(average.statistics)
             kept = _end_epoch(job, trainee, average, state, kept, last=ended, lr=factor * config.lr)
             tell(state.step, state.history[-1])
             save_if_asked()
@@ -189,7 +203,7 @@ def fit(job: Job) -> dict[str, Any]:
         "epochs": state.epoch,
         "steps": state.step,
         "best_epoch": state.best_epoch,
-        "kept_epoch": state.epoch if config.keep == "last" else state.best_epoch,
+        "kept_epoch": state.epoch if config.keep == "last" or state.best_epoch < 0 else state.best_epoch,
         "best": state.best,
         "seconds": round(state.seconds, 3),
     }
@@ -234,6 +248,8 @@ def _end_epoch(
         with average.applied(trainee) if average else _unchanged():
             entry |= job.validate(trainee.model)
             better = entry[job.select] >= state.best
+            if entry[job.select] > state.best:
+                state.improved = state.epoch
             if better:
                 state.best, state.best_epoch = entry[job.select], state.epoch
             if better or job.config.keep == "last":
@@ -276,8 +292,11 @@ def _unchanged() -> Iterator[None]:
     yield
 
 
-def _out_of_patience(state: State, config: TrainConfig) -> bool:
-    return config.patience is not None and 0 <= state.best_epoch <= state.epoch - config.patience
+def _out_of_patience(job: Job, state: State) -> bool:
+    """Whether the last epoch was validated, and none for long enough was better than those before it."""
+    if job.config.patience is None or not state.history or job.select not in state.history[-1]:
+        return False
+    return state.epoch - state.improved >= job.config.patience
 
 
 def _out_of_time(state: State, config: TrainConfig, ranks: Ranks, device: torch.device) -> bool:
@@ -293,64 +312,66 @@ def _note(state: State) -> str:
     return " ".join(shown)
 
 
-def _accelerator(precision: str) -> Accelerator:
-    AcceleratorState._reset_state()  # one process trains several stages, each in a precision of its own
-    try:
-        accelerator = Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        raise UserError(f"train.precision: {precision!r} cannot be used here: {error}") from error
-    if precision == "fp16" and accelerator.scaler is None:  # Accelerate would compute in float32 without a word
-        raise UserError(f"train.precision: 'fp16' needs a GPU, this is {accelerator.device.type}; use 'no' or 'bf16'")
-    return accelerator
-
-
 def _write_metrics(folder: Path, state: State) -> None:
-    lines = "".join(json.dumps(entry) + "\n" for entry in state.history)
+    finite = [{name: v if math.isfinite(v) else None for name, v in entry.items()} for entry in state.history]
+    lines = "".join(json.dumps(entry) + "\n" for entry in finite)
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
 
 
-def _save(
-    folder: Path,
-    trainee: Trainee,
-    optimizer: torch.optim.Optimizer,
-    average: Average | None,
-    state: State,
-    kept: dict[str, Tensor],
-    ranks: Ranks,
-) -> None:
-    """Write a checkpoint; the first rank does, with the generators of all."""
-    generators = ranks.gather_bytes(serialize(checkpoint.rng_state()), _device(trainee))
-    tensors, packed = checkpoint.pack_optimizer(optimizer)
-    parts = {
+def _save(folder: Path, parts: Parts, state: State, kept: dict[str, Tensor]) -> None:
+    """Write a checkpoint; the first rank does, with what each rank has of its own."""
+    trainee, average, ranks = parts.trainee, parts.average, parts.ranks
+    own = ranks.gather_bytes(serialize(_own_state(trainee, average, ranks)), _device(trainee))
+    tensors, packed = checkpoint.pack_optimizer(parts.optimizer)
+    everything = {
         "trainee": trained_state(trainee),
         "optimizer": tensors,
         "kept": kept,
         "average": average.values if average else {},
     }
-    groups = {name: whole(tensors, keep=ranks.first) for name, tensors in parts.items()}
+    groups = {name: whole(tensors, keep=ranks.first) for name, tensors in everything.items()}
     if ranks.first:
-        groups |= {f"rng.{rank}": deserialize(data) for rank, data in enumerate(generators)}
-        checkpoint.save(folder, groups, {"state": vars(state), "optimizer": packed})
+        groups |= {f"rng.{rank}": deserialize(data) for rank, data in enumerate(own)}
+        scaler = parts.scaler.state_dict() if parts.scaler else {}
+        checkpoint.save(folder, groups, {"state": vars(state), "optimizer": packed, "scaler": scaler})
     ranks.wait()
 
 
-def _restore(
-    folder: Path, trainee: Trainee, optimizer: torch.optim.Optimizer, average: Average | None, ranks: Ranks
-) -> tuple[State, dict[str, Tensor]]:
+def _restore(folder: Path, parts: Parts) -> tuple[State, dict[str, Tensor]]:
+    trainee, average = parts.trainee, parts.average
     groups, content = checkpoint.load(folder)
     present = trained_state(trainee)
     shapes = {name: value.shape for name, value in present.items()}
     if shapes != {name: value.shape for name, value in groups["trainee"].items()}:
         raise UserError(f"{folder}: the checkpoint is of another model; delete it to start over")
     load_state(trainee, groups["trainee"])
-    checkpoint.unpack_optimizer(optimizer, groups["optimizer"], content["optimizer"])
+    checkpoint.unpack_optimizer(parts.optimizer, groups["optimizer"], content["optimizer"])
     kept = {name: split(value, present[name]).to(_device(trainee)) for name, value in groups["kept"].items()}
     if average:
         average.restore(groups["average"])
-    if f"rng.{ranks.rank}" in groups:  # a run may go on with more ranks than it began with
-        checkpoint.restore_rng(groups[f"rng.{ranks.rank}"])
-    values = content["state"]
-    return State(**values), kept
+    if parts.scaler and content.get("scaler"):
+        parts.scaler.load_state_dict(content["scaler"])
+    own = groups.get(f"rng.{parts.ranks.rank}")  # a run may go on with more ranks than it began with
+    if own is not None:
+        checkpoint.restore_rng(own)
+        for name, value in _own_statistics(trainee, average, parts.ranks).items():
+            if name in own:
+                value.copy_(own[name])
+    return State(**content["state"]), kept
+
+
+def _own_state(trainee: Trainee, average: Average | None, ranks: Ranks) -> dict[str, Tensor]:
+    """What differs from rank to rank within an epoch."""
+    own = {name: value.cpu() for name, value in _own_statistics(trainee, average, ranks).items()}
+    return checkpoint.rng_state() | own
+
+
+def _own_statistics(trainee: Trainee, average: Average | None, ranks: Ranks) -> dict[str, Tensor]:
+    """Statistics of BatchNorm, which are of a rank's own rows until an epoch ends."""
+    if ranks.count == 1:
+        return {}
+    found = [*statistics(trainee), *(average.statistics if average else ())]
+    return {f"statistic.{number}": value for number, value in enumerate(found)}
 
 
 def _device(trainee: Trainee) -> torch.device:

@@ -20,7 +20,7 @@ from torch import nn
 
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.data.batches import Batches
-from distill.multimodal import evaluating, only
+from distill.multimodal import evaluating
 from distill.predict import EMBEDDING, Predictor
 from distill.progress import Progress, silent
 from distill.retrieval import Pairs, scores
@@ -175,3 +175,9 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Read what :func:`write_arrays` wrote."""
     return dict(load_file(path))
+
+
+def only(batch: Batch, modality: str) -> Batch:
+    """The same rows with just one modality present."""
+    present = {name: mask if name == modality else torch.zeros_like(mask) for name, mask in batch.present.items()}
+    return batch._replace(present=present)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+ECHO_SECONDS = 2.0  # within which a signal comes twice that a job system sends to a launcher and to its workers
 
 
 class InterruptedRunError(RuntimeError):
@@ -24,14 +27,20 @@ class InterruptedRunError(RuntimeError):
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM; a second one takes its usual effect."""
+    """Collect the first SIGINT or SIGTERM; another one, later than its echo, takes its usual effect."""
     received: list[int] = []
     before: dict[int, Any] = {}
+    first = 0.0
 
     def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+            received.append(signum)
+        elif time.monotonic() - first > ECHO_SECONDS:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.raise_signal(signum)
 
     try:
         for number in (int(signal.SIGINT), int(signal.SIGTERM)):

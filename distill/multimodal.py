@@ -303,10 +303,11 @@ def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
         return Encoded(*(_lengthened(part, len(present)) for part in encoder(inputs)))
     if bool(given.any()):
         return Encoded(*(spread(part, present) for part in encoder({k: v[given] for k, v in inputs.items()})))
-    training = encoder.training  # nobody has it: shapes for taps, and no batch statistics
-    encoded = encoder.eval()(inputs)
+    rows, training = len(given), encoder.training  # nobody has it: shapes for taps, and no batch statistics
+    blank = inputs if rows else {k: v.new_ones((1, *v.shape[1:])) for k, v in inputs.items()}  # transformers want one
+    encoded = encoder.eval()(blank)
     encoder.train(training)
-    return Encoded(*(spread(part[given], present) for part in encoded))
+    return Encoded(*(spread(part[:rows][given], present) for part in encoded))
 
 
 def spread(values: Tensor, rows: Tensor) -> Tensor:
@@ -359,7 +360,9 @@ class Tapped:
                     f"tap {path!r}: this module gives a {type(output).__name__} and no tensor; tap a part of it "
                     "(`distill inspect` lists them)"
                 )
-            self._features[path] = arranged(feature, "mean", modality) if mean else feature
+            self._features[path] = (
+                arranged(feature, "mean", modality) if mean else feature.clone()
+            )  # others write into it
 
         return read
 
@@ -370,8 +373,8 @@ class Tapped:
         for path, value in features.items():
             owner, _, inner = path.partition(":")[0].partition(".")
             rows = batch.present[inner.split(".")[0]] if owner == "encoders" else None
-            if rows is not None and not bool(rows.all()):  # the encoder read only the rows that have its modality
-                here = value if len(value) == int(rows.sum()) else value[rows[: len(value)]]
+            if rows is not None and not (len(rows) and bool(rows.all())):  # it read only the rows that have it, or one
+                here = value if len(value) == int(rows.sum()) else value[: len(rows)][rows[: len(value)]]
                 features[path] = spread(here, rows)
         return outputs._replace(features=features)
 
@@ -392,9 +395,3 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             yield model
     finally:
         model.train(was_training)
-
-
-def only(batch: Batch, modality: str) -> Batch:
-    """The same rows with just one modality present."""
-    present = {name: mask if name == modality else torch.zeros_like(mask) for name, mask in batch.present.items()}
-    return batch._replace(present=present)

@@ -229,6 +229,11 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: the first mistake found.
     """
+    if "://" in recipe.output:
+        raise UserError(
+            f"output: runs are written to a folder, and {recipe.output} is a URL; name a folder, one that all machines "
+            "share if there are several"
+        )
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
 
 

@@ -65,6 +65,8 @@ def render(found: dict[str, Any]) -> list[str]:
     step_ms = found["step_ms"]
     lines = [f"a step of {found['batch_size']} rows takes {step_ms:.2f} ms (mean of {found['steps']})"]
     lines += [f"  {name:<10} {value:8.2f} ms {value / step_ms:6.1%}" for name, value in found["parts"].items()]
+    if not found["checkpoint_ms"]:
+        return [*lines, "no checkpoint was due in so few steps; ask for more with --steps"]
     share = f"{found['checkpoint_share']:.1%} of the time"
     return [*lines, f"a checkpoint takes {found['checkpoint_ms']:.1f} ms, {share} at train.checkpoint_minutes"]
 

@@ -6,6 +6,7 @@ gathered rows are such that K ranks compute what one would on the joined batch. 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -13,11 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+
+from distill.contracts import UserError
 
 PATIENCE = timedelta(hours=12)  # the others wait while the first exports and measures
 BUCKET = 25_000_000  # bytes of gradients that are added up at once
+
+log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -77,14 +83,12 @@ class Ranks:
         own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         return [bytes(part.cpu().numpy()) for part in gather_uneven(own)]
 
-    def average_buffers(self, module: nn.Module) -> None:
-        """Replace BatchNorm's running statistics by their mean over the ranks; other buffers are equal."""
+    def average(self, values: Iterable[Tensor]) -> None:
+        """Replace tensors by their mean over the ranks."""
         if self.count > 1:
-            norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-            for buffer in [buffer for norm in norms for buffer in norm.buffers(recurse=False)]:
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer.div_(self.count)
+            for value in values:
+                dist.all_reduce(value)
+                value.div_(self.count)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace gradients by their sum over the ranks; a parameter without one on any rank stays without."""
@@ -117,6 +121,36 @@ def leave() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def accelerator_for(precision: str) -> Accelerator:
+    """What gives a training its device, and fp16 its scaler.
+
+    Raises:
+        UserError: the device cannot compute in that precision, or the launcher wants what is not supported.
+    """
+    _check_launcher(precision)
+    AcceleratorState._reset_state()  # one process trains several stages, each in a precision of its own
+    try:
+        accelerator = Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        raise UserError(f"train.precision: {precision!r} cannot be used here: {error}") from error
+    if precision == "fp16" and accelerator.scaler is None:  # Accelerate would compute in float32 without a word
+        raise UserError(f"train.precision: 'fp16' needs a GPU, this is {accelerator.device.type}; use 'no' or 'bf16'")
+    return accelerator
+
+
+def _check_launcher(precision: str) -> None:
+    """Tell what `accelerate launch` was asked for and a recipe decides."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "DeepSpeed is not supported; launch without it, and set train.shard to split weights over ranks"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        log.warning("the launcher's FSDP settings are not read; train.shard splits weights")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        log.warning("the launcher asks for %s; the recipe's train.precision, %s, is what counts", asked, precision)
 
 
 class _Gather(torch.autograd.Function):

@@ -66,6 +66,11 @@ class Stepper:
         self._buffers = list(trainee.model.buffers())
         self._statistics = [*self._buffers, *_batch_statistics(trainee.objective)]  # what a forward pass changes
         self._compares_ranks = ranks.count > 1 and any(trainee.objective.relational)
+        if config.accumulate > 1 and _has_batch_norm(trainee.model):
+            log.warning(
+                "train.accumulate: BatchNorm sees each of the %d parts alone, so results differ from the whole batch's",
+                config.accumulate,
+            )
 
     def __call__(
         self, batches: dict[str, Batch], reads: str, ask: Callable[[dict[str, Batch]], Outputs] | None
@@ -85,13 +90,23 @@ class Stepper:
         """
         batches = {name: batch.to(self.device) for name, batch in batches.items()}
         with self.trainee.watch("teacher"):
-            teacher = ask(batches) if ask else None
+            teacher = self._asked(ask, batches) if ask else None
             if self._own_teacher is not None:
                 teacher = join_teachers(teacher, self._own_teacher(batches[reads]))
         before = [buffer.clone() for buffer in self._statistics] if self.config.not_finite != "raise" else []
         rows, values = self._gradients(batches[reads], teacher)
         with self.trainee.watch("optimizer"):
             return self._update(batches[reads], teacher, rows, values, before)
+
+    @staticmethod
+    def _asked(ask: Callable[[dict[str, Batch]], Outputs], batches: dict[str, Batch]) -> Outputs:
+        try:
+            return ask(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            advice = "lower train.batch_size, or set cache.enabled to true: its batches are smaller"
+            raise TrainingError(f"out of memory in the teacher ({_first_line(error)}); {advice}") from error
 
     def _update(
         self, batch: Batch, teacher: Outputs | None, rows: int, values: dict[str, float], before: list[Tensor]
@@ -143,7 +158,7 @@ class Stepper:
             try:
                 logged = self._forward_backward(batch, teacher, whole)
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
                 self._split(len(batch.ids), error)
@@ -209,7 +224,7 @@ class Stepper:
         total = own.sum(dim=0) if whole is None else whole
         return (torch.where(torch.tensor(objective.relational), together, own) / total.clamp(min=1)).tolist()
 
-    def _split(self, rows: int, error: RuntimeError) -> None:
+    def _split(self, rows: int, error: Exception) -> None:
         if self._compares_ranks or self.trainee.shards:  # the others wait for this rank
             advice = "lower train.batch_size or raise train.accumulate"
             raise TrainingError(f"out of memory ({_first_line(error)}); {advice}") from error
@@ -233,6 +248,10 @@ class Stepper:
         path = self.folder / (NOT_FINITE if self.ranks.first else f"not_finite.{self.ranks.rank}.json")
         write_json(path, {"what": what, "ids": batch.ids.tolist(), "terms": shown})
         self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.update(
+                self.scaler.get_scale()
+            )  # it would refuse to begin the next step; its scale is not at fault
         for buffer, value in zip(self._statistics, before, strict=bool(before)):
             buffer.copy_(value)
         self.skipped += 1
@@ -275,13 +294,13 @@ def _culprit(teacher: Outputs | None) -> str | None:
     return None
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "not enough memory" in text
+def _out_of_memory(error: Exception) -> bool:
+    known = ("out of memory", "not enough memory", "can't allocate memory")  # on GPUs, and on CPUs
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error).lower() for text in known)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _batch_statistics(module: nn.Module) -> list[Tensor]:

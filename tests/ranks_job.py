@@ -2,7 +2,8 @@
 
 Usage: ``ranks_job.py FOLDER RESULTS [SETTING=VALUE ...]``; the first rank writes gradients, losses and weights.
 Beside those of ``train``: ``terms=[NUMBER, ...]`` takes some of the terms below; ``stop=STEP`` sends SIGTERM to the
-last rank in that step, and a second call in the same folder goes on.
+last rank in that step, and a second call in the same folder goes on; ``norm=true`` gives the image encoder a
+BatchNorm, and the metrics ``valid/apart``, how far the ranks' statistics are from each other when they validate.
 """
 
 import json
@@ -24,7 +25,7 @@ from distill.data.prepared import PreparedData
 from distill.engine import Job, fit
 from distill.interrupts import InterruptedRunError
 from distill.multimodal import Encoded, Encoder, Tapped, evaluating
-from distill.ranks import join
+from distill.ranks import Ranks, join
 from distill.retrieval import pairs_of
 from distill.sharding import local, whole
 from distill.step import Stepper
@@ -64,12 +65,12 @@ EYE = {"eye": ["image"]}
 
 
 class Pixels(Encoder):
-    """A layer on the pixels, in float64 and without BatchNorm, which sees the rows of one rank alone."""
+    """A layer on the pixels, in float64, by default without BatchNorm, which sees the rows of one rank alone."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: bool) -> None:
         super().__init__()
         self.out_dim = width
-        self.layer = nn.Linear(3 * 16 * 16, width)
+        self.layer = nn.Sequential(nn.Linear(3 * 16 * 16, width), *([nn.BatchNorm1d(width)] if norm else []))
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> Encoded:
         values = self.layer(inputs["image"].flatten(1).double() / 255)
@@ -91,9 +92,15 @@ class Words(Encoder):
         return Encoded(tokens, mask, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
 
 
-def make_model(width: int, seed: int):
+def make_model(width: int, seed: int, norm: bool = False):
     torch.manual_seed(seed)
-    return around({"image": Pixels(width), "text": Words(width)}).double()
+    return around({"image": Pixels(width, norm), "text": Words(width)}).double()
+
+
+def apart(model: nn.Module, ranks: Ranks) -> float:
+    """How far the buffers of the ranks' models are from their mean, added up over the ranks."""
+    own = torch.cat([buffer.double().reshape(-1) for buffer in model.buffers()])
+    return ranks.sum((own - ranks.sum(own) / ranks.count).abs().sum()).item()
 
 
 def main() -> None:
@@ -103,10 +110,10 @@ def main() -> None:
     data = PreparedData.open(folder / "data")
     tokenizer = folder / "tokenizer.json"
     slices = {"rank": ranks.rank, "world_size": ranks.count}
-    rows, stop = settings.pop("batch_size", 24), settings.pop("stop", None)
+    rows, stop, norm = settings.pop("batch_size", 24), settings.pop("stop", None), settings.pop("norm", False)
     loader = make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows, **slices)
     valid = make_loader(data, tokenizer, split="valid", shuffle=False, augment=None, **slices)
-    student, teacher = make_model(8, 0), make_model(8, 1).eval().requires_grad_(False)
+    student, teacher = make_model(8, 0, norm), make_model(8, 1).eval().requires_grad_(False)
     objective = terms(*(TERMS[number] for number in settings.pop("terms", range(BY_DEFAULT))))
     asked, eye = Tapped(teacher, ["encoders.image.layer"]), make_model(8, 2).eval().requires_grad_(False)
 
@@ -151,7 +158,8 @@ def main() -> None:
 
     def validate(model):
         recall = evaluate.validation_recall(model, batches, pairs, ranks.gather)
-        return {**recall, **evaluate.validation_accuracy(model, batches, ranks.sum)}
+        spread = {"valid/apart": apart(model, ranks)} if norm else {}
+        return {**recall, **spread, **evaluate.validation_accuracy(model, batches, ranks.sum)}
 
     try:
         info = fit(Job(tapped, made.double(), loader, "student", config, run, 0, validate, ask))

@@ -303,6 +303,10 @@ def test_run_folder(project):
     with locked(project / "runs/used"):
         sentence = refusal(distill_process("run", "recipe.yaml", "name=used", cwd=project))
     assert "runs/used is in use by another process; wait for it to end or choose another name" in sentence
+    assert "output: runs are written to a folder, and s3://bucket/runs is a URL" in refusal(
+        distill("run", "recipe.yaml", "output=s3://bucket/runs")
+    )
+    assert not (project / "s3:").exists()
     (project / "taken").write_text("a file")
     assert "run folder taken/tiny cannot be written" in refusal(distill("run", "recipe.yaml", "output=taken"))
 

@@ -13,7 +13,7 @@ from distill import estimate, pipeline
 from distill.contracts import UserError
 from distill.data.prepared import PreparedData
 from distill.dual import DualEncoder
-from distill.multimodal import only
+from distill.evaluate import only
 from distill.predict import load
 from distill.recipe import load_recipe
 from distill.retrieval import pairs_of, search

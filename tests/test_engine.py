@@ -13,7 +13,7 @@ import torch
 from tiny import LABELS, around, make_loader, make_model, terms
 from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, stopped_and_continued, weights, without_times
 
-from distill import checkpoint, engine, evaluate
+from distill import checkpoint, engine, evaluate, interrupts
 from distill.config import TrainConfig
 from distill.contracts import IGNORE, Outputs, UserError
 from distill.data.batches import Batches
@@ -136,7 +136,27 @@ def test_a_signal_ends_the_run_with_its_exit_code_and_gives_the_handlers_back(ma
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_second_signal_takes_its_usual_effect(make_job):
+def test_the_echo_of_a_signal_is_no_second_one(make_job):
+    """A job system that signals launcher and workers signals workers twice."""
+    whole, job = make_job("whole"), make_job("stopped")
+    fit(whole)
+
+    def twice(done, total, note):
+        if done == 7:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.05)
+
+    job.report = twice
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM; state saved in"):
+        fit(job)
+    again = make_job("stopped")
+    fit(again)
+    assert_same(weights(again), weights(whole))
+
+
+def test_a_second_signal_takes_its_usual_effect(make_job, monkeypatch):
+    monkeypatch.setattr(interrupts, "ECHO_SECONDS", 0.0)
     job = make_job()
 
     def twice(done, total, note):
@@ -465,6 +485,7 @@ def test_without_memory_the_effective_batch_stays(make_job, wordpiece_file, step
     Memory(job, step, 5)  # of 16 rows: a half is too much, a quarter is not
     fit(job)
     assert "now read in 4 parts; the effective batch stays, but BatchNorm" in caplog.text
+    assert "train.accumulate" not in caplog.text
     for one, other in zip(lines(whole), lines(job), strict=True):
         assert other == pytest.approx(one, rel=1e-5)
     for name, value in weights(whole).items():
@@ -478,9 +499,45 @@ def test_too_little_memory_for_one_row_ends_in_a_sentence(make_job):
         fit(job)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_too_little_memory_for_the_teacher_ends_in_a_sentence(make_job, error):
+    def teacher(batches):
+        raise error
+
+    example = Outputs({"kind": torch.zeros(1, 3)}, {}, {})
+    job = make_job(objective=KD, teacher=teacher, example=example)
+    with pytest.raises(TrainingError, match=r"out of memory in the teacher .*lower train\.batch_size"):
+        fit(job)
+
+
+def test_what_a_cpu_says_without_memory_is_understood(make_job):
+    job = make_job()
+    error = RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    job.objective.forward = lambda *args: (_ for _ in ()).throw(error)
+    with pytest.raises(TrainingError, match="out of memory with one row at a time"):
+        fit(job)
+
+
 def test_max_minutes_ends_the_run_with_a_validated_model(make_job):
     info = fit(make_job(max_minutes=1e-9))
     assert info["steps"] == 1 and info["epochs"] == 1 and info["best"] > 0
+
+
+def test_a_run_out_of_minutes_that_is_stopped_in_its_last_validation_trains_no_more(make_job):
+    whole = make_job("whole", max_minutes=1e-9)
+    fit(whole)
+    job = make_job("stopped", max_minutes=1e-9)
+
+    def validate(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole.validate(model)
+
+    job.validate = validate
+    with pytest.raises(InterruptedRunError):
+        fit(job)
+    again = make_job("stopped", max_minutes=1e-9)
+    assert fit(again)["steps"] == 1
+    assert_same(weights(again), weights(whole))
 
 
 def plain_model(wordpiece_file):
@@ -581,6 +638,31 @@ def test_patience_stops_and_keeps_the_best(make_job):
     job.validate = lambda model: {"valid/accuracy": next(scores)}
     info = fit(job)
     assert info["epochs"] == 4 and info["best_epoch"] == 2
+
+
+def test_patience_waits_for_a_validation_and_counts_epochs(make_job):
+    """Of ten epochs, every third is validated: the third, which is best, the sixth, and then five have passed."""
+    job = make_job(epochs=20, patience=5, validate_every=3, keep="last")
+    scores = iter([0.9, 0.3, 0.2, 0.1])
+    states = []
+
+    def validate(model):
+        states.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+        return {"valid/accuracy": next(scores)}
+
+    job.validate = validate
+    info = fit(job)
+    assert (info["epochs"], info["best_epoch"], info["kept_epoch"], len(states)) == (9, 3, 9, 3)
+    assert_same(weights(job), states[-1])
+
+
+@pytest.mark.parametrize("score", [0.5, math.nan])
+def test_a_score_that_stays_where_it_is_runs_out_of_patience(make_job, score):
+    job = make_job(epochs=9, patience=2)
+    job.validate = lambda model: {"valid/accuracy": score}
+    info = fit(job)
+    assert info["epochs"] == (2 if math.isnan(score) else 3) == info["kept_epoch"]
+    assert lines(job)[0]["valid/accuracy"] == (None if math.isnan(score) else score)
 
 
 def test_validation_every_other_epoch_and_at_the_end(make_job):
@@ -707,6 +789,26 @@ def test_stages_of_one_process_may_differ_in_precision(make_job):
 def test_a_precision_that_the_device_lacks_is_refused_in_a_sentence(make_job):
     with pytest.raises(UserError, match=r"train\.precision: 'fp16' needs a GPU, this is cpu; use 'no' or 'bf16'"):
         fit(make_job(precision="fp16"))
+
+
+def test_what_a_launcher_asks_for_and_a_recipe_decides_is_told(make_job, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    fit(make_job("told", epochs=1))
+    assert "the launcher asks for bf16; the recipe's train.precision, no, is what counts" in caplog.text
+    assert "train.shard splits weights" in caplog.text
+    caplog.clear()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    fit(make_job("agreed", epochs=1, precision="bf16"))
+    assert "launcher" not in caplog.text
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"DeepSpeed is not supported; .*train\.shard"):
+        fit(make_job("refused"))
+
+
+def test_batch_norm_in_parts_is_worth_a_warning(make_job, wordpiece_file, caplog):
+    fit(make_job("parts", accumulate=2, epochs=1))
+    assert "train.accumulate: BatchNorm sees each of the 2 parts alone" in caplog.text
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_in_a_sentence(make_job, wordpiece_file):

@@ -7,8 +7,15 @@ from tiny import NO_KIND, NUM_CLASSES, SPLIT_ROWS, make_batch, make_loader, make
 
 from distill import evaluate
 from distill.contracts import IGNORE, TEST, UserError
-from distill.evaluate import clean_batches, feeds, final_logits, predict_bundle, predict_torch, validation_accuracy
-from distill.multimodal import only
+from distill.evaluate import (
+    clean_batches,
+    feeds,
+    final_logits,
+    only,
+    predict_bundle,
+    predict_torch,
+    validation_accuracy,
+)
 
 ROWS = SPLIT_ROWS["test"]
 

@@ -8,11 +8,10 @@ from torch import nn
 
 from distill.config import TrainConfig
 from distill.contracts import Outputs
-from distill.engine import _accelerator
 from distill.gradient_cache import backward_in_parts
 from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
-from distill.ranks import Ranks
+from distill.ranks import Ranks, accelerator_for
 from distill.step import Stepper, take
 from distill.trainee import Trainee
 
@@ -34,7 +33,7 @@ def step_of(tmp_path):
         settings = TrainConfig.model_validate(config)
         trainee = Trainee(tapped, made.to(next(model.parameters()).dtype), compiled=settings.compile).train()
         optimizer = build_optimizer(trainee, settings)
-        return Stepper(_accelerator(settings.precision), Ranks(), trainee, optimizer, settings, tmp_path)
+        return Stepper(accelerator_for(settings.precision), Ranks(), trainee, optimizer, settings, tmp_path)
 
     return make
 

@@ -6,10 +6,12 @@ from tiny import NUM_CLASSES, around, make_batch, make_model
 
 from distill.build import build_model, check_model, example_batch, input_spec
 from distill.config import ModelConfig
-from distill.contracts import UserError
-from distill.multimodal import OneModality, Tapped, evaluating, only
+from distill.contracts import Outputs, UserError
+from distill.evaluate import only
+from distill.multimodal import OneModality, Tapped, evaluating
+from distill.step import take
 from students import ENCODERS
-from teachers import PretrainedText, TimmEncoder
+from teachers import PretrainedText, PretrainedVision, TimmEncoder
 
 FUSIONS = ["concat", "cross_attention"]
 
@@ -114,6 +116,42 @@ def test_taps_read_modules_and_their_means(model):
     other = tapped(make_batch(seed=1)).features
     assert not torch.equal(other["necks.text"], features["necks.text"])
     assert features["necks.text"].requires_grad
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_towers_that_refuse_empty_batches_answer_one(bert_folder, clip_folder, training):
+    """A rank may have no row of a batch."""
+    text, image = PretrainedText(weights=f"path:{bert_folder}"), PretrainedVision(weights=f"path:{clip_folder}")
+    model = around({"image": image.thaw() or image, "text": text.thaw() or text}).train(training)
+    taps = ["encoders.image", "encoders.text", "necks.text", "encoders.text:mean"]
+    batch = make_batch()
+    for rows in (torch.arange(0), torch.arange(1)):
+        some = take(batch, rows)
+        outputs = Tapped(model, taps)(some)
+        assert all(len(value) == len(rows) for part in outputs for value in part.values())
+    imageless = batch._replace(inputs=batch.inputs | {"image": batch.inputs["image"][:0]})
+    imageless = imageless._replace(present=batch.present | {"image": torch.zeros(6, dtype=torch.bool)})
+    outputs = Tapped(model, taps)(imageless)
+    assert all(len(value) == 6 and bool(value.isfinite().all()) for part in outputs for value in part.values())
+    outputs.logits["kind"].sum().backward()
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert grads and all(bool(gradient.isfinite().all()) for gradient in grads)
+
+
+def test_a_tap_keeps_what_a_module_said_though_the_next_one_writes_into_it():
+    inner = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, values):
+            return Outputs({"kind": self.inner(values)}, {}, {})
+
+    values = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    said = Tapped(Model(), ["inner.0"])(values).features["inner.0"]
+    assert torch.equal(said, inner[0](values)) and bool((said < 0).any())
 
 
 def test_a_tap_leaves_the_outputs_as_they_are(model):

@@ -15,11 +15,11 @@ from distill import pipeline
 from distill.averaging import join_teachers
 from distill.config import TrainConfig
 from distill.contracts import Outputs, UserError
-from distill.engine import _accelerator, fit
+from distill.engine import fit
 from distill.interrupts import InterruptedRunError
 from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
-from distill.ranks import Ranks
+from distill.ranks import Ranks, accelerator_for
 from distill.recipe import load_recipe
 from distill.step import MOST_OVERFLOWN, Stepper, TrainingError
 from distill.trainee import Trainee
@@ -120,7 +120,7 @@ def test_micro_batches_give_the_steps_of_the_whole_batch(tmp_path, items):
         )
         config = TrainConfig(accumulate=accumulate, lr=0.1, optimizer="sgd")
         trainee = Trainee(tapped, made.double()).train()
-        stepper = Stepper(_accelerator("no"), Ranks(), trainee, build_optimizer(trainee, config), config, tmp_path)
+        stepper = Stepper(accelerator_for("no"), Ranks(), trainee, build_optimizer(trainee, config), config, tmp_path)
         values = []
         for step, batch in enumerate(batches):
             made.advance(step, 3)
@@ -145,7 +145,7 @@ def test_a_step_that_overflows_in_halves_stores_nothing(tmp_path, wordpiece_file
     )
     config = TrainConfig(optimizer="sgd", optimizer_params={"fused": False})  # which leaves the check to the scaler
     trainee = Trainee(tapped, made).train()
-    stepper = Stepper(_accelerator("no"), Ranks(), trainee, build_optimizer(trainee, config), config, tmp_path)
+    stepper = Stepper(accelerator_for("no"), Ranks(), trainee, build_optimizer(trainee, config), config, tmp_path)
     before = {name: value.clone() for name, value in made.state_dict().items() if "bank" in name or "count" in name}
     assert len(before) == 3
     for scale, stored in ((3e38, False), (1.0, True)):
@@ -160,7 +160,7 @@ def test_gradients_that_no_scale_brings_into_the_range_of_halves_end_the_trainin
     tapped, made = make_objective(make_model(wordpiece_file), terms(*IN_PARTS[:1]), batch, None)
     config = TrainConfig(optimizer="sgd", optimizer_params={"fused": False})
     trainee = Trainee(tapped, made).train()
-    stepper = Stepper(_accelerator("no"), Ranks(), trainee, build_optimizer(trainee, config), config, tmp_path)
+    stepper = Stepper(accelerator_for("no"), Ranks(), trainee, build_optimizer(trainee, config), config, tmp_path)
     before = {name: value.clone() for name, value in trainee.named_parameters()}
 
     def step(scale):

@@ -171,6 +171,20 @@ def test_a_run_goes_on_with_parts_without_and_with_other_ranks(place):
         assert_same(weights, expected)
 
 
+@pytest.mark.slow
+def test_two_ranks_with_batch_norm_validate_one_model_and_go_on_exactly(place):
+    """Each rank's BatchNorm sees its own rows: within an epoch statistics differ, and at its end they are averaged."""
+    settings = ["terms=[0,1,2]", "norm=true", "ema=0.9", 'keep="last"']
+    _, _, expected = train(place, "norm-whole", 2, *settings)
+    spread = [json.loads(line)["valid/apart"] for line in metrics(place / "norm-whole")]
+    assert spread == pytest.approx([0.0] * 5, abs=1e-12)
+    finished(launch(2, TESTS / "ranks_job.py", place, place / "norm", *settings, "stop=7"))
+    found, _, weights = train(place, "norm", 2, *settings)
+    assert len(found["losses"]) == 13
+    assert weights.keys() == expected.keys() and any(name.endswith("running_mean") for name in expected)
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
 def shards(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in cache.glob("*.safetensors")}
 
