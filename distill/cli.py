@@ -350,9 +350,10 @@ def _finish_run(recipe: Recipe, done: dict[str, Artifact], *, as_json: bool) -> 
 
 def _print_plan(recipe: Recipe, force: list[str], *, as_json: bool) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan downloads nothing
-    from distill import estimate, pipeline
+    from distill import estimate, pipeline, taps
 
     pipeline.check(recipe)
+    taps.check_taps(recipe, pipeline.ENCODERS)
     stages: list[Mapping[str, str]] = [
         {"stage": item.stage.name, "state": item.state, "about": item.stage.about}
         for item in pipeline.plan(recipe, force=force)

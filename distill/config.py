@@ -359,10 +359,14 @@ def complaint(problem: Mapping[str, Any]) -> str:
     return EXPECTED.get(problem["type"], problem["msg"])
 
 
+MOST_SHOWN = 40  # choices in a message
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return a sentence part listing the choices and, where one is close, the nearest: for error messages."""
     known = sorted(choices)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     close = close or [choice for choice in known if len(word) > 2 and choice.startswith(word)]
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}choices: {', '.join(known)}"
+    more = f" and {len(known) - MOST_SHOWN} more" if len(known) > MOST_SHOWN else ""
+    return f"{hint}choices: {', '.join(known[:MOST_SHOWN])}{more}"

@@ -19,10 +19,13 @@ from distill.config import ModelConfig, Part, Recipe, nearest
 from distill.contracts import Batch, UserError
 from distill.data.prepared import LABELS_FILE
 from distill.layouts import IMAGE, grid_of, layout_of, modality_of
-from distill.multimodal import evaluating, tapped_tensor
+from distill.losses.picks import read_models
+from distill.losses.projectors import build_projector
+from distill.losses.terms import FEATURES, LOSSES, one_modality, tap_paths
+from distill.multimodal import Tapped, evaluating, tapped_tensor
 from distill.runs import read_json
 from distill.towers import frozen_towers
-from distill.workspace import TEACHER, untrained
+from distill.workspace import STUDENT, TEACHER, untrained
 
 ROWS, LENGTH, CLASSES = 3, 7, 2  # of the made-up inputs; classes where nobody has counted them yet
 KINDS = {"map_last": "map, channels last"}
@@ -98,6 +101,40 @@ def inspect_models(
         num_params = sum(parameter.numel() for parameter in model.parameters())
         found[name] = {"num_params": num_params, "notes": notes, "taps": list_taps(model, batch)}
     return found
+
+
+def check_taps(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> None:
+    """Try the taps of the student's terms on untrained models, before a teacher is fitted for hours.
+
+    Teachers of other runs are not looked at here.
+
+    Raises:
+        UserError: a model has no such module, it says nothing, or no projector brings two features together.
+    """
+    terms = [term for term in recipe.student.objective if term.taps and term.teachers == (None,)]
+    if not terms:
+        return
+    said = {}
+    for name in (STUDENT, TEACHER):
+        config = getattr(recipe, name)
+        try:
+            model = untrained(_without_weights(config), name, encoders, _classes(recipe, config, part=False)[0])
+        except UserError:
+            return  # weights are not here yet
+        spec, paths = input_spec(model), tap_paths(terms, name)
+        batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
+        with evaluating(model):
+            said[name] = Tapped(model, paths)(batch)
+        for path in paths:
+            if path not in said[name].features:
+                raise UserError(
+                    f"student.objective: tap {path!r} of the {name} says nothing, as its module does not run; `distill "
+                    "inspect` lists those that do"
+                )
+    for term in terms:
+        loss = LOSSES[term.loss]
+        if loss.kind in FEATURES and loss.one_width:
+            build_projector(term.name, *read_models(term, loss, said[STUDENT], said[TEACHER]), one_modality(term))
 
 
 def list_taps(model: nn.Module, batch: Batch) -> list[Tap]:

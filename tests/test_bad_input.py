@@ -299,6 +299,22 @@ def test_values_that_only_a_builder_or_a_stage_can_judge(project):
     assert "the model has no module 'encoders.image.stagez'; did you mean 'encoders.image.stages'?" in sentence
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "sentence"),
+    [
+        ("encoders.image.stagez", "encoders.image.stages", "no module 'encoders.image.stagez'; did you mean"),
+        ("encoders.image.stages", "encoders.image.stagez", "no module 'encoders.image.stagez'; did you mean"),
+        ("necks.image", "encoders.image.stages", "no projector fits features of shapes .*`distill inspect` lists them"),
+        ("encoders.text.table", "unimodal_heads", "tap 'unimodal_heads' of the teacher says nothing"),
+    ],
+)
+def test_a_wrong_tap_is_found_before_the_teacher_is_fitted(project, student, teacher, sentence):
+    taps = [f"student.objective.4.taps.student={student}", f"student.objective.4.taps.teacher={teacher}"]
+    assert re.search(sentence, refusal(distill("train", "recipe.yaml", "name=taps", *taps)))
+    assert not (project / "runs/taps/teacher").exists()
+    assert re.search(sentence, refusal(distill("run", "recipe.yaml", "name=taps", "--dry-run", *taps)))
+
+
 def test_run_folder(project):
     with locked(project / "runs/used"):
         sentence = refusal(distill_process("run", "recipe.yaml", "name=used", cwd=project))

@@ -212,6 +212,12 @@ def test_force_reruns_a_stage_and_its_descendants(project):
     ]  # fmt: skip
 
 
+def test_a_cache_that_gives_way_to_another_is_told_with_what_changed(copied):
+    first = distill("cache", "recipe.yaml", "transfer.texts=20")
+    assert "cache: the one that lies here was filled with other transfer; it is replaced" in first.out
+    assert "is replaced" not in distill("cache", "recipe.yaml", "transfer.texts=20", "--force", "cache").out
+
+
 def test_the_resolved_recipe_is_the_same_run_from_anywhere(project, tmp_path, monkeypatch):
     resolved, runs = project / "runs/tiny/recipe.resolved.yaml", project / "runs"
     monkeypatch.chdir(tmp_path)
