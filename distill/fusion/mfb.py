@@ -34,6 +34,7 @@ class MfbFusion(VectorFusion):
     """
 
     least = 2
+    splits_channels = True
 
     def __init__(self, modalities: Sequence[str], dim: int, *, factors: int = 5, dropout: float = 0.0) -> None:
         super().__init__(modalities, dim)

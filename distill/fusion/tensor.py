@@ -68,6 +68,8 @@ class LowRankFusion(VectorFusion):
         ValueError: a size is below 1.
     """
 
+    splits_channels = True
+
     def __init__(self, modalities: Sequence[str], dim: int, *, rank: int = 4, dropout: float = 0.0) -> None:
         super().__init__(modalities, dim, dropout=dropout)
         check_sizes(modalities, self.least, rank=rank)
