@@ -76,7 +76,7 @@ def answers(session: Any, batch: Batch) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("kinds", "count"),
     [
-        (["film", "low_rank", "mfb", "bottleneck"], 4),
+        (["weighted_sum", "low_rank", "mfb", "perceiver"], 4),
         *(pytest.param(BLOCKS, count, marks=pytest.mark.slow) for count in benchmark.COUNTS),
     ],
 )
