@@ -54,9 +54,7 @@ class PerceiverFusion(TokenFusion):
         merged = torch.cat([states[m] + self.embeddings[m] for m in self.modalities], dim=1)
         mask = torch.cat([valid[m] for m in self.modalities], dim=1)
         mask = F.pad(mask, (len(self.latents), 0), value=True)
-        latents = self.latents.repeat(
-            merged.shape[0], 1, 1
-        )  # a copy: torch's FLOP counter fails on a view of a parameter
+        latents = self.latents.repeat(merged.shape[0], 1, 1)  # no view: the FLOP counter fails on parameters'
         for block in self.blocks:
             latents = block(latents, torch.cat([latents, merged], dim=1), mask)
         return self.out(latents.mean(1))
