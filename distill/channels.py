@@ -53,7 +53,8 @@ class ChannelGroup:
 def channel_groups(model: nn.Module, example: Batch, prefixes: Sequence[str]) -> list[ChannelGroup]:
     """Trace a model and return the groups that may be pruned.
 
-    Layers outside the prefixes keep their outputs, attention layers their heads, and the model its output widths.
+    Layers outside the prefixes keep their outputs, attention layers their heads, and the model its output widths. So do
+    layers of modules with ``splits_channels``, which arrange outputs in groups that torch-pruning does not follow.
 
     Args:
         model: a ``Batch -> Outputs`` module whose parameters all require gradients.
@@ -145,11 +146,13 @@ def _differentiable_outputs(model: nn.Module, example: Batch) -> list[Tensor]:
 
 
 def _fixed_layers(names: Mapping[str, nn.Module], prefixes: Sequence[str]) -> Iterator[nn.Module]:
+    splitting = [name for name, module in names.items() if getattr(module, "splits_channels", False)]
     for name, module in names.items():
         parent, _, leaf = name.rpartition(".")
         inside = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
         in_attention = leaf in _HEAD_LAYERS and any(hasattr(names[parent], count) for count in _HEAD_COUNTS)
-        if isinstance(module, (*_CONVOLUTIONS, nn.Linear, nn.Embedding)) and (not inside or in_attention):
+        split = any(name.startswith(f"{owner}.") for owner in splitting)
+        if isinstance(module, (*_CONVOLUTIONS, nn.Linear, nn.Embedding)) and (not inside or in_attention or split):
             yield module
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distill.dropout import Dropout
+from distill.fusion.base import VectorFusion
 
 
-class ConcatFusion(nn.Module):
+class ConcatFusion(VectorFusion):
     """Concatenate the pooled vectors, absent ones replaced by a learned vector, then one hidden layer.
+
+    ``ReLU(W [x_1, ..., x_M] + b)``.
 
     Args:
         modalities: names, in the order of concatenation.
@@ -19,30 +21,11 @@ class ConcatFusion(nn.Module):
         dropout: probability of dropping a feature in training.
     """
 
-    reads_tokens = False
-    plain = False
-
     def __init__(self, modalities: Sequence[str], dim: int, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.modalities = tuple(modalities)
-        self.missing = nn.ParameterDict({name: nn.Parameter(torch.zeros(dim)) for name in self.modalities})
+        super().__init__(modalities, dim, dropout=dropout)
         self.linear = nn.Linear(dim * len(self.modalities), dim)
         self.activation = nn.ReLU()
-        self.dropout = Dropout(dropout)
 
-    def forward(
-        self, tokens: dict[str, Tensor], masks: dict[str, Tensor], pooled: dict[str, Tensor], present: dict[str, Tensor]
-    ) -> Tensor:
-        """Fuse one vector a modality.
-
-        Args:
-            tokens: not read; may be empty.
-            masks: modality -> bool [B, T]; not read.
-            pooled: modality -> [B, dim].
-            present: modality -> bool [B].
-
-        Returns:
-            [B, dim].
-        """
-        parts = [torch.where(present[m][:, None], pooled[m], self.missing[m]) for m in self.modalities]
-        return self.dropout(self.activation(self.linear(torch.cat(parts, dim=-1))))
+    def fuse(self, vectors: list[Tensor]) -> Tensor:
+        """Fuse vectors [B, dim], one a modality, to [B, dim]."""
+        return self.activation(self.linear(torch.cat(vectors, dim=-1)))
