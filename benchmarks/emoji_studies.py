@@ -151,7 +151,7 @@ STUDIES = {
         "quickstart",
         (),
         {
-            "labels and inheritance": (Trial("as it is", baseline),),
+            "labels and inheritance": (Trial("as it is", baseline, ("transfer.texts=0",)),),
             "with soft labels": (Trial("as it is", with_labels("kd")),),
             "with embeddings": (Trial("as it is", with_labels("cosine")),),
             "with features of the image": (Trial("as it is", with_labels("fitnet")),),
