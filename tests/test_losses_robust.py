@@ -1,5 +1,7 @@
 """What holds of every loss: half precision, tiny and huge inputs, batches of one row, rows that are all alike."""
 
+import inspect
+
 import pytest
 import torch
 from losses_table import CALLS, HELPERS, Draw, call
@@ -106,6 +108,14 @@ def test_a_loss_computes_the_same_inside_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         value = call(name, inside)
     torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"clip_ensemble_ce"}))  # whose number of tensors is free
+def test_a_loss_takes_its_tensors_by_keyword(name):
+    arguments, options = CALLS[name](Draw())
+    loss = getattr(losses, name)
+    named = dict(zip(inspect.signature(loss).parameters, arguments, strict=False)) | options
+    torch.testing.assert_close(loss(**named), loss(*arguments, **options), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", CALLS)

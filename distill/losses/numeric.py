@@ -30,7 +30,7 @@ def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(loss)
     def precise(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        device = next(value.device.type for value in args if isinstance(value, Tensor))
+        device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         call = cast("Callable[..., Tensor]", loss)
         if not torch.is_autocast_enabled(device):
             return within_half(loss.__name__, call, args, kwargs)
