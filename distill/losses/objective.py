@@ -51,7 +51,8 @@ class Objective(nn.Module):
         class_counts: task -> int64 [C], the training rows of each class; None when no term
             :func:`~distill.losses.terms.counts_classes`.
         reads: teacher (None is the run's own) -> the modalities that it reads: of rows with none of these it has
-            nothing to say, and its terms leave them out. A teacher that is not named answers all rows.
+            nothing to say, and its terms leave them out. Under EMA, those of the student: all terms leave out what it
+            cannot read. Who is not named answers all rows.
         seed: the run's, for what parts draw.
         classifiers: task -> float [C, D], the weights of the teacher's linear heads; None when no term reads
             :func:`~distill.losses.terms.classifiers`.
