@@ -186,6 +186,13 @@ def test_fused_terms_read_all_rows(item, batch):
     )
 
 
+@pytest.mark.parametrize("path", ["embedders.image", "unimodal_heads.kind.image", "necks.image", "heads.kind"])
+def test_a_tap_of_one_modality_is_about_the_rows_that_have_it(batch, path):
+    said = Outputs({}, {}, {path: torch.zeros(ROWS, 4)})
+    objective = Objective(terms({"loss": "fitnet", "taps": {"student": path, "teacher": path}}), said, said)
+    assert objective.num_rows(without(batch, "image", 1, 4)).tolist() == [ROWS if path == "heads.kind" else 4]
+
+
 @pytest.mark.parametrize("item", [{"loss": "cross_entropy"}, {"loss": "kd"}, {"loss": "dkd"}], ids=str)
 def test_rows_that_the_student_cannot_read_take_no_part(batch, item):
     item, lacking = {**item, "task": "kind"}, without(batch, "image", 1, 4)
