@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.config import EMA, MixConfig, TermConfig
 from distill.contracts import Batch, Outputs
+from distill.layouts import layout_of
 from distill.losses.mixing import Mixed
 from distill.losses.numeric import unit, upcast, within_half
 from distill.losses.parts import Known, Part, need_vectors
@@ -29,6 +30,7 @@ from distill.losses.terms import (
     one_modality,
     settings,
 )
+from distill.losses.tokens import scores_of
 from distill.multimodal import MEMBER, by_member
 from distill.ranks import Ranks
 from distill.schedules import Schedule, at
@@ -86,6 +88,7 @@ class Objective(nn.Module):
         self._names, self._weights = _names(self.terms), [term.weight for term in self.terms]
         self._params = [_moving(term) for term in self.terms]
         self._progress = 0.0
+        self._attentions: dict[int, list[bool]] = {}  # term on tokens -> whether student and teacher give probabilities
         for index, term in enumerate(self.terms):
             loss = LOSSES[term.loss]
             numbers = learned_numbers(term)
@@ -98,7 +101,9 @@ class Objective(nn.Module):
             if loss.kind == "pair+teacher" and loss.one_width:
                 check_widths(term, student, need(term, teacher))
             if loss.kind == "tokens":
-                check_tokens(term, *read_models(term, loss, student, teacher))
+                examples = read_models(term, loss, student, teacher)
+                check_tokens(term, *examples)
+                self._attentions[index] = [layout_of(tap, one_modality(term)) == "attention" for tap in examples]
             if loss.unit:
                 need_vectors(Known(term.name), *read_models(term, loss, student, teacher))
             if loss.kind in FEATURES and loss.one_width:
@@ -254,6 +259,9 @@ class Objective(nn.Module):
         found = read_models(term, loss, student, teacher)
         if str(index) in self.projectors:
             found = (self.projectors[str(index)](found[0]), *found[1:])
+        if any(self._attentions.get(index, [])):
+            sides = zip(found, self._attentions[index], strict=True)
+            found = tuple(scores_of(tap) if attention else tap for tap, attention in sides)
         return tuple(unit(upcast(tensor)) for tensor in found) if loss.unit else found
 
     def _learned_by(self, index: int) -> list[tuple[str, Any]]:
