@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.contracts import UserError
 from distill.losses.bounds import Count
-from distill.losses.numeric import full_precision, upcast
+from distill.losses.numeric import full_precision, need_one_shape, upcast
 
 LEAST = 1e-8
 """Probability of which a logarithm is taken, at least: its slope is 1e8 there, and none below."""
@@ -29,7 +29,11 @@ def token_mse(student_tokens: Tensor, teacher_tokens: Tensor, mask: Tensor | Non
 
     Returns:
         A scalar, averaged over the rows that have a token.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("token_mse", student=student_tokens, teacher=teacher_tokens)
     each = (student_tokens - teacher_tokens.detach()).square().mean(dim=-1)
     return _mean_over_tokens(each, mask)
 
@@ -51,7 +55,11 @@ def attention_transfer(student_scores: Tensor, teacher_scores: Tensor, mask: Ten
 
     Returns:
         A scalar, averaged over the rows that have a token.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("attention_transfer", student=student_scores, teacher=teacher_scores)
     return _attention_kl(student_scores, teacher_scores.detach(), mask)
 
 
@@ -82,6 +90,8 @@ def minilm_relations(
     widths = student_vectors.shape[-1], teacher_vectors.shape[-1]
     if widths[0] % heads or widths[1] % heads:
         raise UserError(f"minilm_relations: heads={heads} must divide both widths, {widths[0]} and {widths[1]}")
+
+    need_one_shape("minilm_relations", student=student_vectors[..., 0], teacher=teacher_vectors[..., 0])
 
     def relations(vectors: Tensor) -> Tensor:
         cut = vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
