@@ -12,6 +12,7 @@ from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, 
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.fitted import Fitted
+from distill.fusion import FUSIONS
 from distill.layouts import modality_of
 from distill.losses.scales import own_name
 from distill.losses.terms import (
@@ -70,6 +71,24 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
     _check_kept(recipe, encoders)
+
+
+def check_pruning(recipe: Recipe, encoders: Registry) -> None:
+    """Check that the student has what may be pruned, as far as its config tells.
+
+    Raises:
+        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names.
+    """
+    student = recipe.student
+    tables = takers(student, encoders)
+    able = [f"encoders.{name}" for name in student.encoders if name not in tables]
+    able += [] if student.fusion is None or FUSIONS[student.fusion.type].plain else ["fusion"]
+    hint = f"set it to [{', '.join(able)}]" if able else "it has no channels to prune; end with 'distill train'"
+    for path in recipe.prune.modules:
+        owner, *inner = path.split(".")
+        foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
+        if foreign or (student.fusion is None and owner in ("fusion", "necks")):
+            raise UserError(f"prune.modules: the student has no module {path!r}; {hint}")
 
 
 def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Recipe, tasks: Sequence[str]) -> None:

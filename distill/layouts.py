@@ -19,6 +19,8 @@ Arrangement = Literal["as_is", "map", "last", "mean"]
 BEFORE = (0, 1, 2, 5)
 """Tokens before the patches: none, a class token, DeiT's for distillation beside it, or four registers (DINOv2)."""
 IMAGE = "image"
+OWNED = {"encoders": 1, "necks": 1, "token_necks": 1, "embedders": 1, "unimodal_heads": 2}
+"""Part of a model that has a module for each modality -> the step of a path that names it."""
 
 
 class Grid(NamedTuple):
@@ -38,8 +40,9 @@ class Grid(NamedTuple):
 def modality_of(path: str) -> str | None:
     """The modality of a tap that belongs to one, such as "image" of ``encoders.image.stages``."""
     steps = path.partition(":")[0].split(".")
-    owner, *inner = steps[2:] or steps if steps[0] == "others" else steps  # of an ensemble's further members
-    return inner[0] if inner and owner in ("encoders", "necks", "token_necks") else None
+    steps = steps[2:] or steps if steps[0] == "others" else steps  # of an ensemble's further members
+    place = OWNED.get(steps[0])
+    return steps[place] if place is not None and place < len(steps) else None
 
 
 def layout_of(feature: Tensor, modality: str | None) -> Layout:

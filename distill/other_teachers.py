@@ -171,7 +171,7 @@ def provenance(recipe: Recipe) -> dict[str, dict[str, str]]:
 def modalities_read(recipe: Recipe) -> dict[str | None, list[str]]:
     """Teacher -> the modalities that it reads; None is the run's own."""
     found: dict[str | None, list[str]] = {name: find_fitted(name, recipe).modalities for name in recipe.teachers}
-    return found | {None: list(recipe.teacher.encoders), EMA: list(recipe.student.encoders)}
+    return found | {None: list(recipe.teacher.encoders)}
 
 
 class Teachers:

@@ -15,7 +15,7 @@ import students
 import teachers
 from distill import results, stages
 from distill.cache import CACHE_MANIFEST
-from distill.check import check_recipe
+from distill.check import check_pruning, check_recipe
 from distill.config import LabelledConfig, Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
@@ -225,8 +225,12 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / recipe.name
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Recipe, until: str | None = None) -> None:
     """Check what the schema cannot: names and parameters of all parts against their builders.
+
+    Args:
+        recipe: validated by its schema.
+        until: last stage, if not all; what later ones alone read is not checked.
 
     Raises:
         UserError: the first mistake found.
@@ -237,6 +241,8 @@ def check(recipe: Recipe) -> None:
             "share if there are several"
         )
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
+    if "pruned" in [stage.name for stage in _needed(until)]:
+        check_pruning(recipe, ENCODERS)
 
 
 def plan(recipe: Recipe, *, until: str | None = None, force: Sequence[str] = ()) -> list[Planned]:
@@ -309,7 +315,7 @@ def run(
     Raises:
         UserError: a mistake that the user can mend, or the run folder is in use.
     """
-    check(recipe)
+    check(recipe, until)
     keep_freed_memory()
     folder, ranks = run_folder(recipe), join()
     with locked(folder) if ranks.first else nullcontext():

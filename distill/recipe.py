@@ -73,7 +73,8 @@ def load_models(
 
     Args:
         name: a recipe or such a part: a YAML file, or a packaged name.
-        overrides: as of :func:`load_recipe`; those of a part begin with ``teacher.`` or ``student.`` too.
+        overrides: as of :func:`load_recipe`; those of a part begin with ``teacher.`` or ``student.`` too. A teacher's
+            part may lack its objective, which builds nothing.
         parts: as of :func:`load_recipe`.
 
     Returns:
@@ -85,11 +86,13 @@ def load_models(
     given = _part_of(name)
     if given is None:
         return load_recipe(name, overrides, parts), ("student", "teacher")
-    return load_recipe(QUICK_START, overrides, {**(parts or {}), given: name}), (given,)
+    key, bare = given
+    without = ["teacher.objective=[]"] if key == "teacher" and bare else []
+    return load_recipe(QUICK_START, [*without, *overrides], {**(parts or {}), key: name}), (key,)
 
 
-def _part_of(name: str) -> str | None:
-    """The key of a recipe that a file is the part of; None where it is none."""
+def _part_of(name: str) -> tuple[str, bool] | None:
+    """The key of a recipe that a file is the part of, and whether it lacks an objective; None where it is none."""
     for folder in ("", PARTS["teacher"], PARTS["student"]):
         try:
             raw = _read(_find(name, Path.cwd(), folder))
@@ -97,7 +100,7 @@ def _part_of(name: str) -> str | None:
             continue
         if "encoders" not in raw:
             return None
-        return "student" if "baseline" in raw else "teacher"
+        return "student" if "baseline" in raw else "teacher", "objective" not in raw
     return None
 
 

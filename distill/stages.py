@@ -384,7 +384,7 @@ def _job(
         student_example = tapped(first[reads])
     seed_everything(work.recipe.seed)  # projectors and parts start alike, whatever ran before in this process
     counts = work.class_counts() if counts_classes(terms) else None
-    read = modalities_read(work.recipe) if teacher else None
+    read = {**(modalities_read(work.recipe) if teacher else {}), EMA: list(model.encoders)}
     said = teacher(first) if teacher else None
     if any(EMA in term.teachers for term in terms):
         said = join_teachers(said, as_mean_teacher(student_example))

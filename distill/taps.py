@@ -159,28 +159,30 @@ def list_taps(model: nn.Module, batch: Batch) -> list[Tap]:
     return sorted(in_order, key=lambda tap: not tap.path.startswith(ENCODERS))
 
 
-def chosen(taps: Sequence[Tap], pattern: str, depth: int) -> list[Tap]:
-    """Those whose path holds a text or matches a pattern with ``*``; without one, what is not trivial down to a depth.
+def chosen(found: Mapping[str, Any], pattern: str, depth: int) -> dict[str, list[Tap]]:
+    """Of each listed model, the taps whose path holds a text or matches a pattern with ``*``.
+
+    Without a pattern, those that are not trivial down to a depth.
 
     Raises:
-        UserError: the pattern matches none.
+        UserError: the pattern matches none of any model.
     """
+    listed: dict[str, list[Tap]] = {name: model["taps"] for name, model in found.items() if "taps" in model}
     if not pattern:
-        return [tap for tap in taps if not tap.trivial and tap.inside <= depth]
+        return {name: [tap for tap in taps if not tap.trivial and tap.inside <= depth] for name, taps in listed.items()}
     whole = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-    matching = [tap for tap in taps if fnmatchcase(tap.path, whole)]
-    if not matching:
-        hint = nearest(pattern, {piece for tap in taps for piece in tap.path.split(".") if not piece.isdigit()})
-        raise UserError(f"--filter {pattern!r}: no module path has this in it; {hint}")
+    matching = {name: [tap for tap in taps if fnmatchcase(tap.path, whole)] for name, taps in listed.items()}
+    if listed and not any(matching.values()):
+        steps = {step for taps in listed.values() for tap in taps for step in tap.path.split(".") if not step.isdigit()}
+        raise UserError(f"--filter {pattern!r}: no module path has this in it; {nearest(pattern, steps)}")
     return matching
 
 
 def as_json(found: Mapping[str, Any], pattern: str, depth: int) -> dict[str, Any]:
     """The listing as JSON values, of the taps that are :func:`chosen`."""
+    kept = chosen(found, pattern, depth)
     return {
-        name: model | {"taps": [asdict(tap) for tap in chosen(model["taps"], pattern, depth)]}
-        if "taps" in model
-        else model
+        name: model | {"taps": [asdict(tap) for tap in kept[name]]} if name in kept else model
         for name, model in found.items()
     }
 
@@ -188,12 +190,16 @@ def as_json(found: Mapping[str, Any], pattern: str, depth: int) -> dict[str, Any
 def render(found: Mapping[str, Any], pattern: str, depth: int) -> list[str]:
     """The listing as lines, of the taps that are :func:`chosen`."""
     lines: list[str] = []
+    kept = chosen(found, pattern, depth)
     for name, model in found.items():
         if "missing" in model:
             lines.append(f"{name}: not listed: {model['missing']}")
             continue
-        taps = chosen(model["taps"], pattern, depth)
+        taps = kept[name]
         lines += [f"{name}: {model['num_params']:,} parameters", *(f"  ({note})" for note in model["notes"])]
+        if pattern and not taps:
+            lines.append(f"  no module path has {pattern!r} in it")
+            continue
         cells = [(tap.path, "x".join(map(str, tap.shape)), f"{tap.num_params:,}", tap.kind) for tap in taps]
         head = ("tap", "shape a row", "parameters", "kind")
         wide = [max(len(row[column]) for row in (head, *cells)) for column in range(3)]

@@ -1,11 +1,13 @@
 """What holds of every loss: half precision, tiny and huge inputs, batches of one row, rows that are all alike."""
 
+import inspect
+
 import pytest
 import torch
 from losses_table import CALLS, HELPERS, Draw, call
 
 from distill import losses
-from distill.contracts import UserError
+from distill.contracts import IGNORE, UserError
 from distill.losses.terms import LOSSES
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -108,6 +110,14 @@ def test_a_loss_computes_the_same_inside_autocast(name):
     torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"clip_ensemble_ce"}))  # whose number of tensors is free
+def test_a_loss_takes_its_tensors_by_keyword(name):
+    arguments, options = CALLS[name](Draw())
+    loss = getattr(losses, name)
+    named = dict(zip(inspect.signature(loss).parameters, arguments, strict=False)) | options
+    torch.testing.assert_close(loss(**named), loss(*arguments, **options), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_the_student_learns_and_the_teacher_does_not(name):
     draw = Draw()
@@ -143,3 +153,42 @@ def test_one_row_has_no_relations(name):
     value = call(name, draw)
     value.backward()
     assert value.abs() < 1e-12 and draw.student[0].grad.abs().max() < 1e-9
+
+
+BROADCASTING = {
+    **dict.fromkeys(("kd", "mse_logits", "dist", "multilabel_kd", "logit_standardized_kd"), ()),
+    **dict.fromkeys(("fitnet", "simkd", "cosine", "srrl"), ()),
+    **dict.fromkeys(("dkd", "nkd"), (torch.tensor([0, 1, 2, 0]),)),
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (1, 3), (4, 5)], ids=str)
+@pytest.mark.parametrize("name", BROADCASTING)
+def test_shapes_that_only_broadcast_are_refused(name, shape):
+    more = (torch.ones(2, 3),) if name == "srrl" else BROADCASTING[name]
+    with pytest.raises(UserError, match=rf"{name} .*\[4, 3\].* and .*\[{shape[0]}, {shape[1]}\].*; give both the same"):
+        getattr(losses, name)(torch.randn(4, 3), torch.randn(shape), *more)
+
+
+def test_both_embeddings_of_a_pair_have_one_shape():
+    own, narrow = torch.randn(4, 3), torch.randn(4, 1)
+    for given in ((own, narrow), (narrow, own)):
+        with pytest.raises(UserError, match="clip_fd compares number by number"):
+            losses.clip_fd(own, own, *given)
+
+
+@pytest.mark.parametrize("name", ["rkd", "sp", "pkt", "at", "nst"])
+def test_a_teacher_of_other_rows_is_refused(name):
+    shape = (3, 2, 2) if name in ("at", "nst") else (3,)
+    with pytest.raises(UserError, match=f"{name} needs as many rows of student and teacher"):
+        getattr(losses, name)(torch.randn(4, *shape), torch.randn(1, *shape))
+
+
+@pytest.mark.parametrize("label", [-1, 3, -99])
+@pytest.mark.parametrize("name", ["dkd", "nkd"])
+def test_a_label_that_is_no_class_is_refused(name, label):
+    labels = torch.tensor([0, IGNORE, label, 2])
+    with pytest.raises(UserError, match=f"{name}: the label {label} is no class of 3 logits; give 0 to 2, or -100"):
+        getattr(losses, name)(torch.randn(4, 3), torch.randn(4, 3), labels)
+    with pytest.raises(UserError, match=rf"{name} reads one label a row, got labels \[1\]"):
+        getattr(losses, name)(torch.randn(4, 3), torch.randn(4, 3), labels[:1])

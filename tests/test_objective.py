@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import terms
 
 from distill import losses
-from distill.config import TermConfig
+from distill.config import EMA, TermConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, Outputs, UserError
 from distill.losses.objective import Objective
 from distill.losses.terms import LOSSES, check_terms, needs_teacher, tap_paths
@@ -184,6 +184,27 @@ def test_fused_terms_read_all_rows(item, batch):
     torch.testing.assert_close(
         value(item, without(batch, "image", 1, 4), student, teacher), value(item, batch, student, teacher)
     )
+
+
+@pytest.mark.parametrize("path", ["embedders.image", "unimodal_heads.kind.image", "necks.image", "heads.kind"])
+def test_a_tap_of_one_modality_is_about_the_rows_that_have_it(batch, path):
+    said = Outputs({}, {}, {path: torch.zeros(ROWS, 4)})
+    objective = Objective(terms({"loss": "fitnet", "taps": {"student": path, "teacher": path}}), said, said)
+    assert objective.num_rows(without(batch, "image", 1, 4)).tolist() == [ROWS if path == "heads.kind" else 4]
+
+
+@pytest.mark.parametrize("item", [{"loss": "cross_entropy"}, {"loss": "kd"}, {"loss": "dkd"}], ids=str)
+def test_rows_that_the_student_cannot_read_take_no_part(batch, item):
+    item, lacking = {**item, "task": "kind"}, without(batch, "image", 1, 4)
+    student, teacher = outputs(), outputs(1)
+    blind = Objective(terms(item), student, teacher, reads={None: ["image", "text"], EMA: ["image"]})
+    seeing = Objective(terms(item), student, teacher, reads={None: ["image", "text"], EMA: ["text", "image"]})
+    there = torch.tensor([0, 2, 3, 5])
+    expected = seeing(*(take(x, there) for x in (student, teacher, batch)))[0]
+    torch.testing.assert_close(blind(student, teacher, lacking)[0], expected)
+    assert blind.num_rows(lacking).tolist() == [4] and blind.num_rows(batch).tolist() == [ROWS]
+    assert seeing.num_rows(lacking).tolist() == [ROWS]
+    assert torch.equal(blind(student, teacher, batch)[0], seeing(student, teacher, batch)[0])
 
 
 def test_missing_labels_leave_soft_labels_in_force(batch):

@@ -9,6 +9,7 @@ from tiny import make_batch, terms
 from distill import losses
 from distill.contracts import Outputs, UserError
 from distill.losses.objective import Objective
+from distill.losses.tokens import scores_of
 
 TOKENS = {"student": "encoders.text.layer", "teacher": "encoders.text.layer"}
 PATCHES = {"student": "encoders.image.layer", "teacher": "encoders.image.layer"}
@@ -50,6 +51,31 @@ def test_texts_may_end_before_the_batch():
     short = whole._replace(inputs={name: rows[:4] for name, rows in whole.inputs.items()})
     item = {"loss": "token_mse", "taps": TOKENS}
     assert value(item, short, tokens(0), tokens(1)) == value(item, whole, tokens(0), tokens(1))
+
+
+@pytest.mark.parametrize("sides", [("student",), ("teacher",), ("student", "teacher")], ids=str)
+def test_attentions_behind_their_softmax_are_no_scores_to_take_another_of(sides):
+    """What most models let tap."""
+    name, whole = "encoders.text.scores", make_batch(ROWS)
+    mask = whole.inputs["text_mask"]
+    given = {"student": tokens(0), "teacher": tokens(1)}
+    item = {"loss": "attention_transfer", "taps": dict.fromkeys(given, name)}
+    expected = value(item, whole, **given)
+
+    def behind(said):
+        hidden = ~mask[:, None, None, :]
+        return said._replace(features={name: said.features[name].masked_fill(hidden, -torch.inf).softmax(-1)})
+
+    tapped = {side: behind(said) if side in sides else said for side, said in given.items()}
+    torch.testing.assert_close(value(item, whole, **tapped), expected)
+
+
+def test_the_gradient_through_a_softmax_is_that_of_the_scores():
+    scores = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    direct = torch.autograd.grad(losses.attention_transfer(scores, teacher), scores)
+    through = torch.autograd.grad(losses.attention_transfer(scores_of(scores.softmax(-1)), teacher), scores)
+    torch.testing.assert_close(through, direct)
 
 
 def test_tokens_of_images_have_no_mask_and_widths_get_a_projector():

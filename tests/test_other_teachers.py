@@ -120,9 +120,9 @@ def copied(finished, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-def workspace(*overrides):
-    """The finished stages of the student's run."""
-    recipe = load_recipe("recipe.yaml", [*MAIN, *overrides])
+def workspace(run=MAIN):
+    """The finished stages of a run, by default of the student's."""
+    recipe = load_recipe("recipe.yaml", run)
     planned = pipeline.plan(recipe)
     return pipeline.workspace(recipe, {item.stage.name: item.artifact for item in planned if item.artifact})
 
@@ -285,6 +285,16 @@ def test_what_stands_in_rows_without_an_image_changes_no_term(project):
         answer = job.tapped(batch)
     values = [job.objective(answer, teacher, batch)[1] for teacher in (said, other)]
     torch.testing.assert_close(*values, rtol=0, atol=0)
+
+
+def test_a_stage_counts_no_rows_that_its_model_cannot_read(project, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(stages, "_fit_model", lambda work, job, *names: jobs.append(job) or {})
+    stages.train_baseline(workspace(READER), tmp_path)
+    batches = [batches[STUDENT] for batches in jobs[0].loader.epoch(0)]
+    there = sum(int((batch.present["image"] & (batch.targets["shape"] >= 0)).sum()) for batch in batches)
+    counted = sum(jobs[0].objective.num_rows(batch) for batch in batches)
+    assert counted.tolist() == [there] and there < sum(int((batch.targets["shape"] >= 0).sum()) for batch in batches)
 
 
 def test_taps_are_those_of_each_teacher():

@@ -14,6 +14,7 @@ from distill.losses.objective import Objective
 from distill.losses.parts import Known
 from distill.losses.terms import LOSSES, check_terms, stores_rows
 from distill.ranks import Ranks
+from distill.step import take
 
 ROWS, IDS = 6, 10 * torch.arange(40) + 3
 SHALLOW, DEEP = "encoders.image.shallow", "encoders.image.deep"
@@ -337,3 +338,18 @@ def test_the_teacher_s_classifier_reads_the_features_of_both(batch):
 def test_what_the_classifier_is_not_given_is_refused(item, message):
     with pytest.raises(UserError, match=message):
         check_terms(terms(item), "objective")
+
+
+@pytest.mark.parametrize("name", ["ofd", "review"])
+def test_one_row_of_one_position_is_normalised_with_averages(name, batch):
+    def first(said, rows):
+        return Outputs({}, {}, {path: maps[:rows, :, :1, :1] for path, maps in said.features.items()})
+
+    student, teacher = outputs(), teacher_of()
+    objective = Objective(terms(ITEMS[name]), first(student, ROWS), first(teacher, ROWS))
+    objective(first(student, ROWS), first(teacher, ROWS), batch)
+    gathered = {key: value.clone() for key, value in objective.named_buffers()}
+    alone = take(batch, torch.tensor([0]))
+    value = objective(first(student, 1), first(teacher, 1), alone)[0]
+    torch.testing.assert_close(value, objective.eval()(first(student, 1), first(teacher, 1), alone)[0])
+    assert all(torch.equal(value, gathered[key]) for key, value in objective.named_buffers())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import checkpoint
+from distill import checkpoint, pipeline
+from distill.check import check_pruning
 from distill.config import PruneConfig
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.fusion import ConcatFusion, CrossAttentionFusion
 from distill.multimodal import MultimodalModel
 from distill.prune import PrunePlan, apply, choose, plan, prune
+from distill.recipe import load_recipe
 from distill.tasks import ClassificationHead
 from students.text import StaticEmbeddings
 from students.vision import ConvNet
@@ -323,3 +327,39 @@ def test_applying_a_plan_needs_no_torch_pruning() -> None:
         "plan = distill.prune.PrunePlan({'weight': {'0': {'of': 3, 'kept': [0, 2]}}}, {'': {'out_features': 2}})\n" \
         "assert distill.prune.apply(nn.Linear(4, 3, bias=False), plan)(torch.ones(1, 4)).shape == (1, 2)"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("student", "modules", "sentence"),
+    [
+        ("{text: {type: static_embeddings, vocab_size: 64, dim: 8}}", None, "'encoders.image'; set it to [fusion]"),
+        (
+            "{text: {type: static_embeddings, vocab_size: 64, dim: 8}}",
+            "[necks.image]",
+            "'necks.image'; set it to [fusion]",
+        ),
+        (
+            "{image: {type: convnet, widths: [8], blocks: [0]}}",
+            "[fusion, encoders.text.table]",
+            "'encoders.text.table'; set it to [encoders.image, fusion]",
+        ),
+        ("{image: {type: convnet, widths: [8], blocks: [0]}}", "[fusion]", None),
+        ("{image: {type: convnet, widths: [8], blocks: [0]}}", "[encoders, necks.image, embedders]", None),
+    ],
+)
+def test_what_may_be_pruned_is_checked_before_anything_is_trained(student, modules, sentence):
+    overrides = [] if modules is None else [f"prune.modules={modules}"]
+    recipe = load_recipe("quickstart", [f"student.encoders={student}", *overrides])
+    if sentence is None:
+        check_pruning(recipe, pipeline.ENCODERS)
+        return
+    with pytest.raises(UserError, match=re.escape(f"prune.modules: the student has no module {sentence}")):
+        check_pruning(recipe, pipeline.ENCODERS)
+
+
+@pytest.mark.parametrize(("until", "refused"), [(None, True), ("pruned", True), ("export", True), ("student", False)])
+def test_a_run_that_prunes_nothing_needs_no_modules_to_prune(monkeypatch, until, refused):
+    monkeypatch.setattr(pipeline, "check_recipe", lambda *_: None)
+    recipe = load_recipe("quickstart", ["prune.modules=[encoders.sound]"])
+    with pytest.raises(UserError, match=r"encoders\.sound") if refused else nullcontext():
+        pipeline.check(recipe, until)

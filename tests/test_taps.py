@@ -74,6 +74,21 @@ def test_the_listing_is_a_table_and_can_be_narrowed(project):
     )
 
 
+def test_a_filter_may_match_one_model_alone(project):
+    found = listed("recipe.yaml", "--filter", "*.tower.encoder.layer.0")
+    assert not found["student"]["taps"] and list(by_path(found["teacher"])) == ["encoders.text.tower.encoder.layer.0"]
+    out = distill("inspect", "recipe.yaml", "--filter", "*.tower.encoder.layer.0").out
+    assert "  no module path has '*.tower.encoder.layer.0' in it" in out and "  encoders.text.tower.encoder" in out
+
+
+def test_a_teacher_s_part_needs_no_objective_to_be_listed(project):
+    (project / "big.yaml").write_text(
+        "encoders: {image: {type: convnet, widths: [4], blocks: [0]}}\nfusion: {type: concat, dim: 8}\n"
+    )
+    found = listed("big.yaml", "data.working_size=16")
+    assert list(found) == ["teacher"] and by_path(found["teacher"])["heads.task"]["shape"] == [2]
+
+
 def test_a_part_is_listed_alone(project):
     (project / "small.yaml").write_text(
         "encoders:\n  image: {type: convnet, widths: [4, 8], blocks: [0, 0]}\nfusion: {type: concat, dim: 8}\n"
@@ -159,4 +174,4 @@ def test_looking_leaves_the_model_as_it_was(wordpiece_file):
     assert model.training and all(not module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(UserError, match="no module path has this in it"):
-        chosen(list_taps(model, make_batch(3)), "nothing", 0)
+        chosen({"model": {"taps": list_taps(model, make_batch(3))}}, "nothing", 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.contracts import UserError
 from distill.losses.bounds import Bias, Positive, Scale
-from distill.losses.numeric import full_precision, unit
+from distill.losses.numeric import full_precision, need_one_shape, unit
 
 
 @full_precision
@@ -189,7 +189,12 @@ def clip_fd(student_img: Tensor, student_txt: Tensor, teacher_img: Tensor, teach
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("clip_fd", student=student_img, teacher=teacher_img)
+    need_one_shape("clip_fd", student=student_txt, teacher=teacher_txt)
     return F.mse_loss(student_img, teacher_img.detach()) + F.mse_loss(student_txt, teacher_txt.detach())
 
 
@@ -254,7 +259,12 @@ def clip_gd(
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("clip_gd", student=student_img, teacher=teacher_img)
+    need_one_shape("clip_gd", student=student_txt, teacher=teacher_txt)
 
     def gradients(one: Tensor, other: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
         wrong = F.softmax(scale * one @ other.T, dim=1) - torch.eye(len(one)).to(one)

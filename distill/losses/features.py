@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distill.losses.bounds import AtLeastZero
 from distill.losses.maps import of_one_size
-from distill.losses.numeric import full_precision
+from distill.losses.numeric import full_precision, need_one_shape
 
 
 @full_precision
@@ -23,7 +23,11 @@ def fitnet(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("fitnet", student=student_feature, teacher=teacher_feature)
     return F.mse_loss(student_feature, teacher_feature.detach())
 
 
@@ -37,7 +41,11 @@ def cosine(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
 
     Returns:
         A scalar in [0, 2]; an embedding of zeros has a cosine of 0 and gets no gradient.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("cosine", student=student_embedding, teacher=teacher_embedding)
     nothing = (student_embedding == 0).all(dim=-1, keepdim=True)  # would get the gradient of a division by 1e-8
     student = student_embedding.masked_fill(nothing, 0.0)
     return 1 - F.cosine_similarity(student, teacher_embedding.detach(), dim=-1).mean()
@@ -59,8 +67,13 @@ def simkd(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: the features have not one width.
     """
-    return F.mse_loss(*of_one_size(student_map, teacher_map.detach()))
+    student, teacher = of_one_size(student_map, teacher_map.detach())
+    need_one_shape("simkd", student=student, teacher=teacher)
+    return F.mse_loss(student, teacher)
 
 
 @full_precision
@@ -80,7 +93,11 @@ def srrl(student_map: Tensor, teacher_map: Tensor, head_weight: Tensor, *, beta:
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: the features have not one width.
     """
     student, teacher = (x.flatten(2).mean(dim=-1) if x.ndim > 2 else x for x in (student_map, teacher_map.detach()))
+    need_one_shape("srrl", student=student, teacher=teacher)
     difference = student - teacher
     return difference.square().mean() + beta * (difference @ head_weight.detach().T).square().mean()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.contracts import IGNORE, UserError
 from distill.losses.bounds import AtLeastZero, Share, Temperature
-from distill.losses.numeric import full_precision
+from distill.losses.numeric import full_precision, need_one_shape
 
 
 @full_precision
@@ -73,7 +73,11 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: Temperatu
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("kd", student=student_logits, teacher=teacher_logits)
     student = F.log_softmax(student_logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=-1)
     return _kl(teacher, student).mean() * temperature**2
@@ -89,7 +93,11 @@ def mse_logits(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Returns:
         A scalar, averaged over rows and classes.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("mse_logits", student=student_logits, teacher=teacher_logits)
     return F.mse_loss(student_logits, teacher_logits.detach())
 
 
@@ -121,9 +129,11 @@ def dkd(
         A scalar; 0 (with a gradient of 0) when no row has a label.
 
     Raises:
-        UserError: the logits have one class.
+        UserError: the logits have one class or two shapes, or a label is none of the classes.
     """
     _need_two_classes("dkd", student_logits)
+    need_one_shape("dkd", student=student_logits, teacher=teacher_logits)
+    _need_classes("dkd", labels, student_logits)
     target = _target(labels, student_logits)
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,9 +176,11 @@ def nkd(
         A scalar; 0 (with a gradient of 0) when no row has a label.
 
     Raises:
-        UserError: the logits have one class.
+        UserError: the logits have one class or two shapes, or a label is none of the classes.
     """
     _need_two_classes("nkd", student_logits)
+    need_one_shape("nkd", student=student_logits, teacher=teacher_logits)
+    _need_classes("nkd", labels, student_logits)
     target, teacher = _target(labels, student_logits), teacher_logits.detach()
     soft_target = _of_target(F.softmax(teacher, dim=-1), labels)
     of_target = soft_target * _of_target(F.log_softmax(student_logits, dim=-1), labels)
@@ -203,7 +215,11 @@ def dist(
 
     Returns:
         A scalar in [0, 2 · (beta + gamma) · T²].
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("dist", student=student_logits, teacher=teacher_logits)
     student = F.softmax(student_logits / temperature, dim=-1)
     teacher = F.softmax(teacher_logits.detach() / temperature, dim=-1)
     between_classes = 1 - _correlation(student, teacher).mean()
@@ -231,9 +247,10 @@ def logit_standardized_kd(
         A scalar, blind to scale and shift of either side's rows.
 
     Raises:
-        UserError: the logits have one class.
+        UserError: the logits have one class, or two shapes.
     """
     _need_two_classes("logit_standardized_kd", student_logits)
+    need_one_shape("logit_standardized_kd", student=student_logits, teacher=teacher_logits)
     scores = [_standardized(x, eps) for x in (student_logits, teacher_logits)]
     return kd(*scores, temperature=temperature)
 
@@ -248,6 +265,22 @@ def _need_two_classes(loss: str, logits: Tensor) -> None:
         raise UserError(
             f"{loss} compares classes with each other and needs logits of two or more, got {logits.shape[-1]}; "
             "use mse_logits or multilabel_kd for a single output"
+        )
+
+
+def _need_classes(loss: str, labels: Tensor, logits: Tensor) -> None:
+    """Refuse labels that name no class, or are not one a row; under transforms of ``torch.func`` nobody can look."""
+    if labels.shape != logits.shape[:1]:
+        raise UserError(
+            f"{loss} reads one label a row, got labels {list(labels.shape)} for logits {list(logits.shape)}; give [B]"
+        )
+    if torch._C._are_functorch_transforms_active():
+        return
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= logits.shape[-1]))
+    if bool(wrong.any()):
+        raise UserError(
+            f"{loss}: the label {int(labels[wrong][0])} is no class of {logits.shape[-1]} logits; give 0 to "
+            f"{logits.shape[-1] - 1}, or {IGNORE} where there is none"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.contracts import UserError
 from distill.losses.bounds import AtLeastOne, Count, Positive, Temperature
-from distill.losses.numeric import full_precision, unit
+from distill.losses.numeric import full_precision, need_one_shape, unit
 
 
 @full_precision
@@ -57,9 +57,13 @@ def fsp(student_first: Tensor, student_second: Tensor, teacher_first: Tensor, te
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: the stages of both have not the same widths.
     """
     student = _flow(student_first, student_second)
     teacher = _flow(teacher_first.detach(), teacher_second.detach())
+    need_one_shape("fsp", student=student, teacher=teacher)
     return (student - teacher).square().sum(dim=(1, 2)).mean()
 
 
@@ -133,8 +137,12 @@ def ofd(student_map: Tensor, teacher_map: Tensor, margins: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: the maps have not one width.
     """
     student, teacher = of_one_size(student_map, teacher_map.detach())
+    need_one_shape("ofd", student=student, teacher=teacher)
     target = torch.maximum(teacher, margins.detach().to(teacher).reshape(1, -1, 1, 1))
     counted = (student > target) | (target > 0)
     return (student - target).square().masked_fill(~counted, 0.0).flatten(1).sum(dim=1).mean()
@@ -246,7 +254,11 @@ def mgd(
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("mgd", student=student_map, teacher=teacher_map)
     hidden = F.relu(F.conv2d(student_map * mask, first_weight, first_bias, padding=1))
     generated = F.conv2d(hidden, second_weight, second_bias, padding=1)
     return (generated - teacher_map.detach()).square().flatten(1).sum(dim=1).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
@@ -25,12 +26,17 @@ def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Let a loss compute in float32 at least: its tensors are :func:`upcast`, and autocast is off inside.
 
     Autocast would multiply matrices in half precision again, where squares of features overflow. Outside of autocast,
-    gradients are kept :func:`within_half`.
+    gradients are kept :func:`within_half`. What it is given of student and teacher has as many rows, or a UserError
+    says so.
     """
+    places = inspect.signature(loss).parameters.values()
+    names = [place.name for place in places if place.kind is not place.KEYWORD_ONLY]
 
     @functools.wraps(loss)
     def precise(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        device = next(value.device.type for value in args if isinstance(value, Tensor))
+        named = {name: kwargs.get(name) for name in names} | dict(zip(names, args, strict=False))
+        _need_as_many_rows(loss.__name__, named)
+        device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         call = cast("Callable[..., Tensor]", loss)
         if not torch.is_autocast_enabled(device):
             return within_half(loss.__name__, call, args, kwargs)
@@ -93,6 +99,21 @@ def _refuse_beyond_half(name: str, value: Tensor, halves: list[Tensor]) -> None:
         half.register_hook(check)
 
 
+def need_one_shape(loss: str, **tensors: Tensor) -> None:
+    """Refuse tensors of several shapes: those that broadcast would compare each number with many.
+
+    Args:
+        loss: its name, for the message.
+        tensors: whose it is -> what is compared number by number.
+
+    Raises:
+        UserError: they have not one shape.
+    """
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = " and ".join(f"{list(tensor.shape)} of the {whose}" for whose, tensor in tensors.items())
+        raise UserError(f"{loss} compares number by number and needs one shape, got {shapes}; give both the same")
+
+
 def unit(rows: Tensor, eps: float = 0.0) -> Tensor:
     """Divide [..., D] by its length plus ``eps``; what has no length stays zero and gets a gradient of zero.
 
@@ -101,6 +122,15 @@ def unit(rows: Tensor, eps: float = 0.0) -> Tensor:
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     nothing = length == 0
     return (rows / (length + eps).masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+
+
+def _need_as_many_rows(loss: str, given: Mapping[str, Any]) -> None:
+    """Refuse other numbers of rows in what is named after student and teacher."""
+    sides = {name: value for name, value in given.items() if name.startswith(("student", "teacher"))}
+    shapes = {name: list(value.shape) for name, value in sides.items() if isinstance(value, Tensor) and value.ndim}
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        found = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise UserError(f"{loss} needs as many rows of student and teacher, got {found}; give both the same rows")
 
 
 def _lift(value: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.config import EMA, MixConfig, TermConfig
 from distill.contracts import Batch, Outputs
+from distill.layouts import layout_of
 from distill.losses.mixing import Mixed
 from distill.losses.numeric import unit, upcast, within_half
 from distill.losses.parts import Known, Part, need_vectors
@@ -29,6 +30,7 @@ from distill.losses.terms import (
     one_modality,
     settings,
 )
+from distill.losses.tokens import scores_of
 from distill.multimodal import MEMBER, by_member
 from distill.ranks import Ranks
 from distill.schedules import Schedule, at
@@ -51,7 +53,8 @@ class Objective(nn.Module):
         class_counts: task -> int64 [C], the training rows of each class; None when no term
             :func:`~distill.losses.terms.counts_classes`.
         reads: teacher (None is the run's own) -> the modalities that it reads: of rows with none of these it has
-            nothing to say, and its terms leave them out. A teacher that is not named answers all rows.
+            nothing to say, and its terms leave them out. Under EMA, those of the student: all terms leave out what it
+            cannot read. Who is not named answers all rows.
         seed: the run's, for what parts draw.
         classifiers: task -> float [C, D], the weights of the teacher's linear heads; None when no term reads
             :func:`~distill.losses.terms.classifiers`.
@@ -85,6 +88,7 @@ class Objective(nn.Module):
         self._names, self._weights = _names(self.terms), [term.weight for term in self.terms]
         self._params = [_moving(term) for term in self.terms]
         self._progress = 0.0
+        self._attentions: dict[int, list[bool]] = {}  # term on tokens -> whether student and teacher give probabilities
         for index, term in enumerate(self.terms):
             loss = LOSSES[term.loss]
             numbers = learned_numbers(term)
@@ -97,7 +101,9 @@ class Objective(nn.Module):
             if loss.kind == "pair+teacher" and loss.one_width:
                 check_widths(term, student, need(term, teacher))
             if loss.kind == "tokens":
-                check_tokens(term, *read_models(term, loss, student, teacher))
+                examples = read_models(term, loss, student, teacher)
+                check_tokens(term, *examples)
+                self._attentions[index] = [layout_of(tap, one_modality(term)) == "attention" for tap in examples]
             if loss.unit:
                 need_vectors(Known(term.name), *read_models(term, loss, student, teacher))
             if loss.kind in FEATURES and loss.one_width:
@@ -253,6 +259,9 @@ class Objective(nn.Module):
         found = read_models(term, loss, student, teacher)
         if str(index) in self.projectors:
             found = (self.projectors[str(index)](found[0]), *found[1:])
+        if any(self._attentions.get(index, [])):
+            sides = zip(found, self._attentions[index], strict=True)
+            found = tuple(scores_of(tap) if attention else tap for tap, attention in sides)
         return tuple(unit(upcast(tensor)) for tensor in found) if loss.unit else found
 
     def _learned_by(self, index: int) -> list[tuple[str, Any]]:

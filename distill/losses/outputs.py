@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.contracts import IGNORE, UserError
 from distill.losses.bounds import AtLeastZero, Temperature
-from distill.losses.numeric import full_precision
+from distill.losses.numeric import full_precision, need_one_shape
 
 
 @full_precision
@@ -32,7 +32,12 @@ def multilabel_kd(
 
     Returns:
         A scalar; 0 (with a gradient of 0) when nothing takes part.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    told = {} if labels is None else {"labels": labels}
+    need_one_shape("multilabel_kd", student=student_logits, teacher=teacher_logits, **told)
     student, teacher = student_logits / temperature, teacher_logits.detach() / temperature
     on, off = F.logsigmoid(teacher), F.logsigmoid(-teacher)
     each = on.exp() * (on - F.logsigmoid(student)) + off.exp() * (off - F.logsigmoid(-student))
@@ -95,7 +100,11 @@ def ctkd(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor, *,
 
     Returns:
         A scalar; with a constant temperature that of :func:`kd`.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("ctkd", student=student_logits, teacher=teacher_logits)
     scale = reverse_gradient(temperature, strength).reshape(-1, 1)
     student = F.log_softmax(student_logits / scale, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach() / scale, dim=-1)

@@ -113,9 +113,7 @@ class Ofd(Part):
         super().__init__()
         need_maps(known, student, teacher)
         width = teacher.shape[1]
-        self.connector = nn.Sequential(
-            nn.Conv2d(student.shape[1], width, kernel_size=1, bias=False), nn.BatchNorm2d(width)
-        )
+        self.connector = nn.Sequential(nn.Conv2d(student.shape[1], width, kernel_size=1, bias=False), _Norm(width))
         self.register_buffer("margins", _mean_of_negatives(upcast(teacher.detach())))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -258,4 +256,13 @@ def _halves(stages: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor
 def _normed(width: int, out: int, kernel: int) -> nn.Sequential:
     convolution = nn.Conv2d(width, out, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)  # the authors'
-    return nn.Sequential(convolution, nn.BatchNorm2d(out))
+    return nn.Sequential(convolution, _Norm(out))
+
+
+class _Norm(nn.BatchNorm2d):
+    """BatchNorm that takes the averages it has gathered where a channel has one value: that has no variance."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or input.numel() > input.shape[1]:
+            return super().forward(input)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.losses.bounds import AtLeastZero, Count, Positive, Temperature
-from distill.losses.numeric import full_precision, unit
+from distill.losses.numeric import full_precision, need_one_shape, unit
 
 
 @full_precision
@@ -228,7 +228,11 @@ def queue_kl(
 
     Returns:
         A scalar.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("queue_kl", student=student_vec, teacher=teacher_vec)
     teacher, stored = teacher_vec.detach(), queue.detach()
 
     def over_queue(rows: Tensor, temperature: float) -> Tensor:

@@ -7,20 +7,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from distill.config import TermConfig
+from distill.config import EMA, TermConfig
 from distill.contracts import IGNORE, Batch
 from distill.losses.terms import LABELS, LOSSES, mixes, modalities, needs_teacher
 
 Reads = Mapping[str | None, Sequence[str]]
-"""Teacher (None is the run's own) -> the modalities that it reads; one that is not named answers all rows."""
+"""Teacher -> the modalities that it reads; one that is not named answers all rows.
+
+None is the run's own. EMA is the student, by itself or as the average of its weights.
+"""
 
 
 def term_rows(term: TermConfig, batch: Batch, reads: Reads) -> Tensor | None:
-    """Return the rows that have a term's modalities, and one that its teachers read: bool [B], or None for all.
+    """Return the rows with a term's modalities, one that the student reads and one of its teachers': bool [B], or None
+    for all.
 
-    Of teachers that are mixed, one that can read a row suffices.
+    Of teachers that are mixed, one that can read a row suffices. A student that reads nothing of a row answers with the
+    bias of its head, and would learn nothing else there.
     """
     masks = [batch.present[name] for name in modalities(term) if name in batch.present]
+    own = readable(EMA, batch, reads)
+    if own is not None:
+        masks.append(own)
     theirs = [readable(teacher, batch, reads) for teacher in term.teachers] if needs_teacher([term]) else []
     known = [mask for mask in theirs if mask is not None]
     if not mixes(term):
@@ -34,7 +42,7 @@ def term_rows(term: TermConfig, batch: Batch, reads: Reads) -> Tensor | None:
 
 
 def readable(teacher: str | None, batch: Batch, reads: Reads) -> Tensor | None:
-    """Return the rows of which a teacher can read something: bool [B], or None for all."""
+    """Return the rows of which a teacher, or the student, can read something: bool [B], or None for all."""
     theirs = reads.get(teacher, ())
     if not theirs or batch.present.keys() <= set(theirs):  # every row has one modality at least
         return None

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from distill.contracts import UserError
 from distill.losses.bounds import Count
-from distill.losses.numeric import full_precision
+from distill.losses.numeric import full_precision, need_one_shape, upcast
+
+LEAST = 1e-8
+"""Probability of which a logarithm is taken, at least: its slope is 1e8 there, and none below."""
 
 
 @full_precision
@@ -26,7 +29,11 @@ def token_mse(student_tokens: Tensor, teacher_tokens: Tensor, mask: Tensor | Non
 
     Returns:
         A scalar, averaged over the rows that have a token.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("token_mse", student=student_tokens, teacher=teacher_tokens)
     each = (student_tokens - teacher_tokens.detach()).square().mean(dim=-1)
     return _mean_over_tokens(each, mask)
 
@@ -38,7 +45,8 @@ def attention_transfer(student_scores: Tensor, teacher_scores: Tensor, mask: Ten
     ``mean_b 1/(A · L_b) · Σ_a Σ_l KL(softmax(t_bal) || softmax(s_bal))``, also the attention part of MiniLM (Wang et
     al. 2020, arXiv 2002.10957). TinyBERT takes the mean squared difference of the *scores* instead (:func:`fitnet` on
     them). Scores and not probabilities are read: the KL's gradient is then a difference of probabilities, where that
-    of a logarithm of a probability has no bound. The logarithms of probabilities are scores too.
+    of a logarithm of a probability has no bound. The logarithms of probabilities are scores too (:func:`scores_of`),
+    which an objective takes where a tap gives attentions behind their softmax.
 
     Args:
         student_scores: [B, A, L, L], scaled products of queries and keys before softmax.
@@ -47,7 +55,11 @@ def attention_transfer(student_scores: Tensor, teacher_scores: Tensor, mask: Ten
 
     Returns:
         A scalar, averaged over the rows that have a token.
+
+    Raises:
+        UserError: what is compared has not one shape.
     """
+    need_one_shape("attention_transfer", student=student_scores, teacher=teacher_scores)
     return _attention_kl(student_scores, teacher_scores.detach(), mask)
 
 
@@ -79,11 +91,18 @@ def minilm_relations(
     if widths[0] % heads or widths[1] % heads:
         raise UserError(f"minilm_relations: heads={heads} must divide both widths, {widths[0]} and {widths[1]}")
 
+    need_one_shape("minilm_relations", student=student_vectors[..., 0], teacher=teacher_vectors[..., 0])
+
     def relations(vectors: Tensor) -> Tensor:
         cut = vectors.unflatten(-1, (heads, -1)).transpose(1, 2)
         return cut @ cut.mT / cut.shape[-1] ** 0.5
 
     return _attention_kl(relations(student_vectors), relations(teacher_vectors.detach()), mask)
+
+
+def scores_of(probabilities: Tensor) -> Tensor:
+    """Scores whose softmax are given attentions: their logarithms, [B, A, L, L]; below ``LEAST`` all are alike."""
+    return upcast(probabilities).clamp(min=LEAST).log()
 
 
 def _attention_kl(student_scores: Tensor, teacher_scores: Tensor, mask: Tensor | None) -> Tensor:
