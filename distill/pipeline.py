@@ -14,7 +14,7 @@ from typing import Any
 import students
 import teachers
 from distill import results, stages
-from distill.cache import CACHE_MANIFEST
+from distill.cache import changed_parts
 from distill.check import check_pruning, check_recipe
 from distill.config import LabelledConfig, Recipe, nearest
 from distill.contracts import Artifact, UserError
@@ -26,7 +26,7 @@ from distill.progress import progress
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import cpu_seconds, keep_freed_memory
-from distill.runs import copy_stage, discard, find, fingerprint, finish, locked, read_json, start, write_json
+from distill.runs import copy_stage, discard, find, fingerprint, finish, locked, start, write_json
 from distill.taps import check_taps
 from distill.trackers import Trackers
 from distill.workspace import Workspace
@@ -338,7 +338,7 @@ def run(
                 artifact = _copied(item, item.lender, ranks, folder / item.stage.name)
             if artifact is None:
                 say(f"{item.stage.name}: {item.stage.about}")
-                if item.stage.name == "cache" and (changed := _changed_parts(work, folder / "cache")):
+                if item.stage.name == "cache" and (changed := changed_parts(folder / "cache", stages.cache_key(work))):
                     say(f"cache: the one that lies here was filled with other {', '.join(changed)}; it is replaced")
                 artifact = _run_stage(item, work, folder / item.stage.name)
                 cost = artifact.info["cost"]
@@ -347,16 +347,6 @@ def run(
             _check_teachers(work, item.stage.name, {other.stage.name for other in planned if other.artifact is None})
         ranks.wait()
     return work.done
-
-
-def _changed_parts(work: Workspace, folder: Path) -> list[str]:
-    """In what a teacher cache that was filled before differs from the one that is wanted."""
-    try:
-        filled = read_json(folder / CACHE_MANIFEST)["key"]
-    except (OSError, ValueError, KeyError):  # there is none, or it is damaged
-        return []
-    wanted = stages.cache_key(work)
-    return [part for part in wanted if filled.get(part) != wanted[part]]
 
 
 def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:
