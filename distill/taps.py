@@ -134,7 +134,8 @@ def check_taps(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> No
     for term in terms:
         loss = LOSSES[term.loss]
         if loss.kind in FEATURES and loss.one_width:
-            build_projector(term.name, *read_models(term, loss, said[STUDENT], said[TEACHER]), one_modality(term))
+            ours, theirs = read_models(term, loss, said[STUDENT], said[TEACHER])
+            build_projector(term.name, ours, theirs, one_modality(term))
 
 
 def list_taps(model: nn.Module, batch: Batch) -> list[Tap]:
