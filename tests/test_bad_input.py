@@ -87,7 +87,10 @@ def change_rows(folder, change):
         ("teacher.encoders.image.widths=3", r"teacher\.encoders\.image\.widths is 3: Input should be a list"),
         ("teacher.encoders.image={type: convnet}", r"teacher\.encoders\.image: convnet needs the parameter 'widths'"),
         ("teacher.encoders.audio={type: convnet}", r"teacher\.encoders: the data has no modality 'audio'; choices"),
-        ("teacher.fusion.type=atention", r"teacher\.fusion: unknown type 'atention'; did you mean 'cross_attention'"),
+        (
+            "teacher.fusion.type=cross_atention",
+            r"teacher\.fusion: unknown type 'cross_atention'; did you mean 'cross_attention'",
+        ),
         ("teacher.fusion.heads=2.5", r"teacher\.fusion\.heads is 2\.5: Input should be a valid integer"),
         ("student.heads={size: {type: classification}}", r"student\.heads: the data has no task 'size'; choices"),
         (

@@ -23,7 +23,7 @@ def test_the_parts_of_a_step_add_up(profiled):
     _, _, answer = profiled
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)
-    assert found["steps"] == 20 and found["batch_size"] == 16
+    assert found["steps"] == 20 and found["batch_size"] == 16 and found["checkpoint_ms"] > 0
     assert list(found["parts"]) == [*PARTS, "other"]
     assert sum(found["parts"].values()) == pytest.approx(found["step_ms"])
     assert all(found["parts"][name] > 0 for name in ("teacher", "student", "loss", "backward", "optimizer"))
