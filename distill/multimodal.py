@@ -360,9 +360,8 @@ class Tapped:
                     f"tap {path!r}: this module gives a {type(output).__name__} and no tensor; tap a part of it "
                     "(`distill inspect` lists them)"
                 )
-            self._features[path] = (
-                arranged(feature, "mean", modality) if mean else feature.clone()
-            )  # others write into it
+            # a copy: later modules may write into what this one gave
+            self._features[path] = arranged(feature, "mean", modality) if mean else feature.clone()
 
         return read
 

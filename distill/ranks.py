@@ -84,7 +84,7 @@ class Ranks:
         return [bytes(part.cpu().numpy()) for part in gather_uneven(own)]
 
     def average(self, values: Iterable[Tensor]) -> None:
-        """Replace tensors by their mean over the ranks."""
+        """Replace tensors in place by their mean over the ranks."""
         if self.count > 1:
             for value in values:
                 dist.all_reduce(value)
