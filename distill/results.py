@@ -327,8 +327,10 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
 
 
 def _curve(file: Path) -> list[dict[str, Any]]:
+    """What was logged of each epoch, without numbers that were none."""
     entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [{**entry, "train_loss": entry["train/loss"]} for entry in entries]
+    finite = [{name: value for name, value in entry.items() if value is not None} for entry in entries]
+    return [{**entry, "train_loss": entry["train/loss"]} for entry in finite]
 
 
 def _example(work: Workspace, row_id: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from tiny import LABELS, around, make_loader, make_model, terms
 from tiny_job import BUDGET, EPOCHS, assert_same, interrupt_at, lines, stopped_and_continued, weights, without_times
 
-from distill import checkpoint, engine, evaluate, interrupts
+from distill import checkpoint, engine, evaluate, interrupts, results
 from distill.config import TrainConfig
 from distill.contracts import IGNORE, Outputs, UserError
 from distill.data.batches import Batches
@@ -663,6 +663,7 @@ def test_a_score_that_stays_where_it_is_runs_out_of_patience(make_job, score):
     info = fit(job)
     assert info["epochs"] == (2 if math.isnan(score) else 3) == info["kept_epoch"]
     assert lines(job)[0]["valid/accuracy"] == (None if math.isnan(score) else score)
+    assert ("valid/accuracy" in results._curve(job.folder / "metrics.jsonl")[0]) is not math.isnan(score)
 
 
 def test_validation_every_other_epoch_and_at_the_end(make_job):
