@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.kd_methods import STAGES
 from benchmarks.seed_tables import add_outputs, command_line, put_out, table
 from benchmarks.student_arms import Result, columns, run_arm, tasks_of, titles, weighted
 from distill.config import Recipe, TermConfig
@@ -83,6 +84,24 @@ def with_labels(*losses: str) -> Callable[[Recipe], Terms]:
     return chosen
 
 
+def and_features(loss: str, stages: Sequence[str], weight: float = 1.0) -> Trial:
+    """The objective, and a loss on stages of both image towers."""
+    taps = list(stages) if len(stages) > 1 else stages[0]
+    extra = TermConfig(loss=loss, weight=weight, taps={"student": taps, "teacher": taps})
+    return Trial("as it is", lambda recipe: [*recipe.student.objective, extra])
+
+
+def instead_of_kd(loss: str) -> Callable[[Recipe], Terms]:
+    """The objective, with another loss on logits where it has soft labels."""
+
+    def changed(recipe: Recipe) -> Terms:
+        return [
+            term.model_copy(update={"loss": loss}) if term.loss == "kd" else term for term in recipe.student.objective
+        ]
+
+    return changed
+
+
 def joined(*terms: Terms) -> Callable[[Recipe], Terms]:
     """The same terms in any recipe."""
     return lambda recipe: [term for some in terms for term in some]
@@ -147,16 +166,21 @@ def few_labels(share: float, epochs: int) -> Study:
 STUDIES = {
     "inherited": Study(
         "The quick start's student, which begins with the teacher's image tower and token embeddings: what each kind\n"
-        "of term adds. All arms but the first and the last also read 3,000 texts that no one labelled.",
+        "of term adds, and what other objectives would. All but two arms read 3,000 unlabelled texts too.",
         "quickstart",
-        (),
+        (f"cache.taps=[{', '.join(STAGES)}]",),
         {
-            "labels and inheritance": (Trial("as it is", baseline, ("transfer.texts=0",)),),
+            "labels and inheritance, without texts": (Trial("as it is", baseline, ("transfer.texts=0",)),),
             "with soft labels": (Trial("as it is", with_labels("kd")),),
             "with embeddings": (Trial("as it is", with_labels("cosine")),),
             "with features of the image": (Trial("as it is", with_labels("fitnet")),),
             "with all of them": (Trial("as it is", objective()),),
             "with all of them, without texts": (Trial("as it is", objective(), ("transfer.texts=0",)),),
+            "with all of them, weights x2": (Trial("as it is", objective(2.0)),),
+            "with all of them, soft labels standardized": (Trial("as it is", instead_of_kd("logit_standardized_kd")),),
+            "with all of them and fsp": (and_features("fsp", STAGES[1:]),),
+            "with all of them and at": (and_features("at", STAGES[2:], 100.0),),
+            "with all of them and review": (and_features("review", STAGES),),
         },
     ),
     "scratch": Study(
@@ -174,12 +198,13 @@ STUDIES = {
         },
     ),
     "image_only": Study(
-        "A small student that sees the image alone, of a teacher that also reads the name, which says more. The third\n"
-        "arm has two heads, one of which imitates the teacher's head for images, and answers with their mean.",
+        "A small student that sees the image alone, of a teacher that also reads the name, which says more. Two arms\n"
+        "have two heads, and answer with their mean; one of these imitates the teacher's head for images.",
         "quickstart",
         IMAGE_ONLY,
         {
             "labels alone": at_rates(joined(hard())),
+            "labels alone, both heads": at_rates(joined(hard(), hard(head=".image")), *BOTH_HEADS),
             "soft labels of image and text": (
                 Trial("x0.3", joined(hard(), soft(0.3))),
                 Trial("x1", joined(hard(), soft())),
