@@ -20,7 +20,6 @@ from torch import Tensor
 from distill.contracts import Batch, Outputs, UserError
 from distill.inventory import CACHE_MANIFEST
 from distill.positions import Positions
-from distill.runs import read_json
 from distill.shards import Progress, Shard, ShardReader, array_hash, fill_store, open_manifest, shard_key, shard_size
 
 STORE_MANIFEST = "encoded.json"
@@ -218,15 +217,6 @@ class TeacherCache:
                 raise UserError(f"teacher cache {self.folder} holds views {self.views}, not {view}; set cache.views")
             numbers[wanted == view] = self._view_order[view]
         return numbers
-
-
-def changed_parts(folder: Path, key: Mapping[str, Any]) -> list[str]:
-    """In which parts of its key a cache that was filled before differs from one that is wanted; none where none is."""
-    try:
-        filled = read_json(folder / CACHE_MANIFEST)["key"]
-        return [part for part in key if filled.get(part) != key[part]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
-        return []
 
 
 def encode_once(

@@ -277,10 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno not in NO_SPACE_OR_RIGHT:
             raise
         _fail(error, 1)
-    except RuntimeError as error:
-        if type(error).__module__.partition(".")[0] != "distill":
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.partition(".")[0] == "distill":
+            _fail(error, getattr(error, "exit_code", 1))
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):  # torch's, not imported
             raise
-        _fail(error, getattr(error, "exit_code", 1))
+        said = str(error).partition("\n")[0] or type(error).__name__
+        _fail(RuntimeError(f"out of memory ({said}); use a smaller model, or a machine with more memory"), 1)
 
 
 @contextmanager
@@ -355,7 +358,7 @@ def _print_plan(recipe: Recipe, force: list[str], *, as_json: bool) -> None:
     pipeline.check(recipe)
     taps.check_taps(recipe, pipeline.ENCODERS)
     stages: list[Mapping[str, str]] = [
-        {"stage": item.stage.name, "state": item.state, "about": item.stage.about}
+        {"stage": item.stage.name, "state": item.state, "about": item.about}
         for item in pipeline.plan(recipe, force=force)
     ]
     cost = estimate.estimate(recipe, pipeline.ENCODERS)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.batch_parts import InParts, join_rows, rows_of
 from distill.build import Model, input_spec
 from distill.config import EMA, Recipe, nearest, of_teacher
 from distill.contracts import Batch, Outputs, UserError
@@ -183,6 +184,8 @@ class Teachers:
         labels: those of this run's data.
         own: the run's own teacher, in eval mode.
 
+    Where the memory does not suffice, they read batches in parts, as many as it takes.
+
     Attributes:
         own: the same.
         specs: name of a teacher's batch -> what it reads; the own teacher's is "teacher".
@@ -201,6 +204,7 @@ class Teachers:
             self._others[of_teacher(TEACHER, name)] = _Other(fitted, fitted.model(encoders), taps, labels)
         self.specs: dict[str, InputSpec] = {TEACHER: input_spec(own)}
         self.specs |= {reads: input_spec(other.model) for reads, other in self._others.items()}
+        self._in_parts = InParts()
 
     def __call__(self, batches: Mapping[str, Batch], part: str = "") -> Outputs:
         """Return what all say, on the device of the batches, without gradients.
@@ -212,12 +216,19 @@ class Teachers:
             part: what stands behind the names of batches.
         """
         with torch.no_grad():
-            batch = batches[TEACHER + part]
-            self.own.to(batch.ids.device)  # nothing moves after the first call
-            said = self._own(batch)
-            for reads, other in self._others.items():
-                if batches[reads + part].inputs:
-                    said = Outputs(*(a | b for a, b in zip(said, other(batches[reads + part]), strict=True)))
+            asked = {name: batches[name + part] for name in self.specs}
+            return self._in_parts(
+                lambda some: self._answer({name: rows_of(batch, some) for name, batch in asked.items()}),
+                len(asked[TEACHER].ids),
+                join_rows,
+            )
+
+    def _answer(self, batches: Mapping[str, Batch]) -> Outputs:
+        self.own.to(batches[TEACHER].ids.device)  # nothing moves after the first call
+        said = self._own(batches[TEACHER])
+        for reads, other in self._others.items():
+            if batches[reads].inputs:
+                said = Outputs(*(a | b for a, b in zip(said, other(batches[reads]), strict=True)))
         return said
 
     def num_params(self) -> dict[str, int]:

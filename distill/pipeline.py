@@ -5,7 +5,6 @@ The only file that names teachers and students.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,19 +13,18 @@ from typing import Any
 import students
 import teachers
 from distill import results, stages
-from distill.cache import changed_parts
 from distill.check import check_pruning, check_recipe
 from distill.config import LabelledConfig, Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_labels, check_models, check_tokenizers, own_taps
-from distill.planning import Planned, Stage, look_up
+from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
-from distill.resources import cpu_seconds, keep_freed_memory
-from distill.runs import copy_stage, discard, find, fingerprint, finish, locked, start, write_json
+from distill.resources import keep_freed_memory
+from distill.runs import discard, locked, write_json
 from distill.taps import check_taps
 from distill.trackers import Trackers
 from distill.workspace import Workspace
@@ -35,20 +33,26 @@ from teachers.weights import weights_identity
 ENCODERS = {**teachers.ENCODERS, **students.ENCODERS}
 
 
-def _student_architecture(recipe: Recipe) -> Any:
+def _architecture(recipe: Recipe) -> dict[str, Any]:
     unrelated = ("inherit", "train", "baseline", "objective")
     return {name: value for name, value in _identity(recipe)["student"].items() if name not in unrelated}
 
 
-def _distillation(recipe: Recipe) -> Any:
-    learnt = recipe.student.model_dump(include={"inherit", "objective"})
+def _student(recipe: Recipe, *fields: str) -> dict[str, Any]:
+    """The student's architecture, and some of its other fields."""
+    learnt = recipe.student.model_dump(include=set(fields), exclude={"train": {"shard"}})
+    return {"student": _architecture(recipe) | learnt}
+
+
+def _distillation(recipe: Recipe) -> dict[str, Any]:
     ratio = recipe.transfer.ratio if recipe.transfer.texts else None
-    return [_student_architecture(recipe), learnt, ratio, recipe.seed]
+    return {"transfer": {"ratio": ratio}, "seed": recipe.seed}
 
 
-def _vocabulary(recipe: Recipe) -> Any:
+def _vocabulary(recipe: Recipe) -> dict[str, Any]:
     sizes = [part.params["vocab_size"] for part in recipe.student.encoders.values() if "vocab_size" in part.params]
-    return [sizes, _identity(recipe)["teacher"]["encoders"].get("text")] if sizes else []
+    text = _identity(recipe)["teacher"]["encoders"].get("text") if sizes else None
+    return {"student": {"vocab_size": sizes}, "teacher": {"encoders": {"text": text}}}
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
@@ -63,28 +67,56 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
-def _pretraining(recipe: Recipe) -> Any:
+def _augmented(recipe: Recipe) -> dict[str, Any]:
+    return {"data": {"augment": recipe.data.augment.model_dump()}, "seed": recipe.seed}
+
+
+def _pretraining(recipe: Recipe) -> dict[str, Any]:
     teacher = {name: value for name, value in _identity(recipe)["teacher"].items() if name != "train"}
-    return [teacher, recipe.data.augment.model_dump(), recipe.seed] if recipe.teacher.pretrain else []
+    return {"teacher": teacher, **_augmented(recipe)} if recipe.teacher.pretrain else {"teacher": {"pretrain": {}}}
 
 
-def _towers(recipe: Recipe) -> Any:
+def _towers(recipe: Recipe) -> dict[str, Any]:
     teacher = _identity(recipe)["teacher"]
-    read = [teacher["encoders"], teacher["class_names"]["tasks"]]
-    return [read, recipe.data.augment.model_dump(), stages.tower_views(recipe), recipe.seed]
+    read = {"encoders": teacher["encoders"], "class_names": {"tasks": teacher["class_names"]["tasks"]}}
+    return {"teacher": read, "views": stages.tower_views(recipe), **_augmented(recipe)}
 
 
-def _transfer(recipe: Recipe) -> Any:
+def _transfer(recipe: Recipe) -> dict[str, Any]:
+    if not recipe.transfer.texts:
+        return {"transfer": {"texts": 0}}
     made = recipe.transfer.model_dump(include={"texts", "replace"})
-    return [made, _identity(recipe)["teacher"]["encoders"], recipe.seed] if recipe.transfer.texts else []
+    return {"transfer": made, "teacher": {"encoders": _identity(recipe)["teacher"]["encoders"]}, "seed": recipe.seed}
 
 
-def _data(recipe: Recipe) -> Any:
+def _data(recipe: Recipe) -> dict[str, Any]:
     fields = {name: value for name, value in _identity(recipe)["data"].items() if name != "augment"}
-    files = source_fingerprint(recipe.data, Path.cwd())
+    source = {"files": source_fingerprint(recipe.data, Path.cwd())}
     if recipe.data.labelled in (None, LabelledConfig()):  # hides nothing, so there is nothing to choose
-        return [fields | {"labelled": None}, files]
-    return [fields, files, recipe.seed]
+        return {"data": fields | {"labelled": None}, "source": source}
+    return {"data": fields, "source": source, "seed": recipe.seed}
+
+
+def _cached(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "cache": recipe.cache.model_dump(exclude={"taps"}),
+        "outputs": own_taps(recipe),
+        **cache_parts(recipe),
+    }
+
+
+def _baseline(recipe: Recipe) -> dict[str, Any]:
+    return {
+        **_student(recipe, "train", "baseline"),
+        **_augmented(recipe),
+        "cache": {"views": recipe.cache.views},
+        "labelled_alone": labelled_alone(recipe.student.objective),  # such a student takes fewer steps
+    }
+
+
+def _pruned(recipe: Recipe) -> dict[str, Any]:
+    learnt = _student(recipe, "inherit", "objective") | _distillation(recipe)
+    return learnt | {"prune": recipe.prune.model_dump(exclude={"train": {"shard"}})}
 
 
 def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -122,7 +154,7 @@ STAGES = (
         "fit the teacher",
         stages.fit_teacher,
         ("data", "pretrain", "towers"),
-        lambda r: [_identity(r)["teacher"], r.seed],
+        lambda r: {"teacher": _identity(r)["teacher"], "seed": r.seed},
         version=2,
         resumes=True,
         together=True,
@@ -132,7 +164,7 @@ STAGES = (
         "store the teacher's outputs",
         stages.fill_cache,
         ("data", "towers", "transfer", "teacher"),
-        lambda r: [r.cache.model_dump(exclude={"taps"}), own_taps(r), cache_parts(r)],
+        _cached,
         version=2,
         resumes=True,
         together=True,
@@ -143,14 +175,7 @@ STAGES = (
         "train the student without a teacher",
         stages.train_baseline,
         ("data", "vocabulary"),
-        lambda r: [
-            _student_architecture(r),
-            r.student.model_dump(include={"train", "baseline"}, exclude={"train": {"shard"}}),
-            r.data.augment.model_dump(),
-            r.cache.views,
-            labelled_alone(r.student.objective),  # a student of labelled rows alone takes fewer steps
-            r.seed,
-        ],
+        _baseline,
         resumes=True,
         together=True,
     ),
@@ -159,14 +184,14 @@ STAGES = (
         "give the student what it takes over from the teacher",
         stages.inherit,
         ("data", "teacher", "vocabulary"),
-        lambda r: [_student_architecture(r), r.student.model_dump(include={"inherit"}), r.seed],
+        lambda r: {**_student(r, "inherit"), "seed": r.seed},
     ),
     Stage(
         "student",
         "distil the student",
         stages.distil_student,
         ("data", "transfer", "teacher", "cache", "inherit"),
-        lambda r: [_distillation(r), r.student.train.model_dump(exclude={"shard"})],
+        lambda r: _student(r, "inherit", "objective", "train") | _distillation(r),
         resumes=True,
         together=True,
     ),
@@ -175,7 +200,7 @@ STAGES = (
         "prune the student and recover",
         stages.prune_student,
         ("data", "transfer", "teacher", "cache", "inherit", "student"),
-        lambda r: [_distillation(r), r.prune.model_dump(exclude={"train": {"shard"}})],
+        _pruned,
         resumes=True,
         together=True,
     ),
@@ -184,7 +209,7 @@ STAGES = (
         "write the fp32 graphs and the onnx-fp32 bundle",
         results.export_graphs,
         ("data", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned"),
-        lambda r: [_student_architecture(r), r.export.model_dump(exclude={"quantize", "min_agreement_int8"})],
+        lambda r: {**_student(r), "export": r.export.model_dump(exclude={"quantize", "min_agreement_int8"})},
         version=2,
     ),
     Stage(
@@ -192,7 +217,7 @@ STAGES = (
         "write the onnx-int8 bundle from the fp32 graph",
         results.quantize_bundle,
         ("data", "pruned", "export"),
-        lambda r: r.export.model_dump(),
+        lambda r: {"export": r.export.model_dump()},
         version=3,
     ),
     Stage(
@@ -200,14 +225,14 @@ STAGES = (
         "predict the test rows with every model, each on its own runtime",
         results.evaluate_all,
         ("data", "towers", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned", "export", "quantize"),
-        lambda r: _student_architecture(r),
+        _student,
     ),
     Stage(
         "bench",
         "measure latency, memory and size",
         results.bench_all,
         ("data", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned", "export", "quantize"),
-        lambda r: r.bench.model_dump(),
+        lambda r: {"bench": r.bench.model_dump()},
     ),
     Stage(
         "report",
@@ -245,13 +270,16 @@ def check(recipe: Recipe, until: str | None = None) -> None:
         check_pruning(recipe, ENCODERS)
 
 
-def plan(recipe: Recipe, *, until: str | None = None, force: Sequence[str] = ()) -> list[Planned]:
+def plan(
+    recipe: Recipe, *, until: str | None = None, force: Sequence[str] = (), ranks: Ranks | None = None
+) -> list[Planned]:
     """Find out which stages are up to date.
 
     Args:
         recipe: the validated recipe.
         until: last stage; with it, only what that stage needs.
         force: stages to run again in any case.
+        ranks: who plans together, if not this process alone.
 
     Raises:
         UserError: an unknown stage, or the data's source is missing.
@@ -262,15 +290,8 @@ def plan(recipe: Recipe, *, until: str | None = None, force: Sequence[str] = ())
         if name not in known:
             what = f"stage {name!r} is not needed for {until!r}" if name in NAMES else f"unknown stage {name!r}"
             raise UserError(f"--force: {what}; {nearest(name, known)}")
-    folder, rerun = run_folder(recipe), descendants(force)
     others = [Path(entry.run) for entry in recipe.teachers.values()]
-    keys: dict[str, str] = {}
-    planned = []
-    for stage in stages_needed:
-        part = [stage.config(recipe), stage.version, [keys[parent] for parent in stage.parents]]
-        keys[stage.name] = fingerprint(stage.name, part)
-        planned.append(look_up(stage, keys[stage.name], folder, others, fresh=stage.name in rerun))
-    return planned
+    return make_plan(recipe, stages_needed, run_folder(recipe), others, descendants(force), ranks or Ranks())
 
 
 def descendants(names: Sequence[str]) -> list[str]:
@@ -313,15 +334,16 @@ def run(
         Finished artifacts by stage name.
 
     Raises:
-        UserError: a mistake that the user can mend, or the run folder is in use.
+        UserError: a mistake that the user can mend, the run folder is in use, or it holds long work that was made with
+            other settings.
     """
     check(recipe, until)
     keep_freed_memory()
     folder, ranks = run_folder(recipe), join()
     with locked(folder) if ranks.first else nullcontext():
         ranks.wait()
-        planned = plan(recipe, until=until, force=force)
-        ranks.wait()  # all have seen the same folder
+        planned = plan(recipe, until=until, force=force, ranks=ranks)
+        refuse_loss(planned, folder)
         if ranks.first:
             for name in descendants(force):
                 discard(folder / name)
@@ -335,12 +357,10 @@ def run(
             artifact = item.artifact
             if item.lender is not None:
                 say(f"{item.stage.name}: copied from {item.lender}, where it is the same")
-                artifact = _copied(item, item.lender, ranks, folder / item.stage.name)
+                artifact = copy_planned(item, ranks, folder / item.stage.name)
             if artifact is None:
-                say(f"{item.stage.name}: {item.stage.about}")
-                if item.stage.name == "cache" and (changed := changed_parts(folder / "cache", stages.cache_key(work))):
-                    say(f"cache: the one that lies here was filled with other {', '.join(changed)}; it is replaced")
-                artifact = _run_stage(item, work, folder / item.stage.name)
+                say(f"{item.stage.name}: {item.about}")
+                artifact = run_planned(item, work, folder / item.stage.name)
                 cost = artifact.info["cost"]
                 say(f"{item.stage.name}: done in {cost['seconds']:.1f} s ({cost['cpu_seconds']:.1f} CPU-seconds)")
             work.done[item.stage.name] = artifact
@@ -364,29 +384,3 @@ def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:
 def workspace(recipe: Recipe, done: dict[str, Artifact]) -> Workspace:
     """Open the finished stages of a run."""
     return Workspace(recipe, ENCODERS, students.INHERITANCES, done, quiet=True)
-
-
-def _copied(item: Planned, lender: Path, ranks: Ranks, folder: Path) -> Artifact | None:
-    """A stage that another run has; None if that run has changed by now."""
-    if ranks.first:
-        copy_stage(lender / item.stage.name, folder)
-    ranks.wait()
-    return find(folder, item.stage.name, item.key)
-
-
-def _run_stage(item: Planned, work: Workspace, folder: Path) -> Artifact:
-    stage, ranks = item.stage, work.ranks
-    if ranks.first:
-        start(folder, item.key, resume=stage.resumes, mend=stage.mends)
-    ranks.wait()
-    work.done[stage.name] = Artifact(stage.name, folder, item.key)
-    wall, cpu = time.monotonic(), cpu_seconds()
-    info = stage.run(work, folder) if stage.together or ranks.first else {}
-    cost = {"seconds": time.monotonic() - wall, "cpu_seconds": cpu_seconds() - cpu}
-    ranks.wait()
-    if ranks.first:
-        finish(folder, stage.name, item.key, {**info, "cost": cost})
-    ranks.wait()
-    found = find(folder, stage.name, item.key)
-    assert found is not None, f"{folder} is not shared by all ranks"
-    return found

@@ -1,8 +1,7 @@
 """Run folders: fingerprints, manifests written last, atomic files, the lock, seeds.
 
-A stage writes into ``STAGE.tmp/`` or straight into its folder (when it can resume there) and is finished by
-:func:`finish`, which hashes every file and writes ``manifest.json`` last. A present manifest with the expected
-fingerprint, whose files still have their hashes, *is* "done".
+A stage writes into its folder and is finished by :func:`finish`, which hashes every file and writes ``manifest.json``
+last. A present manifest with the expected fingerprint, whose files still have their hashes, *is* "done".
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 MARKER = ".fingerprint"
 """File that says, from a stage's start on, what it is working on."""
+LARGE = 4 * 2**30
+"""Bytes of a stage from which on a file that was not touched since is not read again at each start."""
 
 
 class DiskFullError(RuntimeError):
@@ -89,7 +90,7 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def start(folder: Path, key: str, *, resume: bool = False, mend: bool = False) -> Path:
+def start(folder: Path, key: str, *, made_of: Any = None, resume: bool = False, mend: bool = False) -> Path:
     """Make a stage's folder ready: empty, unless it may go on with what a run of this fingerprint left there.
 
     A folder with a manifest was finished, so whoever starts it again found it damaged or stale.
@@ -97,17 +98,44 @@ def start(folder: Path, key: str, *, resume: bool = False, mend: bool = False) -
     Args:
         folder: the stage's folder.
         key: its fingerprint.
+        made_of: what the fingerprint is of, as JSON values, for :func:`left_there` to tell later.
         resume: the stage goes on in a folder that was not finished.
         mend: also in a finished one, as it checks each file there before it keeps it.
     """
-    marker = folder / MARKER
-    same = marker.is_file() and marker.read_bytes() == key.encode()
+    same = _marked(folder).get("fingerprint") == key
     if folder.exists() and not (same and resume and (mend or not (folder / MANIFEST).exists())):
         shutil.rmtree(folder)
+        same = False
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    marker.write_text(key)
+    if not same:
+        write_json(folder / MARKER, {"fingerprint": key, "made_of": made_of})
     return folder
+
+
+def left_there(folder: Path) -> tuple[str, Any, float]:
+    """What a stage's folder holds, finished or not.
+
+    Returns:
+        The fingerprint ("" where there is nothing), what it is of, and how many seconds of work it took.
+    """
+    marked = _marked(folder)
+    if not marked:
+        return "", None, 0.0
+    try:
+        seconds = float(read_json(folder / MANIFEST)["info"]["cost"]["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):  # not finished: from its start to the last file that it wrote
+        times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+        seconds = max(times) - (folder / MARKER).stat().st_mtime
+    return marked["fingerprint"], marked.get("made_of"), seconds
+
+
+def _marked(folder: Path) -> dict[str, Any]:
+    try:
+        marked = read_json(folder / MARKER)
+        return marked if isinstance(marked["fingerprint"], str) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not what `start` wrote
+        return {}
 
 
 def copy_stage(source: Path, folder: Path) -> None:
@@ -136,7 +164,11 @@ def discard(folder: Path) -> None:
 def finish(folder: Path, stage: str, key: str, info: dict[str, Any]) -> Artifact:
     """Hash a stage's files and write its manifest: from then on the stage is done."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "mtime_ns": path.stat().st_mtime_ns,
+            "sha256": sha256_file(path),
+        }
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, MARKER)
     }
@@ -144,8 +176,16 @@ def finish(folder: Path, stage: str, key: str, info: dict[str, Any]) -> Artifact
     return Artifact(stage, folder, key, info)
 
 
-def find(folder: Path, stage: str, key: str) -> Artifact | None:
-    """Return the finished artifact of this fingerprint, or None if it is absent, other or damaged."""
+def find(folder: Path, stage: str, key: str, *, read: bool = True) -> Artifact | None:
+    """Return the finished artifact of this fingerprint, or None if it is absent, other or damaged.
+
+    Args:
+        folder: the stage's.
+        stage: its name.
+        key: its fingerprint.
+        read: compare the hashes of its files, of which a stage of more than 4 GiB has only those read that were
+            touched since; without it, their sizes alone.
+    """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return None
@@ -153,9 +193,13 @@ def find(folder: Path, stage: str, key: str) -> Artifact | None:
         content = read_json(manifest)
         if content["fingerprint"] != key or content["stage"] != stage:
             return None
+        large = sum(entry["bytes"] for entry in content["files"].values()) > LARGE
         for name, entry in content["files"].items():
             path = folder / name
-            if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                return None
+            untouched = large and path.stat().st_mtime_ns == entry.get("mtime_ns")
+            if read and not untouched and sha256_file(path) != entry["sha256"]:
                 return None
         return Artifact(stage, folder, key, dict(content["info"]))
     except (ValueError, KeyError, TypeError, AttributeError):  # not what `finish` wrote

@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.averaging import join_teachers
+from distill.batch_parts import first_line, out_of_memory, take
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs
 from distill.gradient_cache import backward_in_parts
@@ -90,23 +91,13 @@ class Stepper:
         """
         batches = {name: batch.to(self.device) for name, batch in batches.items()}
         with self.trainee.watch("teacher"):
-            teacher = self._asked(ask, batches) if ask else None
+            teacher = ask(batches) if ask else None
             if self._own_teacher is not None:
                 teacher = join_teachers(teacher, self._own_teacher(batches[reads]))
         before = [buffer.clone() for buffer in self._statistics] if self.config.not_finite != "raise" else []
         rows, values = self._gradients(batches[reads], teacher)
         with self.trainee.watch("optimizer"):
             return self._update(batches[reads], teacher, rows, values, before)
-
-    @staticmethod
-    def _asked(ask: Callable[[dict[str, Batch]], Outputs], batches: dict[str, Batch]) -> Outputs:
-        try:
-            return ask(batches)
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            advice = "lower train.batch_size, or set cache.enabled to true: its batches are smaller"
-            raise TrainingError(f"out of memory in the teacher ({_first_line(error)}); {advice}") from error
 
     def _update(
         self, batch: Batch, teacher: Outputs | None, rows: int, values: dict[str, float], before: list[Tensor]
@@ -159,7 +150,7 @@ class Stepper:
                 logged = self._forward_backward(batch, teacher, whole)
                 break
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self._split(len(batch.ids), error)
         if self.trainee.shards:
@@ -227,9 +218,9 @@ class Stepper:
     def _split(self, rows: int, error: Exception) -> None:
         if self._compares_ranks or self.trainee.shards:  # the others wait for this rank
             advice = "lower train.batch_size or raise train.accumulate"
-            raise TrainingError(f"out of memory ({_first_line(error)}); {advice}") from error
+            raise TrainingError(f"out of memory ({first_line(error)}); {advice}") from error
         if self.micro_batches >= rows:
-            message = f"out of memory with one row at a time ({_first_line(error)}); use a smaller model"
+            message = f"out of memory with one row at a time ({first_line(error)}); use a smaller model"
             raise TrainingError(message) from error
         self.micro_batches *= 2
         self.optimizer.zero_grad(set_to_none=True)
@@ -264,22 +255,6 @@ class Stepper:
         log.warning("the %s is not finite (%s): this step is left out, its rows are listed in %s", what, shown, path)
 
 
-def take(item: Any, rows: Tensor) -> Any:
-    """Rows of a Batch or of Outputs.
-
-    Args:
-        item: the batch, whose inputs may end before it does, or the outputs.
-        rows: int64 [M], ascending.
-    """
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: pick(tensor) for name, tensor in value.items()}
-        return value[rows[rows < len(value)]]
-
-    return type(item)(*(pick(value) for value in item))
-
-
 def _logged(loss: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values without their graph: of the loss, then of each term."""
     return {name: value.detach() for name, value in {"loss": loss, **values}.items()}
@@ -292,15 +267,6 @@ def _culprit(teacher: Outputs | None) -> str | None:
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 return f"teacher's {name!r}"
     return None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    known = ("out of memory", "not enough memory", "can't allocate memory")  # on GPUs, and on CPUs
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error).lower() for text in known)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _batch_statistics(module: nn.Module) -> list[Tensor]:

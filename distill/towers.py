@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from distill.batch_parts import InParts
 from distill.build import Model
 from distill.cache import STORE_MANIFEST, EncodedStore, encode_once
 from distill.contracts import CLEAN_VIEW, Batch
@@ -67,7 +68,7 @@ def encode_towers(
     Returns:
         modality -> number of inputs and of distinct ones, bytes, seconds.
     """
-    info = {}
+    info, in_parts = {}, InParts()
     for name in frozen_towers(model):
         inputs = _text_inputs(sources[name], reads) if name == "text" else _row_inputs(sources[name])
         encoder: Any = model.encoders[name].to(ranks.device)
@@ -76,7 +77,8 @@ def encode_towers(
             positions: NDArray[np.int64], *, encoder: Any = encoder, inputs: _Inputs = inputs
         ) -> dict[str, Tensor]:
             with torch.inference_mode():
-                return {"tokens": inputs.encode(encoder, positions)}
+                tokens = in_parts(lambda some: inputs.encode(encoder, positions[some]), len(positions), torch.cat)
+            return {"tokens": tokens}
 
         encode_once(
             folder / name,

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tiny import terms
 
+from distill.batch_parts import take
 from distill.contracts import CLEAN_VIEW, Batch, Outputs
 from distill.losses.objective import Objective
 from distill.losses.terms import LOSSES
 from distill.ranks import Ranks, join
-from distill.step import take
 
 ROWS, NO_TEXT = 11, [2, 10]
 SPLITS = {"7 and 4": 7, "10 and none with a text": 10, "11 and none": 11}

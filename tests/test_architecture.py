@@ -31,6 +31,7 @@ LEVELS = {
         "distill.channels",
         "distill.build",
         "distill.averaging",
+        "distill.batch_parts",
         "distill.ranks",
         "distill.step",
         "distill.trainee",

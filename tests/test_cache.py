@@ -258,6 +258,7 @@ def test_check_names_the_worst_row_and_output(tmp_path: Path) -> None:
         cache.check(lambda ids, view: teacher(ids, view)._replace(embeddings={}))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("value", "message"),
     [(float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"), (1e5, "range of float16")],

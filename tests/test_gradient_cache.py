@@ -6,13 +6,14 @@ from ranks_job import make_model as in_float64
 from tiny import make_batch, make_model, make_objective, terms
 from torch import nn
 
+from distill.batch_parts import take
 from distill.config import TrainConfig
 from distill.contracts import Outputs
 from distill.gradient_cache import backward_in_parts
 from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
 from distill.ranks import Ranks, accelerator_for
-from distill.step import Stepper, take
+from distill.step import Stepper
 from distill.trainee import Trainee
 
 CONTRAST = [

@@ -9,12 +9,12 @@ from test_objective import ROWS, outputs, without
 from tiny import terms
 
 from distill import losses
+from distill.batch_parts import take
 from distill.config import MixConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, Outputs, UserError
 from distill.losses.mixing import Mixed, confidence_weights, pool_loss, pooled_logits
 from distill.losses.objective import Objective
 from distill.losses.terms import LOSSES, check_terms, mixes
-from distill.step import take
 
 NAMES = ["teacher", "big", "eye"]
 MIXED = [name for name in LOSSES if mixes(terms({"loss": name, "task": "kind", "teacher": NAMES})[0])]

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import NUM_CLASSES, around, make_batch, make_model
 
+from distill.batch_parts import take
 from distill.build import build_model, check_model, example_batch, input_spec
 from distill.config import ModelConfig
 from distill.contracts import Outputs, UserError
 from distill.evaluate import only
 from distill.multimodal import OneModality, Tapped, evaluating
-from distill.step import take
 from students import ENCODERS
 from teachers import PretrainedText, PretrainedVision, TimmEncoder
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from tiny import terms
 
 from distill import losses
+from distill.batch_parts import take
 from distill.config import EMA, TermConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, Outputs, UserError
 from distill.losses.objective import Objective
 from distill.losses.terms import LOSSES, check_terms, needs_teacher, tap_paths
-from distill.step import take
 
 ROWS = 6
 

@@ -5,10 +5,10 @@ import torch
 from tiny import terms
 
 from distill import losses
+from distill.batch_parts import take
 from distill.contracts import CLEAN_VIEW, Batch, Outputs, UserError
 from distill.losses.objective import Objective
 from distill.losses.terms import labelled_alone, learns_unlabelled, needs_teacher
-from distill.step import take
 
 ROWS = 6
 TERM = {"loss": "regression_kd", "task": "pose", "params": {"margin": 0.5}}

@@ -21,6 +21,7 @@ from distill.losses.objective import Objective
 from distill.losses.terms import tap_paths
 from distill.multimodal import evaluating
 from distill.other_teachers import Teachers, _listed
+from distill.multimodal import MultimodalModel
 from distill.recipe import load_recipe
 from distill.runs import read_json
 from distill.stages import cache_key
@@ -166,6 +167,25 @@ def test_the_cache_holds_what_all_teachers_say_live(project):
         torch.testing.assert_close(stored[name], value, rtol=1e-3, atol=1e-4, msg=name)
     transfer = TeacherCache.open(work.path("cache") / "transfer", cache_key(work)).info["tensors"]
     assert {name.partition("@")[2] for name in transfer} == {"", "reader"}
+
+
+@pytest.mark.fault
+def test_teachers_without_memory_say_the_same_of_parts_of_a_batch(project, monkeypatch, caplog):
+    teachers, batches = asked(workspace())
+    whole, forward, sizes = flatten(teachers(batches)), MultimodalModel.forward, []
+
+    def limited(self, batch, *rest):
+        sizes.append(len(batch.ids))
+        if len(batch.ids) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, batch, *rest)
+
+    monkeypatch.setattr(MultimodalModel, "forward", limited)
+    parts = flatten(teachers(batches))
+    assert min(sizes) <= 10 < max(sizes) and "the teacher: it now reads batches in" in caplog.text
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_each_teacher_reads_inputs_of_its_own(project):

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from tiny import only_ids, terms
 
 from distill import losses
+from distill.batch_parts import take
 from distill.contracts import CLEAN_VIEW, Batch, Outputs, UserError
 from distill.losses.memories import Crd, QueueKl
 from distill.losses.objective import Objective
 from distill.losses.parts import Known
 from distill.losses.terms import LOSSES, check_terms, stores_rows
 from distill.ranks import Ranks
-from distill.step import take
 
 ROWS, IDS = 6, 10 * torch.arange(40) + 3
 SHALLOW, DEEP = "encoders.image.shallow", "encoders.image.deep"

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tiny_project import distill, distill_process, make_project, refusal, run_python, start_distill
 from tokenizers import Tokenizer
 
-from distill import engine, pipeline
+from distill import engine, pipeline, planning, runs
 from distill.build import input_spec
 from distill.recipe import load_recipe
 from distill.runs import locked, read_json
@@ -212,10 +212,76 @@ def test_force_reruns_a_stage_and_its_descendants(project):
     ]  # fmt: skip
 
 
-def test_a_cache_that_gives_way_to_another_is_told_with_what_changed(copied):
-    first = distill("cache", "recipe.yaml", "transfer.texts=20")
-    assert "cache: the one that lies here was filled with other transfer; it is replaced" in first.out
-    assert "is replaced" not in distill("cache", "recipe.yaml", "transfer.texts=20", "--force", "cache").out
+@pytest.mark.parametrize(
+    ("override", "stage", "changed"),
+    [
+        ("transfer.texts=20", "cache", "transfer.texts"),
+        ("seed=3", "teacher", "seed"),
+        ("teacher.train.lr=0.5", "cache", "teacher.train.lr"),
+        ("data.augment.image.flip=0.1", "cache", "data.augment.image.flip"),
+        ("data.working_size=16", "report", "data.working_size"),
+        ("cache.dtype=float32", "student", "cache.dtype"),
+    ],
+)
+def test_a_plan_says_why_a_stage_is_made_again(project, override, stage, changed):
+    stages = json.loads(distill("run", "recipe.yaml", override, "--dry-run", "--json").out)["stages"]
+    (about,) = (entry["about"] for entry in stages if entry["stage"] == stage)
+    assert about.endswith(f"what lies there was made with another {changed}")
+
+
+def test_changed_data_is_named(copied):
+    shutil.copy(copied / "images/001.png", copied / "images/000.png")
+    stages = json.loads(distill("run", "recipe.yaml", "--dry-run", "--json").out)["stages"]
+    reasons = {entry["about"].partition("; ")[2] for entry in stages}
+    assert reasons == {"what lies there was made with another source.files"}
+
+
+def test_a_run_says_what_it_replaces_and_a_forced_one_does_not(copied):
+    words = "what lies there was made with another transfer.texts"
+    assert words in distill("cache", "recipe.yaml", "transfer.texts=20").out
+    assert "what lies there" not in distill("cache", "recipe.yaml", "transfer.texts=20", "--force", "cache").out
+
+
+def test_long_work_of_other_settings_is_not_replaced_unasked(copied, monkeypatch):
+    monkeypatch.setattr(planning, "PRECIOUS", 60)
+    manifest = copied / "runs/tiny/teacher/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["info"]["cost"]["seconds"] = 4000.0
+    manifest.write_text(json.dumps(content))
+    assert distill("run", "recipe.yaml").code == 0
+    refused = distill("run", "recipe.yaml", "teacher.train.lr=0.5")
+    assert refused.code == 2 and manifest.exists()
+    assert refused.err.strip() == (
+        "error: runs/tiny holds teacher (1 h 6 min of work) that this run would replace, as what lies there was made "
+        "with another teacher.train.lr; choose another name=... to keep it, or replace it with --force teacher"
+    )
+    assert distill("run", "recipe.yaml", "teacher.train.lr=0.5", "name=other", "--dry-run").code == 0
+    assert distill("train", "recipe.yaml", "teacher.train.lr=0.5", "--force", "teacher").code == 0
+
+
+def test_unfinished_long_work_counts_too(copied, monkeypatch):
+    monkeypatch.setattr(planning, "PRECIOUS", 60)
+    folder = copied / "runs/tiny/student"
+    (folder / "manifest.json").unlink()
+    os.utime(folder / "model.safetensors", (time.time() + 4000,) * 2)
+    refused = distill("run", "recipe.yaml", "student.train.lr=0.5")
+    assert refused.code == 2 and "student (1 h" in refused.err and "another student.train.lr" in refused.err
+    assert (folder / "model.safetensors").exists()
+
+
+def test_damage_to_a_large_cache_is_found_when_it_is_read_and_mended_by_the_same_command(copied, monkeypatch):
+    monkeypatch.setattr(runs, "LARGE", 0)  # so that a start reads no file that was not touched
+    shards = sorted((copied / "runs/tiny/cache").glob("shard-*.safetensors"))
+    bad, times = shards[1], (shards[1].stat().st_atime_ns, shards[1].stat().st_mtime_ns)
+    whole, others = bad.read_bytes(), {path: path.stat().st_ino for path in shards if path != bad}
+    bad.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(bad, ns=times)
+    assert to_do("recipe.yaml") == []
+    refused = distill("train", "recipe.yaml", "--force", "student")
+    assert refused.code == 2 and f"{bad.name} has changed since it was written" in refused.err
+    again = distill("train", "recipe.yaml")
+    assert again.code == 0 and "cache: done" in again.out and "teacher: done" not in again.out
+    assert bad.read_bytes() == whole and {path: path.stat().st_ino for path in others} == others
 
 
 def test_the_resolved_recipe_is_the_same_run_from_anywhere(project, tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from test_objective import ROWS, batch, outputs, value, without  # noqa: F401
 from tiny import terms
 
+from distill.batch_parts import take
 from distill.contracts import Outputs, UserError
 from distill.layouts import arranged, grid_of, layout_of, modality_of
 from distill.losses.objective import Objective
 from distill.losses.projectors import Mixture, Regrid, Stretch, build_projector
 from distill.losses.terms import LOSSES
-from distill.step import take
 
 SIDES, WIDTHS = st.integers(1, 5), st.integers(1, 7)
 VECTORS = st.tuples(WIDTHS)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tiny import terms, write_prepared, write_wordpiece
 from tiny_project import ROOT, make_project
 
+from distill.batch_parts import take
 from distill.losses.objective import Objective
 from distill.losses.terms import LOSSES
-from distill.step import take
 
 TESTS = Path(__file__).parent
 

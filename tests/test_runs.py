@@ -25,6 +25,7 @@ from distill.runs import (
     find,
     fingerprint,
     finish,
+    left_there,
     locked,
     read_json,
     start,
@@ -104,6 +105,45 @@ def test_a_damaged_stage_is_not_found(tmp_path, damage):
     made(tmp_path / "teacher")
     damage(tmp_path / "teacher")
     assert find(tmp_path / "teacher", "teacher", "k1") is None
+
+
+def test_of_a_large_stage_the_files_that_were_touched_are_read_again(tmp_path, monkeypatch):
+    folder = tmp_path / "teacher"
+    made(folder)
+    times = (folder / "a.txt").stat().st_atime_ns, (folder / "a.txt").stat().st_mtime_ns
+    (folder / "a.txt").write_text("two")
+    os.utime(folder / "a.txt", ns=times)
+    assert find(folder, "teacher", "k1") is None
+    assert find(folder, "teacher", "k1", read=False) is not None  # as other ranks ask, which the first one tells
+    monkeypatch.setattr(runs, "LARGE", 12)
+    assert find(folder, "teacher", "k1") is not None
+    os.utime(folder / "a.txt", ns=(times[0], times[1] + 1))
+    assert find(folder, "teacher", "k1") is None
+    (folder / "sub" / "b.bin").write_bytes(b"\0" * 9)
+    assert find(folder, "teacher", "k1", read=False) is None
+
+
+def test_what_lies_in_a_folder_is_told(tmp_path):
+    folder = tmp_path / "teacher"
+    assert left_there(folder) == ("", None, 0.0)
+    start(folder, "k1", made_of={"seed": 3})
+    (folder / "half").write_text("x")
+    began = (folder / runs.MARKER).stat().st_mtime
+    os.utime(folder / "half", (began + 50, began + 50))
+    key, made_of, seconds = left_there(folder)
+    assert (key, made_of) == ("k1", {"seed": 3}) and seconds == pytest.approx(50)
+    start(folder, "k1", made_of={"seed": 3}, resume=True)  # going on does not begin anew
+    assert left_there(folder)[2] == pytest.approx(50)
+    finish(folder, "teacher", "k1", {"cost": {"seconds": 7.0}})
+    assert left_there(folder) == ("k1", {"seed": 3}, 7.0)
+
+
+@pytest.mark.parametrize("text", ["k1", "", "[]", '{"fingerprint": 3}', '{"made_of": {}}'])
+def test_a_marker_of_another_version_marks_nothing(tmp_path, text):
+    folder = tmp_path / "teacher"
+    made(folder)
+    (folder / runs.MARKER).write_text(text)
+    assert left_there(folder) == ("", None, 0.0) and find(folder, "teacher", "k1") is not None
 
 
 def test_a_file_added_later_does_not_undo_a_stage(tmp_path):

@@ -143,6 +143,7 @@ def test_a_tracker_that_is_named_twice_is_asked_once(tracked, spy):
     assert [call[0] for call in spy.calls if call[0] != "log"] == ["init", "start", "settings", "finish"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("at", ["init", "start", "settings", "log", "finish"])
 def test_a_tracker_that_fails_is_left_out_with_one_warning(make_job, tracked, tmp_path, spy, caplog, at):
     plain = make_job("plain")

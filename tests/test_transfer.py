@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import WORDS, make_batch, make_loader, make_model, write_clip
 from tiny_project import distill, make_project
 
+from distill.batch_parts import take
 from distill.cache import flatten
 from distill.contracts import CLEAN_VIEW, IGNORE, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
@@ -26,7 +27,6 @@ from distill.data.mixed import (
 )
 from distill.data.transfer import replace_words, whole_words
 from distill.multimodal import Tapped
-from distill.step import take
 
 TEXTS = [f"{first} {second}, the moon" for first in ("cat", "dog", "sun") for second in ("dark", "light", "red")]
 

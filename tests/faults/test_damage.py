@@ -19,7 +19,7 @@ from distill.cache import TeacherCache, flatten
 from distill.contracts import Outputs, UserError
 from distill.runs import read_json, sha256_file
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 TRIALS = 100  # of each kind
 IDS, VIEWS, SHARD_ROWS = np.arange(96) * 3 + 1, [0, 1], 12

@@ -18,7 +18,7 @@ from torch import nn
 from distill import checkpoint
 from distill.runs import DiskFullError, sha256_file
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 MEGABYTE = 1_000_000
 

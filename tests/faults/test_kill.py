@@ -13,7 +13,7 @@ from fork_server import Child, ForkServer
 
 from distill.runs import sha256_file
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 TRIALS, INSIDE_A_SAVE = 50, 14  # of which this many die by their own hand at a known touch of the disk
 STEPS, TOUCHES = 25, 11  # touches of the disk in a save

@@ -10,7 +10,7 @@ import pytest
 from fork_server import ForkServer
 from tiny_project import make_project
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 TRIALS = 20
 REFUSED = "error: run folder runs/tiny is in use by another process; wait for it to end or choose another name=..."

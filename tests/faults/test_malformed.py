@@ -20,7 +20,7 @@ from tiny_project import RECIPE
 
 from distill.runs import read_json
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 TOTAL, EACH = 1000, 20
 MOST_BYTES = 500_000_000

@@ -10,7 +10,7 @@ from tiny_project import make_project
 
 from distill.pipeline import NAMES
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 
 def test_the_whole_path_runs_offline_and_tries_no_connection(server: ForkServer, tmp_path: Path) -> None:

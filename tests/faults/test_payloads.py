@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from distill.runs import read_json, sha256_file, write_json
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 MARKER = "executed"  # what each payload would make, beside the project
 

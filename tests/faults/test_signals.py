@@ -15,7 +15,7 @@ from fork_server import ForkServer
 from distill.pipeline import NAMES
 from distill.runs import read_json, sha256_file
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 STOP_SECONDS = 10
 STAGES = ("teacher", "cache", "student", "pruned", "quantize", "export")
