@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny_project import ROOT, distill, make_project, refusal, run_python
 
 from distill import __version__
@@ -89,7 +90,10 @@ def test_doctor_tells_what_is_missing(monkeypatch):
     assert "extra [dev]: missing; pip install multidistill[dev]" in text
 
 
-def test_our_own_run_time_errors_exit_1_and_a_full_disk_too(monkeypatch):
+MORE_MEMORY = "use a smaller model, or a machine with more memory"
+
+
+def test_our_own_run_time_errors_exit_1_and_a_full_disk_or_memory_too(monkeypatch):
     from distill import doctor
     from distill.step import TrainingError
 
@@ -104,6 +108,11 @@ def test_our_own_run_time_errors_exit_1_and_a_full_disk_too(monkeypatch):
     assert (answer.code, answer.err) == (1, "error: the loss is not finite\n")
     answer = failing(OSError(28, "No space left on device", "cache/a"))
     assert (answer.code, answer.err) == (1, "error: [Errno 28] No space left on device: 'cache/a'\n")
+    answer = failing(MemoryError())
+    assert (answer.code, answer.err) == (1, f"error: out of memory (MemoryError); {MORE_MEMORY}\n")
+    answer = failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nSee the documentation"))
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert (answer.code, answer.err) == (1, f"error: out of memory ({said}); {MORE_MEMORY}\n")
     for bug in (RuntimeError("of torch"), FileNotFoundError(2, "ours", "a")):
         with pytest.raises(type(bug)):
             failing(bug)

@@ -19,9 +19,8 @@ from distill.data.transforms import resize_images
 from distill.fitted import find_fitted
 from distill.losses.objective import Objective
 from distill.losses.terms import tap_paths
-from distill.multimodal import evaluating
+from distill.multimodal import MultimodalModel, evaluating
 from distill.other_teachers import Teachers, _listed
-from distill.multimodal import MultimodalModel
 from distill.recipe import load_recipe
 from distill.runs import read_json
 from distill.stages import cache_key
