@@ -154,7 +154,9 @@ def markdown(arms: Sequence[dict[str, Any]], command: str) -> str:
         f"The quick start's student from scratch, {seeds} seeds, each with a teacher of its own, on test rows. ± is\n"
         "half of the 95 % t-interval over seeds; differences are paired, with their interval. Weight: times the usual\n"
         "one; where several were tried, the one that was best on the validation rows of the first seed. The mean over\n"
-        "tasks and seeds there orders the table."
+        "tasks and seeds there orders the table. Not in it, as the quick start's models do not suit them: srrl and\n"
+        "simkd (which read one classifier; the teacher has two members), losses on tokens (the student's words have\n"
+        "no order), multilabel_kd (a row has one class) and clip_ensemble_ce (of several teachers)."
     )
     return "\n\n".join(["# Methods of distillation", f"    {command}", about, table(head, rows)]) + "\n"
 

@@ -74,6 +74,29 @@ def test_a_model_says_the_same_with_kept_towers_as_with_live_ones(prepared, mode
                     torch.testing.assert_close(getattr(found, part)[name], value, rtol=5e-3, atol=5e-3, msg=name)
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["text", "both"])
+def test_towers_without_memory_read_inputs_in_parts(prepared, models, tmp_path, monkeypatch, caplog, kind):
+    model = models[kind]
+    encode(prepared, model, tmp_path / "whole")
+    for tower in (PretrainedText, PretrainedVision):
+
+        def limited(self, first, *rest, whole=tower.encode):
+            if len(first) > 10:
+                raise MemoryError
+            return whole(self, first, *rest)
+
+        monkeypatch.setattr(tower, "encode", limited)
+    encode(prepared, model, tmp_path / "parts")
+    assert "out of memory in the teacher: it now reads batches in 8 parts" in caplog.text
+    one, two = (with_towers(loader_of(prepared, model), model, tmp_path / name) for name in ("whole", "parts"))
+    for first, second in zip(one.epoch(1), two.epoch(1), strict=True):
+        with torch.no_grad():
+            expected, found = model(first["teacher"]), model(second["teacher"])
+        for name, value in expected.logits.items():  # tokens behind a text's end, which nothing reads, may differ
+            torch.testing.assert_close(found.logits[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
 def test_texts_that_repeat_are_encoded_for_the_views_before_they_do(prepared, models, tmp_path):
     model = models["text"]
     twice = AUGMENT.model_copy(update={"text": TextAugment(word_dropout=0.5, views=2)})
