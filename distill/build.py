@@ -13,6 +13,7 @@ from distill.builders import build_part, check_part
 from distill.config import ModelConfig, Part, TeacherConfig, nearest
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.data.loader import InputSpec
+from distill.decision import FUSED
 from distill.dual import DualEncoder
 from distill.fusion import FUSIONS
 from distill.multimodal import Encoder, MultimodalModel, Reader
@@ -55,13 +56,17 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
                 f"{where}.encoders.{name}.classifier reads the encoder's own vector, which {config.fusion.type} "
                 f"changes; set {where}.fusion to {{type: pooled}}"
             )
-    for name in config.head_weights:
-        if not config.unimodal_heads:
+    for field in ("head_weights", "decision"):
+        if not config.unimodal_heads and getattr(config, field) != ModelConfig.model_fields[field].default:
+            raise UserError(f"{where}.{field}: there is one head a task; set {where}.unimodal_heads or leave it out")
+    for name, weight in config.head_weights.items():
+        if name not in (*config.encoders, FUSED):
+            raise UserError(f"{where}.head_weights: no head {name!r}; {nearest(name, [*config.encoders, FUSED])}")
+        if name != FUSED and not weight:
             raise UserError(
-                f"{where}.head_weights: there is one head a task; set {where}.unimodal_heads or leave it out"
+                f"{where}.head_weights.{name} is 0, and rows that have {name} alone would get no answer; give it a "
+                "weight above 0"
             )
-        if name not in (*config.encoders, "fused"):
-            raise UserError(f"{where}.head_weights: no head {name!r}; {nearest(name, [*config.encoders, 'fused'])}")
     for task, part in config.heads.items():
         if task not in tasks:
             raise UserError(f"{where}.heads: the data has no task {task!r}; {nearest(task, tasks)}")
@@ -70,7 +75,16 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
 
 def _check_unfused(config: ModelConfig, where: str) -> None:
     """Encoders of one embedding space have nothing behind them that answers tasks."""
-    for name in ("heads", "head_weights", "modality_dropout", "dropout", "members", "pretrain", "class_names"):
+    for name in (
+        "heads",
+        "decision",
+        "head_weights",
+        "modality_dropout",
+        "dropout",
+        "members",
+        "pretrain",
+        "class_names",
+    ):
         field = type(config).model_fields.get(name)
         if field is not None and getattr(config, name) != field.default:
             raise UserError(f"{where}.{name} is for models with fusion, and {where}.fusion is null; leave it out")
@@ -154,6 +168,7 @@ def _build_reader(
         dim=dim,
         embedding_dim=config.embedding_dim,
         head_weights=config.head_weights,
+        decision=config.decision,
         modality_dropout=config.modality_dropout,
         dropout=config.dropout,
     )

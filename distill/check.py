@@ -11,6 +11,7 @@ from distill.builders import check_part
 from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
+from distill.decision import check_decision
 from distill.fitted import Fitted
 from distill.fusion import FUSIONS
 from distill.layouts import modality_of
@@ -71,6 +72,10 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
     _check_kept(recipe, encoders)
+    tasks = list(recipe.data.targets)
+    check_decision(recipe.teacher, {"teacher.objective": recipe.teacher.objective}, tasks)
+    trained = {"student.baseline": recipe.student.baseline, "student.objective": recipe.student.objective}
+    check_decision(recipe.student, trained, tasks)
 
 
 def check_pruning(recipe: Recipe, encoders: Registry) -> None:

@@ -213,8 +213,9 @@ class ModelConfig(Strict):
     fusion: Part | None = Part(type="concat")
     heads: dict[str, Part] = {}  # task -> head; every task of the data gets a classification head if empty
     embedding_dim: int = Field(128, ge=1)  # width of the shared image / text / fused embedding space
-    unimodal_heads: bool = True  # logits = mean of the fused head and one head a modality
-    head_weights: dict[str, Annotated[float, Field(gt=0)]] = {}  # "fused" or modality -> weight in it; else 1
+    unimodal_heads: bool = True  # a task is decided by the fused head and one head a modality
+    decision: Literal["mean", "learned", "product", "mixture"] = "mean"  # how: see distill/decision.py
+    head_weights: dict[str, Annotated[float, Field(ge=0)]] = {}  # "fused" or modality -> its weight there; else 1
     modality_dropout: float = Field(0.0, ge=0, lt=1)  # probability that a training row loses one modality
     dropout: float = Field(0.0, ge=0, lt=1)  # of pooled and token features after their projection to the fusion's width
 

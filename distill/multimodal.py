@@ -1,6 +1,6 @@
 """Encoders + fusion + heads = one model, and taps that read its inner features.
 
-Logits are the mean, weighted if asked for, of the fused head's and of one head a modality: attention fusion alone
+Logits are decided by the fused head and one head a modality, by default as their mean: attention fusion alone
 overfits small data, while single-modality heads keep each encoder useful on its own and let any subset of modalities
 answer. Train each head with a loss of its own: under a loss on the mean alone, the fused head learns only to correct
 the others.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.config import nearest
 from distill.contracts import Batch, Outputs, UserError
+from distill.decision import Decision
 from distill.dropout import Dropout
 from distill.layouts import arranged, modality_of
 
@@ -103,7 +104,8 @@ class Reader(nn.Module):
         unimodal_heads: task -> modality -> head on that modality's pooled vector; may be empty.
         dim: width of the fusion.
         embedding_dim: width of the shared embedding space.
-        head_weights: "fused" or a modality -> weight of its head in the mean that is a task's logits; 1 by default.
+        head_weights: "fused" or a modality -> weight of its head in a task's logits; 1 by default.
+        decision: how heads decide together; see :class:`~distill.decision.Decision`.
         modality_dropout: probability, in training, that a row loses one of its present modalities.
         dropout: probability of dropping a feature of a pooled vector or token on its way to the fusion, in training.
     """
@@ -118,11 +120,12 @@ class Reader(nn.Module):
         dim: int,
         embedding_dim: int,
         head_weights: Mapping[str, float] | None = None,
+        decision: str = "mean",
         modality_dropout: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.head_weights = dict(head_weights or {})
+        self.decision = Decision(decision, unimodal_heads, list(widths), head_weights or {})
         own, names = fusion.plain, [*widths, "fused"]
         necks = {name: PlainNeck(dropout) if own else Neck(width, dim, dropout) for name, width in widths.items()}
         self.necks = nn.ModuleDict(necks)
@@ -162,16 +165,13 @@ class Reader(nn.Module):
     def _logits(
         self, task: str, fused: Tensor, pooled: dict[str, Tensor], present: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """A task's logits: the weighted mean of the fused head's and those of the modalities that are there."""
+        """A task's logits, and those of its heads."""
         if task not in self.unimodal_heads:
             return {task: fused}
         heads: Any = self.unimodal_heads[task]
         alone = {name: head(pooled[name]) for name, head in heads.items()}
-        weights = {name: present[name][:, None] * self.head_weights.get(name, 1.0) for name in alone}
-        own = self.head_weights.get("fused", 1.0)
-        total = own * fused + torch.stack([weights[name] * logits for name, logits in alone.items()]).sum(0)
-        mean = total / (own + torch.stack(list(weights.values())).sum(0))
-        return {f"{task}.fused": fused, **{f"{task}.{m}": logits for m, logits in alone.items()}, task: mean}
+        decided = self.decision(task, fused, alone, present)
+        return {f"{task}.fused": fused, **{f"{task}.{m}": logits for m, logits in alone.items()}, task: decided}
 
     def _dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
         """In training, let some rows that have every modality lose one at random."""

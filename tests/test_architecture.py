@@ -48,6 +48,7 @@ LEVELS = {
         "distill.losses",
         "distill.fusion",
         "distill.tasks",
+        "distill.decision",
         "distill.multimodal",
         "distill.dual",
         "distill.retrieval",

@@ -139,7 +139,18 @@ def change_rows(folder, change):
         ("teacher.members=0", r"'teacher\.members' is 0: Input should be greater than or equal to 1"),
         ("student.members=2", r"unknown key 'student\.members'"),
         ("teacher.head_weights={texd: 2}", r"teacher\.head_weights: no head 'texd'; did you mean 'text'\?"),
-        ("student.head_weights={text: 0}", r"'student\.head_weights\.text' is 0: Input should be greater than 0"),
+        (
+            "student.head_weights={text: 0}",
+            r"student\.head_weights\.text is 0, and rows that have text alone would get no",
+        ),
+        (
+            "student.head_weights={text: -1}",
+            r"'student\.head_weights\.text' is -1: Input should be greater than or equal",
+        ),
+        (
+            "student.decision=vote",
+            r"'student\.decision' is 'vote': choices: learned, mean, mixture, product",
+        ),
         (
             "student.train.progressive_resizing={size: 32}",
             r"student\.train\.progressive_resizing\.size is 32 pixels, and data\.working_size is 32; give fewer",
