@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.contracts import Batch, Outputs
+from distill.resources import out_of_memory
 
 Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
@@ -39,12 +40,6 @@ def rows_of(batch: Batch, some: slice) -> Batch:
     return taken
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory does not suffice, on a GPU or on a CPU."""
-    known = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error).lower() for text in known)
-
-
 def first_line(error: Exception) -> str:
     """What an error says first."""
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -69,18 +64,19 @@ class InParts:
 
         Args:
             ask: gives the answer to some rows.
-            rows: how many there are, at least one.
+            rows: how many there are; a rank may have none.
             join: puts answers together.
 
         Raises:
             TeacherMemoryError: the memory does not suffice for single rows.
         """
         while True:
-            size = -(-rows // self.count)
+            size, parts = max(1, -(-rows // self.count)), []
             try:
-                parts = [ask(slice(start, min(start + size, rows))) for start in range(0, rows, size)]
+                parts += [ask(slice(start, min(start + size, rows))) for start in range(0, max(rows, 1), size)]
                 return parts[0] if len(parts) == 1 else join(parts)
             except (RuntimeError, MemoryError) as error:
+                parts.clear()
                 if not out_of_memory(error):
                     raise
                 if size == 1:

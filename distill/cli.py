@@ -280,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if type(error).__module__.partition(".")[0] == "distill":
             _fail(error, getattr(error, "exit_code", 1))
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):  # torch's, not imported
+        from distill.resources import out_of_memory
+
+        if not out_of_memory(error):
             raise
         said = str(error).partition("\n")[0] or type(error).__name__
         _fail(RuntimeError(f"out of memory ({said}); use a smaller model, or a machine with more memory"), 1)

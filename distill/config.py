@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from distill.schedules import Weight
 
@@ -81,6 +81,21 @@ class LabelledConfig(Strict):
     rows: int | None = Field(None, ge=1)  # that many rows of these: whole groups, but for the last one
 
 
+class RandomSplitConfig(Strict):
+    """Shares of the groups (of the rows, without a group column) that are valid's and test's; the rest is train's."""
+
+    valid: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.2, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _leave_some(self) -> RandomSplitConfig:
+        if self.valid + self.test >= 1:
+            raise ValueError(
+                f"valid and test take {self.valid + self.test:g} of the rows together; leave some to train"
+            )
+        return self
+
+
 class DataConfig(Strict):
     """Where rows come from and what their columns mean."""
 
@@ -89,6 +104,7 @@ class DataConfig(Strict):
     targets: dict[str, str] = {}  # task -> column; a training row may have none of them
     labelled: LabelledConfig | None = None  # hides the labels of other training rows; a number means its ``groups``
     split: str = "split"  # column holding train / valid / test
+    random_split: RandomSplitConfig | None = None  # of rows that have no such column
     group: str | None = None  # column whose values stay together in bootstrap intervals
     id: str | None = None  # column of stable integer ids; row numbers where absent
     hold_out: float = Field(0.0, ge=0, lt=1)  # share of train's groups that are valid's, where the source has no valid
@@ -129,7 +145,7 @@ class TermConfig(Strict):
 
     loss: str
     weight: Weight = 1.0
-    task: str | None = None  # "category", or "category.image" for the head of one modality
+    task: str | None = None  # "category", or "category.image" for one head; in a file "*" or "*.image" too: each task's
     embedding: str | None = None  # "image", "text" or "fused"; "image,text" for a contrastive loss
     taps: dict[Literal["student", "teacher"], str | list[str]] | None = None  # a list for losses on several stages
     # of the recipe's ``teachers``, or "ema"; absent or "teacher": the run's own

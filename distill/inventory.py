@@ -7,6 +7,7 @@ distill cache verify FOLDER
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def describe(folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> dict[str, Any]:
     """Compare every file of a cache, and of its transfer part, with the hash that it had when it was written.
 
+    Damaged files get a new time of change, so that the next run reads them and makes them again.
+
     Args:
         folder: the cache's, or that of a run.
 
@@ -78,6 +81,9 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, entry in expected.items():
         if name not in damaged and (wrong := _wrong(cache / name, entry)):
             damaged[name] = wrong
+    for name in damaged:
+        if (cache / name).is_file():
+            mark_damaged(cache / name)
     main = stores[cache] or {"rows": None, "views": None}
     return {
         "folder": str(cache),
@@ -88,6 +94,15 @@ def verify(folder: Path) -> dict[str, Any]:
         "views": main["views"],
         "bytes": sum(store["bytes"] for store in stores.values() if store),
     }
+
+
+def mark_damaged(path: Path) -> None:
+    """Give a file a new time of change, so that the next start of a run reads it, finds the damage and mends it.
+
+    Starts do not read all of a large store (see ``distill.runs.find``).
+    """
+    with suppress(OSError):
+        path.touch()
 
 
 def render(found: Mapping[str, Any]) -> list[str]:

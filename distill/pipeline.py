@@ -19,12 +19,12 @@ from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_labels, check_models, check_tokenizers, own_taps
-from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
+from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned, with_keys
 from distill.progress import progress
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory
-from distill.runs import discard, locked, write_json
+from distill.runs import discard, left_there, locked, write_json
 from distill.taps import check_taps
 from distill.trackers import Trackers
 from distill.workspace import Workspace
@@ -345,8 +345,7 @@ def run(
         planned = plan(recipe, until=until, force=force, ranks=ranks)
         refuse_loss(planned, folder)
         if ranks.first:
-            for name in descendants(force):
-                discard(folder / name)
+            _discard_forced(recipe, force, {item.stage.name for item in planned})
             write_json(folder / "recipe.resolved.json", recipe.model_dump())
             (folder / "recipe.resolved.yaml").write_text(as_yaml(recipe), encoding="utf-8")
         trackers = Trackers(list(recipe.trackers) if ranks.first else [], folder / "trackers", recipe.name)
@@ -367,6 +366,14 @@ def run(
             _check_teachers(work, item.stage.name, {other.stage.name for other in planned if other.artifact is None})
         ranks.wait()
     return work.done
+
+
+def _discard_forced(recipe: Recipe, force: Sequence[str], planned: set[str]) -> None:
+    """Let go of what is to run again, and of what later runs would else take for made from it."""
+    folder, known = run_folder(recipe), with_keys(recipe, STAGES if force else ())
+    for name in descendants(force):
+        if name in planned or left_there(folder / name)[0] == known[name].key:
+            discard(folder / name)
 
 
 def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:

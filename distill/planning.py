@@ -85,6 +85,21 @@ class Planned:
         return f"{self.stage.about}; {_other(self.changed)}" if self.changed else self.stage.about
 
 
+def with_keys(recipe: Recipe, stages: Iterable[Stage]) -> dict[str, Planned]:
+    """Stages with their fingerprints, by name; what is there is not looked up.
+
+    Args:
+        recipe: the validated recipe.
+        stages: in order, with all that they need.
+    """
+    planned: dict[str, Planned] = {}
+    for stage in stages:
+        parents = {parent: planned[parent].key for parent in stage.parents}
+        made_of = json.loads(json.dumps({"stage version": stage.version, "parents": parents, **stage.config(recipe)}))
+        planned[stage.name] = Planned(stage, fingerprint(stage.name, made_of), made_of)
+    return planned
+
+
 def make_plan(
     recipe: Recipe, stages: Iterable[Stage], folder: Path, others: Sequence[Path], fresh: Collection[str], ranks: Ranks
 ) -> list[Planned]:
@@ -101,11 +116,7 @@ def make_plan(
     Raises:
         UserError: the folder is not shared by all ranks.
     """
-    planned: dict[str, Planned] = {}
-    for stage in stages:
-        parents = {parent: planned[parent].key for parent in stage.parents}
-        made_of = json.loads(json.dumps({"stage version": stage.version, "parents": parents, **stage.config(recipe)}))
-        planned[stage.name] = Planned(stage, fingerprint(stage.name, made_of), made_of)
+    planned = with_keys(recipe, stages)
     if ranks.first:
         for name, item in planned.items():
             planned[name] = item if name in fresh else _look_up(item, planned, folder, others)
@@ -133,11 +144,9 @@ def refuse_loss(planned: Iterable[Planned], folder: Path) -> None:
 def copy_planned(item: Planned, ranks: Ranks, folder: Path) -> Artifact | None:
     """Copy a stage that another run has; None if that run has changed by now."""
     assert item.lender is not None
-    if ranks.first:
-        copy_stage(item.lender / item.stage.name, folder)
-    ranks.wait()
-    found = find(folder, item.stage.name, item.key, read=ranks.first)
-    return None if ranks.largest([found is None], ranks.device)[0] else found
+    name, key = item.stage.name, item.key
+    copied = ranks.first and copy_stage(item.lender / name, folder, name, key)
+    return find(folder, name, key, read=False) if ranks.largest([copied], ranks.device)[0] else None
 
 
 def run_planned(item: Planned, work: Workspace, folder: Path) -> Artifact:
@@ -174,7 +183,7 @@ def _look_up(item: Planned, planned: dict[str, Planned], folder: Path, others: I
         return replace(item, lender=lender)
     before = made_of if isinstance(made_of, dict) else {}  # empty where an earlier version was at work
     changed = [what for parent in item.stage.parents for what in planned[parent].changed or _key(before, item, parent)]
-    changed += _changes(before, item.made_of) if before else []
+    changed += _changes(before | {"parents": {}}, item.made_of | {"parents": {}}) if before else []
     return replace(item, lender=lender, changed=tuple(dict.fromkeys(changed)) or ("stage version",), replaced=seconds)
 
 
@@ -185,8 +194,8 @@ def _key(before: dict[str, Any], item: Planned, parent: str) -> list[str]:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Dotted names of what differs, of what only one of them has if nothing else does; parents tell for themselves."""
-    differing = [name for name in old if name in new and old[name] != new[name] and name != "parents"]
+    """Dotted names of what differs, of what only one of them has if nothing else does."""
+    differing = [name for name in old if name in new and old[name] != new[name]]
     found = []
     for name in differing or [name for name in (*old, *new) if (name in old) != (name in new)]:
         before, after = old.get(name), new.get(name)
@@ -203,15 +212,17 @@ def _other(changed: Sequence[str]) -> str:
 def _share(planned: dict[str, Planned], folder: Path, ranks: Ranks) -> None:
     """Tell all ranks what the first one has found; in place."""
     told = {
-        name: [item.artifact is not None, str(item.lender or ""), item.changed, item.replaced]
+        name: [item.key, item.artifact is not None, str(item.lender or ""), item.changed, item.replaced]
         for name, item in planned.items()
     }
     data = json.dumps(told).encode() if ranks.first else b""
     found = json.loads(ranks.gather_bytes(data, ranks.device)[0])
     if ranks.first:
         return
-    for name, (there, lender, changed, seconds) in found.items():
+    for name, (key, there, lender, changed, seconds) in found.items():
         item = planned[name]
+        if item.key != key:
+            raise UserError(f"{name}: the files that the recipe names differ between machines; share one copy of them")
         artifact = find(folder / name, name, item.key, read=False) if there else None
         if there and artifact is None:
             raise UserError(f"{folder / name} is not seen by all ranks; set output to a folder that all machines share")

@@ -80,7 +80,7 @@ class Ranks:
         """Every rank's bytes, in order of rank."""
         if self.count == 1:
             return [data]
-        own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        own = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)].to(device)  # it refuses none
         return [bytes(part.cpu().numpy()) for part in gather_uneven(own)]
 
     def average(self, values: Iterable[Tensor]) -> None:

@@ -26,6 +26,8 @@ PARTS = {"data": "data", "teacher": "teachers", "student": "students"}
 """Part -> folder of its packaged files."""
 QUICK_START, RECIPES = "quickstart", "recipes"
 """A packaged recipe, and the folder of those beside it."""
+ANY_TASK = "*"
+"""In a term of a file: each task of the data."""
 LOCAL = "path:"
 """Begins the name of weights that lie in a folder."""
 SAMPLE, HUB = "sample:", "hub:"
@@ -62,8 +64,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), parts: dict[str
         if isinstance(name, str):
             files[key] = _find(name, Path.cwd() if key in chosen else file.parent, folder)
             raw[key] = _read(files[key])
-    recipe = _validated(_assigned(raw, assigned, file), files)
+    recipe = _validated(_on_each_task(_assigned(raw, assigned, file)), files)
     return _anchored(recipe, files, assigned)
+
+
+def _on_each_task(raw: Any) -> Any:
+    """Put terms on every task in the place of those on the task ``*``, or on a head of it: such parts fit any data."""
+    data, teacher, student = (part if isinstance(part := raw.get(key), dict) else {} for key in PARTS)
+    for part, name in ((teacher, "objective"), (student, "baseline"), (student, "objective")):
+        if isinstance(part.get(name), list):
+            part[name] = [one for term in part[name] for one in _each(term, data.get("targets"))]
+    return raw
+
+
+def _each(term: Any, tasks: Any) -> list[Any]:
+    own, dot, head = str(term.get("task") if isinstance(term, dict) else "").partition(".")
+    if own != ANY_TASK or not isinstance(tasks, dict):
+        return [term]
+    return [{**term, "task": f"{task}{dot}{head}"} for task in tasks]
 
 
 def load_models(

@@ -16,6 +16,13 @@ def cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory does not suffice, on a GPU or on a CPU; told without torch."""
+    known = ("out of memory", "not enough memory", "can't allocate memory")
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(text in str(error).lower() for text in known)
+
+
 def keep_freed_memory() -> bool:
     """Let glibc hand the free end of its heap back to the system from 1 GiB on only, and take larger blocks from it.
 

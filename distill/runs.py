@@ -24,11 +24,13 @@ from distill.contracts import Artifact, UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+KEY_DIGITS = 16
 MANIFEST = "manifest.json"
 MARKER = ".fingerprint"
 """File that says, from a stage's start on, what it is working on."""
-LARGE = 4 * 2**30
-"""Bytes of a stage from which on a file that was not touched since is not read again at each start."""
+BULK, LARGE = ("shard-*.safetensors", "image.npy"), 4 * 2**30
+"""Names of files that may be very many bytes, and from how many bytes of a stage on a start reads of them those alone
+that were touched since. Shards are compared with their hash when they are first read; decoded images are not."""
 
 
 class DiskFullError(RuntimeError):
@@ -38,7 +40,7 @@ class DiskFullError(RuntimeError):
 def fingerprint(*parts: Any) -> str:
     """Return a 16-digit hex hash of JSON values; equal values give equal hashes on every machine."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
 
 def sha256_file(path: str | Path) -> str:
@@ -123,23 +125,42 @@ def left_there(folder: Path) -> tuple[str, Any, float]:
     if not marked:
         return "", None, 0.0
     try:
-        seconds = float(read_json(folder / MANIFEST)["info"]["cost"]["seconds"])
+        info = read_json(folder / MANIFEST)["info"]
+        seconds = max(float(info["cost"]["seconds"]), float(info.get("seconds", 0)))  # the last process's, and of all
     except (OSError, ValueError, KeyError, TypeError):  # not finished: from its start to the last file that it wrote
         times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
-        seconds = max(times) - (folder / MARKER).stat().st_mtime
+        seconds = max(times, default=0.0) - min(times, default=0.0)
     return marked["fingerprint"], marked.get("made_of"), seconds
 
 
 def _marked(folder: Path) -> dict[str, Any]:
+    """What a folder's marker says, or its manifest: earlier versions wrote the fingerprint alone."""
+    for file in (MARKER, MANIFEST):
+        try:
+            marked = read_json(folder / file)
+            if isinstance(marked["fingerprint"], str):
+                return dict(marked)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     try:
-        marked = read_json(folder / MARKER)
-        return marked if isinstance(marked["fingerprint"], str) else {}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not what `start` wrote
+        plain = (folder / MARKER).read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return {}
+    return {"fingerprint": plain} if len(plain) == KEY_DIGITS else {}
 
 
-def copy_stage(source: Path, folder: Path) -> None:
-    """Copy a finished stage of another run to where this run has it; whole, or not at all."""
+def copy_stage(source: Path, folder: Path, stage: str, key: str) -> bool:
+    """Copy a finished stage of another run to where this run has it; whole, or not at all.
+
+    Args:
+        source: the other run's folder of the stage.
+        folder: this run's.
+        stage: its name.
+        key: its fingerprint.
+
+    Returns:
+        Whether the copy is that stage: the other run may have changed meanwhile.
+    """
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
     temporary = folder.with_name(f".{folder.name}.copy")
     try:
@@ -148,9 +169,14 @@ def copy_stage(source: Path, folder: Path) -> None:
                 target = temporary / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+        if find(temporary, stage, key) is None:
+            return False
+        for path in files:
+            shutil.copystat(path, temporary / path.relative_to(source))  # with the times that the manifest has
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
+        return True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -183,7 +209,7 @@ def find(folder: Path, stage: str, key: str, *, read: bool = True) -> Artifact |
         folder: the stage's.
         stage: its name.
         key: its fingerprint.
-        read: compare the hashes of its files, of which a stage of more than 4 GiB has only those read that were
+        read: compare the hashes of its files, but for those of ``BULK`` in a stage of more than 4 GiB that were not
             touched since; without it, their sizes alone.
     """
     manifest = folder / MANIFEST
@@ -198,8 +224,9 @@ def find(folder: Path, stage: str, key: str, *, read: bool = True) -> Artifact |
             path = folder / name
             if not path.is_file() or path.stat().st_size != entry["bytes"]:
                 return None
-            untouched = large and path.stat().st_mtime_ns == entry.get("mtime_ns")
-            if read and not untouched and sha256_file(path) != entry["sha256"]:
+            bulk = large and any(path.match(pattern) for pattern in BULK)
+            untouched = path.stat().st_mtime_ns == entry.get("mtime_ns")
+            if read and not (bulk and untouched) and sha256_file(path) != entry["sha256"]:
                 return None
         return Artifact(stage, folder, key, dict(content["info"]))
     except (ValueError, KeyError, TypeError, AttributeError):  # not what `finish` wrote

@@ -13,7 +13,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from distill.contracts import UserError
-from distill.inventory import INDEX
+from distill.inventory import INDEX, mark_damaged
 from distill.records import describe, describe_packed, pack, unpack
 from distill.runs import atomic, check_disk, fingerprint, read_json, room_for, sha256_file, write_json
 
@@ -169,7 +168,6 @@ class ShardReader:
         """
         self.folder, self.shards = folder, list(manifest["shards"])
         if not (folder / INDEX).is_file() or sha256_file(folder / INDEX) != manifest["index_sha256"]:
-            _disown(folder / INDEX)
             raise UserError(f"{folder / INDEX} is absent or has changed since it was written; {_MEND}")
         self.index = _mapped(folder / INDEX)
         self._tensors = manifest["tensors"]
@@ -242,7 +240,7 @@ class ShardReader:
     def _verify(self, shard: Mapping[str, Any]) -> None:
         path = self._path(shard)
         if sha256_file(path) != shard["sha256"]:
-            _disown(path.with_suffix(".json"))
+            mark_damaged(path)
             raise UserError(f"{path} has changed since it was written; {_MEND}")
 
     def _path(self, shard: Mapping[str, Any]) -> Path:
@@ -250,12 +248,6 @@ class ShardReader:
 
 
 _MEND = "run the same command again: it makes damaged files again and keeps the others"
-
-
-def _disown(path: Path) -> None:
-    """Remove what would let a run, which does not read all of a large store, take a damaged file for whole."""
-    with suppress(OSError):
-        path.unlink()
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:

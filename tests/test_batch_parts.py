@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.batch_parts import InParts, TeacherMemoryError, join_rows, out_of_memory, rows_of, take
+from distill.batch_parts import InParts, TeacherMemoryError, join_rows, rows_of, take
 from distill.contracts import Batch, Outputs
+from distill.resources import out_of_memory
 
 
 def batch_of(rows: int) -> Batch:
@@ -55,6 +56,11 @@ def test_a_batch_that_fits_is_not_copied():
 def test_single_rows_that_do_not_fit_end_in_a_sentence():
     with pytest.raises(TeacherMemoryError, match=r"one row at a time \(CUDA out of memory.*use a smaller teacher"):
         asked(InParts(), Teacher(0), batch_of(5))
+
+
+def test_a_rank_without_rows_asks_once():
+    teacher = Teacher(3)
+    assert asked(InParts(), teacher, batch_of(0)).logits["kind"].shape == (0, 3) and teacher.sizes == [0]
 
 
 def test_other_errors_are_raised_as_they_are():

@@ -113,6 +113,8 @@ def test_our_own_run_time_errors_exit_1_and_a_full_disk_or_memory_too(monkeypatc
     answer = failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nSee the documentation"))
     said = "CUDA out of memory. Tried to allocate 2.00 GiB"
     assert (answer.code, answer.err) == (1, f"error: out of memory ({said}); {MORE_MEMORY}\n")
+    answer = failing(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))
+    assert answer.code == 1 and answer.err.endswith(f"{MORE_MEMORY}\n")
     for bug in (RuntimeError("of torch"), FileNotFoundError(2, "ours", "a")):
         with pytest.raises(type(bug)):
             failing(bug)

@@ -259,6 +259,15 @@ def test_long_work_of_other_settings_is_not_replaced_unasked(copied, monkeypatch
     assert distill("train", "recipe.yaml", "teacher.train.lr=0.5", "--force", "teacher").code == 0
 
 
+def test_what_is_forced_goes_with_what_was_made_from_it_and_other_work_stays(copied):
+    runs = copied / "runs/tiny"
+    assert distill("train", "recipe.yaml", "student.train.lr=0.5").code == 0  # before that, all were of one recipe
+    assert distill("cache", "recipe.yaml", "--force", "teacher").code == 0
+    kept = {name for name in ("student", "pruned", "report") if (runs / name / "manifest.json").exists()}
+    assert kept == {"student"}  # is of another recipe: a later run says so, and may refuse to replace it
+    assert "student.train.lr" in distill("train", "recipe.yaml").out
+
+
 def test_unfinished_long_work_counts_too(copied, monkeypatch):
     monkeypatch.setattr(planning, "PRECIOUS", 60)
     folder = copied / "runs/tiny/student"
@@ -282,6 +291,10 @@ def test_damage_to_a_large_cache_is_found_when_it_is_read_and_mended_by_the_same
     again = distill("train", "recipe.yaml")
     assert again.code == 0 and "cache: done" in again.out and "teacher: done" not in again.out
     assert bad.read_bytes() == whole and {path: path.stat().st_ino for path in others} == others
+    bad.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(bad, ns=tuple(getattr(bad.stat(), name) for name in ("st_atime_ns", "st_mtime_ns")))
+    assert distill("cache", "verify", "runs/tiny").code == 1  # finds it too, and so the next run makes it again
+    assert distill("cache", "recipe.yaml").code == 0 and bad.read_bytes() == whole
 
 
 def test_the_resolved_recipe_is_the_same_run_from_anywhere(project, tmp_path, monkeypatch):

@@ -107,20 +107,25 @@ def test_a_damaged_stage_is_not_found(tmp_path, damage):
     assert find(tmp_path / "teacher", "teacher", "k1") is None
 
 
-def test_of_a_large_stage_the_files_that_were_touched_are_read_again(tmp_path, monkeypatch):
-    folder = tmp_path / "teacher"
-    made(folder)
-    times = (folder / "a.txt").stat().st_atime_ns, (folder / "a.txt").stat().st_mtime_ns
-    (folder / "a.txt").write_text("two")
-    os.utime(folder / "a.txt", ns=times)
-    assert find(folder, "teacher", "k1") is None
-    assert find(folder, "teacher", "k1", read=False) is not None  # as other ranks ask, which the first one tells
-    monkeypatch.setattr(runs, "LARGE", 12)
-    assert find(folder, "teacher", "k1") is not None
-    os.utime(folder / "a.txt", ns=(times[0], times[1] + 1))
-    assert find(folder, "teacher", "k1") is None
-    (folder / "sub" / "b.bin").write_bytes(b"\0" * 9)
-    assert find(folder, "teacher", "k1", read=False) is None
+@pytest.mark.parametrize("name", ["shard-view0-00001.safetensors", "image.npy", "model.safetensors"])
+def test_of_a_large_stage_the_bulk_is_read_again_if_it_was_touched(tmp_path, monkeypatch, name):
+    folder = tmp_path / "cache"
+    start(folder, "k1")
+    (folder / "sub").mkdir()
+    file = folder / "sub" / name
+    file.write_text("one")
+    finish(folder, "cache", "k1", {})
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_text("two")
+    os.utime(file, ns=times)
+    assert find(folder, "cache", "k1") is None
+    assert find(folder, "cache", "k1", read=False) is not None  # as other ranks ask, which the first one tells
+    monkeypatch.setattr(runs, "LARGE", 2)
+    assert (find(folder, "cache", "k1") is not None) is (name != "model.safetensors")
+    os.utime(file, ns=(times[0], times[1] + 1))
+    assert find(folder, "cache", "k1") is None
+    file.write_text("short")
+    assert find(folder, "cache", "k1", read=False) is None
 
 
 def test_what_lies_in_a_folder_is_told(tmp_path):
@@ -136,14 +141,28 @@ def test_what_lies_in_a_folder_is_told(tmp_path):
     assert left_there(folder)[2] == pytest.approx(50)
     finish(folder, "teacher", "k1", {"cost": {"seconds": 7.0}})
     assert left_there(folder) == ("k1", {"seed": 3}, 7.0)
+    finish(folder, "teacher", "k1", {"cost": {"seconds": 7.0}, "seconds": 60.0})  # of a run that was stopped before
+    assert left_there(folder) == ("k1", {"seed": 3}, 60.0)
 
 
 @pytest.mark.parametrize("text", ["k1", "", "[]", '{"fingerprint": 3}', '{"made_of": {}}'])
-def test_a_marker_of_another_version_marks_nothing(tmp_path, text):
+def test_where_the_marker_is_of_another_version_the_manifest_tells(tmp_path, text):
     folder = tmp_path / "teacher"
-    made(folder)
+    made(folder, info={"cost": {"seconds": 7.0}})
     (folder / runs.MARKER).write_text(text)
-    assert left_there(folder) == ("", None, 0.0) and find(folder, "teacher", "k1") is not None
+    assert left_there(folder) == ("k1", None, 7.0) and find(folder, "teacher", "k1") is not None
+    (folder / MANIFEST).unlink()
+    assert left_there(folder) == ("", None, 0.0)
+
+
+def test_an_unfinished_stage_of_an_earlier_version_is_known_and_goes_on(tmp_path):
+    folder, key = tmp_path / "teacher", fingerprint("teacher", 1)
+    start(folder, key)
+    (folder / "half").write_text("x")
+    (folder / runs.MARKER).write_text(key)
+    assert left_there(folder)[0] == key
+    start(folder, key, resume=True)
+    assert (folder / "half").exists()
 
 
 def test_a_file_added_later_does_not_undo_a_stage(tmp_path):
@@ -314,9 +333,16 @@ def test_a_stage_is_copied_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfile", full)
         with pytest.raises(DiskFullError, match="the disk is full"):
-            copy_stage(source, folder)
+            copy_stage(source, folder, "stage", "key")
     assert [path.name for path in folder.parent.iterdir()] == ["stage"] and find(folder, "stage", "key") is None
-    copy_stage(source, folder)
+    assert copy_stage(source, folder, "stage", "key")
     found = find(folder, "stage", "key")
+    monkeypatch.setattr(runs, "BULK", ("*.bin",))
+    monkeypatch.setattr(runs, "LARGE", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "sha256_file", lambda path: pytest.fail(f"{path} was read"))
+        assert find(folder, "stage", "key") is not None  # files have the times that the manifest has
     assert found is not None and found.info == {"n": 1} and (folder / "inner/b.bin").read_bytes() == b"inner/b.bin"
     assert [path.name for path in folder.parent.iterdir()] == ["stage"]
+    (source / "a.bin").write_bytes(b"other")
+    assert not copy_stage(source, folder, "stage", "key") and find(folder, "stage", "key") is not None

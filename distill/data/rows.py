@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distill.config import DataConfig, nearest, one_line
-from distill.contracts import IGNORE, SPLITS, TRAIN, VALID, UserError
+from distill.config import DataConfig, nearest
+from distill.contracts import IGNORE, SPLITS, TEST, TRAIN, VALID, UserError
+from distill.data.cells import Cells, encoded, is_text, read_cells
 from distill.data.columns import Source
 from distill.data.hashing import mix
 from distill.data.scratch import chunks, positions_where, repeated, scratch, take
@@ -112,10 +113,12 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
         if modality not in MODALITIES:
             raise UserError(f"unknown modality {modality!r} in data.modalities; {nearest(modality, MODALITIES)}")
     optional = [config.group, config.id]
-    named = [*config.modalities.values(), *config.targets.values(), config.split, *filter(None, optional)]
+    optional += [] if config.random_split else [config.split]
+    named = [*config.modalities.values(), *config.targets.values(), *filter(None, optional)]
     for column in named:
         if column not in source.columns:
-            raise UserError(f"{source.name} has no column {column!r}; {nearest(column, source.columns)}")
+            hint = "; data.random_split deals the rows where there is none" if column == config.split else ""
+            raise UserError(f"{source.name} has no column {column!r}; {nearest(column, source.columns)}{hint}")
     total = len(source)
     rows = Rows(
         source=source.name,
@@ -130,86 +133,61 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
     )
     image = config.modalities.get("image")
     wanted = [name for name in dict.fromkeys(named) if name != image or named.count(name) > 1]
-    for cells in _cells(source, wanted):
+    for cells in read_cells(source, wanted):
         _read_piece(config, rows, cells)
     _check_ids(config, rows)
+    if config.random_split:
+        _deal({VALID: config.random_split.valid, TEST: config.random_split.test}, rows)
+        _keep_classes(rows)
+    if config.hold_out and count_splits(rows)[VALID]:
+        raise UserError(f"data.hold_out is {config.hold_out}, and {rows.source} has rows of split 'valid'; set it to 0")
     if config.hold_out:
-        _hold_out(config.hold_out, rows)
+        _deal({VALID: config.hold_out}, rows)
     return rows
 
 
-def _hold_out(share: float, rows: Rows) -> None:
-    """Make about a share of the groups of train (of the rows, without a group column) those of valid.
+def _deal(shares: Mapping[str, float], rows: Rows) -> None:
+    """Make about these shares of the groups of train (of the rows, without a group column) those of other splits.
 
-    Which ones follows from a hash of the group alone: it is the same for all seeds, so that runs compare.
+    Which ones follows from a hash of the group alone: it is the same for all seeds, so that runs compare. Rows without
+    any target stay.
     """
-    if count_splits(rows)[VALID]:
-        raise UserError(f"data.hold_out is {share}, and {rows.source} has rows of split 'valid'; set it to 0")
     for part in chunks(len(rows.ids)):
-        own = rows.ids[part].astype(np.uint64) if rows.groups is None else rows.groups[part, 0]
+        place = mix(mix(_groups(rows, part)))
         known = [labels.codes[part] != MISSING for labels in rows.labels.values()]
-        chosen = (mix(mix(own)) < np.uint64(share * 2**64)) & (rows.split[part] == SPLITS.index(TRAIN))
+        chosen = rows.split[part] == SPLITS.index(TRAIN)
         chosen &= np.any(known, axis=0) if known else True
-        rows.split[part] = np.where(chosen, SPLITS.index(VALID), rows.split[part])
+        first = 0.0
+        for split, share in shares.items():
+            inside = (place >= np.uint64(first * 2**64)) & (place < np.uint64((first + share) * 2**64))
+            rows.split[part] = np.where(chosen & inside, SPLITS.index(split), rows.split[part])
+            first += share
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """The cells of one piece."""
-
-    source: str
-    table: Any
-    bad: Any
-    start: int
-
-    @property
-    def rows(self) -> slice:
-        """Where the piece's rows are among all."""
-        return slice(self.start, self.start + self.table.num_rows)
-
-    def plain(self, column: str) -> Any:
-        """A column as one Arrow array, without dictionaries."""
-        array = self.table.column(column)
-        array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        try:
-            array.validate(full=True)  # files may hold texts that are not UTF-8
-        except pa.ArrowInvalid as error:
-            where = f"{self.source}: column {column!r}, from row {self.start} on"
-            raise UserError(f"{where}: {one_line(error)}; mend it") from error
-        return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-
-    def typed(self, column: str, fits: Callable[[Any], bool], what: str, *, optional: bool = False) -> Any:
-        """A column whose values have a type; the bad rows' are null."""
-        array = self.plain(column)
-        missing = _nulls(array)
-        wrong = (~missing & (not fits(array.type))) | (missing & (not optional))
-        wrong[list(self.bad)] = False
-        if wrong.any():
-            row = int(wrong.argmax())
-            self.refuse(column, row, f"{array[row].as_py()!r} is not {what}; mend it or name another column")
-        return array
-
-    def refuse(self, column: str, row: int, why: str) -> None:
-        """Complain about one cell."""
-        raise UserError(f"{self.source}: column {column!r}, row {self.start + row}: {why}")
+def _keep_classes(rows: Rows) -> None:
+    """Give train the groups of classes that came to other splits alone: nobody could learn them."""
+    for task, labels in rows.labels.items():
+        counts = count_labels(rows, task)
+        unseen = np.append(counts.any(0) & (counts[SPLITS.index(TRAIN)] == 0), False)
+        held = [_groups(rows, part)[unseen[labels.codes[part]]] for part in chunks(len(rows.ids))]
+        groups = np.unique(np.concatenate(held))
+        for part in chunks(len(rows.ids)) if len(groups) else ():
+            back = np.isin(_groups(rows, part), groups)
+            rows.split[part] = np.where(back, SPLITS.index(TRAIN), rows.split[part])
 
 
-def _cells(source: Source, columns: Sequence[str]) -> Iterator[_Cells]:
-    start = 0
-    for piece in source.read(columns):
-        yield _Cells(source.name, piece.table, piece.bad, start)
-        start += piece.table.num_rows
-        pa.default_memory_pool().release_unused()  # else what it holds grows with what was read
-    assert start == len(source)
+def _groups(rows: Rows, part: slice) -> NDArray[np.uint64]:
+    """What tells the groups of rows apart."""
+    return rows.ids[part].astype(np.uint64) if rows.groups is None else rows.groups[part, 0]
 
 
-def _read_piece(config: DataConfig, rows: Rows, cells: _Cells) -> None:
+def _read_piece(config: DataConfig, rows: Rows, cells: Cells) -> None:
     here = cells.rows
     if config.id is None:
         rows.ids[here] = np.arange(here.start, here.stop)
     else:
         rows.ids[here] = _integers(cells, config.id)
-    rows.split[here] = _split_codes(cells, config.split)
+    rows.split[here] = SPLITS.index(TRAIN) if config.random_split else _split_codes(cells, config.split)
     if config.group and rows.groups is not None:
         rows.groups[here] = _group_keys(cells, config.group)
     targets = [_label_codes(cells, column, rows.labels[task]) for task, column in config.targets.items()]
@@ -227,14 +205,14 @@ def _read_piece(config: DataConfig, rows: Rows, cells: _Cells) -> None:
         rows.bad.add(here.start + row, cells.bad.get(row) or (EMPTY if labelled[row] else NO_TARGET))
 
 
-def _marked(cells: _Cells) -> NDArray[np.bool_]:
+def _marked(cells: Cells) -> NDArray[np.bool_]:
     marked = np.zeros(cells.table.num_rows, bool)
     marked[list(cells.bad)] = True
     return marked
 
 
-def _texts(cells: _Cells, column: str) -> list[str]:
-    values = cells.typed(column, _is_text, "a text", optional=True).to_pylist()
+def _texts(cells: Cells, column: str) -> list[str]:
+    values = cells.typed(column, is_text, "a text", optional=True).to_pylist()
     return [text if has_text(text) else "" for text in values]
 
 
@@ -245,7 +223,7 @@ def texts_of(config: DataConfig, source: Source) -> Iterable[tuple[int, list[str
             yield part.start, [""] * (part.stop - part.start)
         return
     column = config.modalities["text"]
-    for cells in _cells(source, [column]):
+    for cells in read_cells(source, [column]):
         yield cells.start, _texts(cells, column)
 
 
@@ -260,24 +238,7 @@ def row_keys(rows: Iterable[int]) -> Keys:
     return hashes(f"row {row}" for row in rows)
 
 
-def _is_text(kind: Any) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _nulls(array: Any) -> NDArray[np.bool_]:
-    return np.array(array.is_null().to_numpy(zero_copy_only=False), bool)
-
-
-def _encoded(array: Any) -> tuple[list[Any], NDArray[np.int64]]:
-    """The distinct values of a column, without null, and the number of each row's; that of null is theirs."""
-    if pa.types.is_null(array.type):
-        return [], np.zeros(len(array), np.int64)
-    encoded = array.dictionary_encode()
-    values = encoded.dictionary.to_pylist()
-    return values, encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _integers(cells: _Cells, column: str) -> NDArray[np.int64]:
+def _integers(cells: Cells, column: str) -> NDArray[np.int64]:
     array = cells.typed(column, pa.types.is_integer, "an integer id")
     try:
         plain = array.cast(pa.int64()).fill_null(MISSING)
@@ -286,8 +247,8 @@ def _integers(cells: _Cells, column: str) -> NDArray[np.int64]:
     return np.asarray(plain.to_numpy(zero_copy_only=False), np.int64)
 
 
-def _split_codes(cells: _Cells, column: str) -> NDArray[np.uint8]:
-    values, numbers = _encoded(cells.typed(column, _is_text, f"one of {', '.join(SPLITS)}"))
+def _split_codes(cells: Cells, column: str) -> NDArray[np.uint8]:
+    values, numbers = encoded(cells.typed(column, is_text, f"one of {', '.join(SPLITS)}"))
     names = [SPLIT_ALIASES.get(name, name) for name in values]
     known = np.array([name in SPLITS for name in names] + [True])[numbers]
     if not known.all():
@@ -297,21 +258,21 @@ def _split_codes(cells: _Cells, column: str) -> NDArray[np.uint8]:
     return np.array([SPLITS.index(name) for name in names] + [0], np.uint8)[numbers]
 
 
-def _group_keys(cells: _Cells, column: str) -> Keys:
+def _group_keys(cells: Cells, column: str) -> Keys:
     array = cells.plain(column)
     if pa.types.is_nested(array.type):
         raise UserError(f"{cells.source}: column {column!r} holds {array.type}; groups are strings or numbers")
-    values, numbers = _encoded(array)
+    values, numbers = encoded(array)
     keys = np.concatenate([hashes(f"value {value!r}" for value in values), np.zeros((1, 2), np.uint64)])[numbers]
     alone = np.flatnonzero(numbers == len(values))
     keys[alone] = row_keys((cells.start + alone).tolist())
     return keys
 
 
-def _label_codes(cells: _Cells, column: str, labels: Labels) -> NDArray[np.int32]:
+def _label_codes(cells: Cells, column: str, labels: Labels) -> NDArray[np.int32]:
     array = cells.plain(column)
     nested = pa.types.is_nested(array.type)
-    values, numbers = ([array.type], np.zeros(0, np.int64)) if nested else _encoded(array)
+    values, numbers = ([array.type], np.zeros(0, np.int64)) if nested else encoded(array)
     kinds = {type(value) for value in [*values, *list(labels.values)[:1]]}
     if len(kinds) > 1 or not kinds <= {str, int, bool}:
         found = str(array.type) if nested else ", ".join(sorted(kind.__name__ for kind in kinds))
