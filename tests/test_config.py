@@ -184,3 +184,18 @@ def test_schema_forbids_unknown_keys_everywhere():
     open_sections = [name for name, entry in schema["$defs"].items() if entry.get("additionalProperties") is not False]
     assert open_sections == ["Part"]
     assert schema["additionalProperties"] is False and "teacher" in schema["required"]
+
+
+def test_a_term_on_each_task_is_one_for_each_task_of_the_data(recipe_file):
+    objective = (
+        "[{loss: cross_entropy, task: '*.image', weight: 2}, {loss: kd, task: '*'}, {loss: cosine, embedding: fused}]"
+    )
+    recipe = load_recipe(
+        recipe_file, [f"student.objective={objective}", "student.baseline=[{loss: nkd, task: '*.text'}]"]
+    )
+    tasks = list(recipe.data.targets)
+    assert len(tasks) > 1
+    found = [(term.loss, term.task, term.weight) for term in recipe.student.objective]
+    heads = [("cross_entropy", f"{task}.image", 2.0) for task in tasks]
+    assert found == [*heads, *(("kd", task, 1.0) for task in tasks), ("cosine", None, 1.0)]
+    assert [term.task for term in recipe.student.baseline] == [f"{task}.text" for task in tasks]

@@ -393,3 +393,55 @@ def test_rows_without_a_label_stay_in_train(tmp_path):
     rows = [{**row, "label": None, "colour": None} if number < 100 else row for number, row in enumerate(many_rows())]
     _, data, _ = run(tmp_path, [row for row in rows if row["label"] or row["split"] == "train"], hold_out=0.4)
     assert data.ids[data.split == "valid"].min() >= 100
+
+
+SHARES = {"valid": 0.2, "test": 0.3}
+
+
+@pytest.mark.parametrize("group", ["family", None])
+def test_rows_without_a_split_are_dealt_in_whole_groups_and_alike_for_all_seeds(tmp_path, group):
+    rows = [{name: value for name, value in row.items() if name != "split"} for row in many_rows()]
+    found = []
+    for seed, some in ((0, rows), (1, rows), (0, rows[:300])):  # rows that come later move no other
+        place = tmp_path / f"{seed}-{len(some)}"
+        place.mkdir()
+        info, data, _ = run(place, some, seed=seed, random_split=SHARES, group=group)
+        found.append(dict(zip(data.ids.tolist(), data.split.tolist(), strict=True)))
+    assert found[0] == found[1] and found[2].items() <= found[0].items()
+    for split, share in SHARES.items():
+        assert list(found[0].values()).count(split) / 400 == pytest.approx(share, abs=0.07)
+    together = all(found[0][row] == found[0][row ^ 1] for row in found[0])
+    assert together == (group is not None) and sum(info["rows"].values()) == 300
+
+
+@pytest.mark.parametrize("group", ["family", None])
+def test_a_class_that_came_to_other_splits_alone_goes_to_train(tmp_path, group):
+    rows = [
+        {**row, "label": f"rare{number // 4}" if number < 80 else "common"} for number, row in enumerate(many_rows())
+    ]
+    _, data, _ = run(tmp_path, rows, random_split={"valid": 0.4, "test": 0.5}, group=group)
+    splits = {label: set() for label in data.labels["label"]}
+    for label, split in zip(data.targets["label"].tolist(), data.split.tolist(), strict=True):
+        splits[data.labels["label"][label]].add(split)
+    assert len(splits) == 21 and all("train" in found for found in splits.values())
+    assert any(found != {"train"} for label, found in splits.items() if label != "common")
+    if group:
+        by_id = dict(zip(data.ids.tolist(), data.split.tolist(), strict=True))
+        assert all(by_id[row] == by_id[row ^ 1] for row in by_id)
+
+
+def test_dealt_rows_that_lack_labels_stay_in_train(tmp_path):
+    rows = [{**row, "label": None, "colour": None} if number < 100 else row for number, row in enumerate(many_rows())]
+    _, data, report = run(tmp_path, rows, random_split=SHARES)
+    assert data.ids[data.split != "train"].min() >= 100 and report["bad_rows"]["count"] == 0
+
+
+def test_a_source_without_a_split_is_told_of_both_ways(tmp_path):
+    rows = [{name: value for name, value in row.items() if name != "split"} for row in good_rows()]
+    with pytest.raises(UserError, match=r"no column 'split'; .*; data\.random_split deals the rows where"):
+        run(tmp_path, rows)
+
+
+def test_shares_leave_some_rows_to_train():
+    with pytest.raises(ValueError, match=r"valid and test take 1\.1 of the rows together; leave some to train"):
+        config(random_split={"valid": 0.6, "test": 0.5})

@@ -169,10 +169,10 @@ def _keep_classes(rows: Rows) -> None:
     for task, labels in rows.labels.items():
         counts = count_labels(rows, task)
         unseen = np.append(counts.any(0) & (counts[SPLITS.index(TRAIN)] == 0), False)
-        held = [_groups(rows, part)[unseen[labels.codes[part]]] for part in chunks(len(rows.ids))]
-        groups = np.unique(np.concatenate(held))
-        for part in chunks(len(rows.ids)) if len(groups) else ():
-            back = np.isin(_groups(rows, part), groups)
+        parts = list(chunks(len(rows.ids))) if unseen.any() else []
+        groups = {group for part in parts for group in _groups(rows, part)[unseen[labels.codes[part]]].tolist()}
+        for part in parts:
+            back = np.isin(_groups(rows, part), np.fromiter(groups, np.uint64))
             rows.split[part] = np.where(back, SPLITS.index(TRAIN), rows.split[part])
 
 

@@ -1,0 +1,82 @@
+"""docs/bring-your-own-data.md, followed to the letter: a folder of real images and a CSV, and nothing else."""
+
+import csv
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pa_parquet
+import pytest
+from tiny_project import ROOT, distill
+
+from distill.recipe import load_recipe
+from distill.runs import read_json
+
+PAGE = (ROOT / "docs" / "bring-your-own-data.md").read_text(encoding="utf-8")
+RECIPES = [block for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if block.startswith("version:")]
+COMMANDS = [line.split() for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+SMALL = ["teacher.train.epochs=1", "student.train.epochs=1", "prune.train.epochs=1", "bench.repeats=10"]
+KINDS = ("Animals & Nature", "Food & Drink", "Travel & Places")
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a newcomer has: image files, and a table that says what each shows; texts are for the second recipe."""
+    table = pa_parquet.read_table(ROOT / "distill/data/samples/emoji/noto.parquet").to_pylist()
+    kept = [row for row in table if row["category"] in KINDS]
+    (tmp_path / "photos").mkdir()
+    with open(tmp_path / "photos.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "label", "title"])
+        for number, row in enumerate(kept, start=1):
+            name = f"photos/{number:04}.jpg"  # what a file's name says of its type is not believed
+            (tmp_path / name).write_bytes(row["image"])
+            writer.writerow([name, row["category"], row["text"]])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_recipes_are_short():
+    assert len(RECIPES) == 2 and all(len(recipe.splitlines()) <= 10 for recipe in RECIPES)
+
+
+def follow(photos: Path, *overrides: str) -> None:
+    """Each command of the page, in its order."""
+    (photos / "mine.yaml").write_text(RECIPES[0], encoding="utf-8")
+    assert len(COMMANDS) == 3
+    for program, *arguments in COMMANDS:
+        assert program == "distill"
+        answer = distill(*arguments, *(overrides if arguments[0] == "run" else ()))
+        assert answer.code == 0, answer.err
+    assert re.search(r"animal: .* \d+\.\d%", answer.out)
+    report = read_json(photos / "runs/mine/report/report.json")
+    named = set(re.findall(r"`(runs/mine/\S+)`", PAGE))
+    assert len(named) == 4 and all((photos / path).exists() for path in named)
+    assert {"teacher", "baseline", "student", "pruned", "onnx-int8"} <= {model["name"] for model in report["models"]}
+
+
+def test_following_the_page_ends_with_a_report(photos):
+    follow(photos, *SMALL, "export.min_agreement_int8=0", "report.bootstrap=100")
+
+
+@pytest.mark.slow
+def test_following_the_page_as_it_is_gives_good_models(photos):
+    follow(photos)
+    models = read_json(photos / "runs/mine/report/report.json")["models"]
+    found = {model["name"]: model["quality"]["animal"]["accuracy"] for model in models}
+    print(found)
+    assert found["teacher"] > 0.6 and found["student"] > 0.5  # 1 in 3 by chance
+
+
+def test_a_recipe_with_texts_is_valid_too(photos):
+    (photos / "both.yaml").write_text(RECIPES[1], encoding="utf-8")
+    recipe = load_recipe("both.yaml")
+    assert {term.task for term in recipe.teacher.objective} == {f"animal.{head}" for head in ("fused", "image", "text")}
+    answer = distill("run", "both.yaml", "--dry-run")
+    assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize(("kind", "rest"), re.findall(r"`\{type: (\w+), (path: (?:\"[^\"]*\"|[^}\"]*))\}`", PAGE))
+def test_sources_of_the_page_are_known(photos, kind, rest):
+    (photos / "mine.yaml").write_text(RECIPES[0], encoding="utf-8")
+    answer = distill("validate", "mine.yaml", f"data.source={{type: {kind}, {rest}}}")
+    assert answer.code == 0, answer.err
