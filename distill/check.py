@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from distill.build import check_model
 from distill.builders import check_part
 from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
@@ -52,10 +54,9 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     check_trackers(recipe.trackers, asked_for="trackers" in recipe.model_fields_set)
     check_part(SOURCES, recipe.data.source, "data.source", GIVEN)
     for task in recipe.data.targets:
-        if "." in task or MEMBER in task:
-            raise UserError(
-                f"data.targets: {task!r} cannot name a task; leave out '.' and {MEMBER!r}, which name its heads"
-            )
+        if "." in task or MEMBER in task or hasattr(nn.ModuleDict(), task):
+            why = f"leave out '.' and {MEMBER!r}, which name its heads; other words that torch uses can do with a '_'"
+            raise UserError(f"data.targets: {task!r} cannot name a task; {why}")
     models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
     for where, model in models.items():
         check_parts(model, where, encoders, recipe, list(recipe.data.targets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class Decision(nn.Module):
         kind: one of these.
         tasks: names.
         modalities: those with heads.
-        weights: "fused" or a modality -> w; 1 by default. That of "fused" may be 0: then modalities decide alone.
+        weights: "fused" or a modality -> w; 1 by default. That of "fused" may be 0: then modalities decide alone, but
+            for rows that have none of them.
     """
 
     def __init__(
@@ -47,18 +49,21 @@ class Decision(nn.Module):
             task: which.
             fused: [B, C], logits of the fused head.
             alone: modality -> [B, C], those of its own head.
-            present: modality -> bool [B]; each row has one at least.
+            present: modality -> bool [B].
 
         Returns:
             [B, C].
         """
-        own, factors = self.weights[FUSED], dict.fromkeys(alone, 1.0)
+        own: Any = self.weights[FUSED]
+        factors: Any = dict.fromkeys(alone, 1.0)
         if task in self.scores:
             first, *others = self.scores[task].exp()
             own, factors = own * first, dict(zip(alone, others, strict=True))
         weights = {name: present[name][:, None] * (self.weights[name] * factors[name]) for name in alone}
+        if not self.weights[FUSED]:
+            own = ~torch.stack([present[name] for name in alone]).any(0)[:, None] * 1.0
         if self.kind == "mixture":
-            return _mixture([fused, *alone.values()], [torch.full_like(fused[:, :1], own), *weights.values()])
+            return _mixture([fused, *alone.values()], [torch.zeros_like(fused[:, :1]) + own, *weights.values()])
         if self.kind == "product":
             fused, alone = fused.log_softmax(1), {name: logits.log_softmax(1) for name, logits in alone.items()}
         total = own * fused + torch.stack([weights[name] * logits for name, logits in alone.items()]).sum(0)

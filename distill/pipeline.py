@@ -19,7 +19,7 @@ from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_labels, check_models, check_tokenizers, own_taps
-from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned, with_keys
+from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
@@ -345,7 +345,7 @@ def run(
         planned = plan(recipe, until=until, force=force, ranks=ranks)
         refuse_loss(planned, folder)
         if ranks.first:
-            _discard_forced(recipe, force, {item.stage.name for item in planned})
+            _discard_forced(folder, force, planned)
             write_json(folder / "recipe.resolved.json", recipe.model_dump())
             (folder / "recipe.resolved.yaml").write_text(as_yaml(recipe), encoding="utf-8")
         trackers = Trackers(list(recipe.trackers) if ranks.first else [], folder / "trackers", recipe.name)
@@ -368,11 +368,15 @@ def run(
     return work.done
 
 
-def _discard_forced(recipe: Recipe, force: Sequence[str], planned: set[str]) -> None:
-    """Let go of what is to run again, and of what later runs would else take for made from it."""
-    folder, known = run_folder(recipe), with_keys(recipe, STAGES if force else ())
+def _discard_forced(folder: Path, force: Sequence[str], planned: Sequence[Planned]) -> None:
+    """Let go of what is to run again, and of what earlier runs made from it."""
+    keys = {item.stage.name: item.key for item in planned}
+    gone: set[str] = set()
     for name in descendants(force):
-        if name in planned or left_there(folder / name)[0] == known[name].key:
+        key, made_of, _ = left_there(folder / name)
+        parents = made_of["parents"].values() if isinstance(made_of, dict) else ()
+        if name in keys or gone.intersection(parents):
+            gone.update({key, keys.get(name, key)})
             discard(folder / name)
 
 

@@ -85,21 +85,6 @@ class Planned:
         return f"{self.stage.about}; {_other(self.changed)}" if self.changed else self.stage.about
 
 
-def with_keys(recipe: Recipe, stages: Iterable[Stage]) -> dict[str, Planned]:
-    """Stages with their fingerprints, by name; what is there is not looked up.
-
-    Args:
-        recipe: the validated recipe.
-        stages: in order, with all that they need.
-    """
-    planned: dict[str, Planned] = {}
-    for stage in stages:
-        parents = {parent: planned[parent].key for parent in stage.parents}
-        made_of = json.loads(json.dumps({"stage version": stage.version, "parents": parents, **stage.config(recipe)}))
-        planned[stage.name] = Planned(stage, fingerprint(stage.name, made_of), made_of)
-    return planned
-
-
 def make_plan(
     recipe: Recipe, stages: Iterable[Stage], folder: Path, others: Sequence[Path], fresh: Collection[str], ranks: Ranks
 ) -> list[Planned]:
@@ -116,7 +101,11 @@ def make_plan(
     Raises:
         UserError: the folder is not shared by all ranks.
     """
-    planned = with_keys(recipe, stages)
+    planned: dict[str, Planned] = {}
+    for stage in stages:
+        parents = {parent: planned[parent].key for parent in stage.parents}
+        made_of = json.loads(json.dumps({"stage version": stage.version, "parents": parents, **stage.config(recipe)}))
+        planned[stage.name] = Planned(stage, fingerprint(stage.name, made_of), made_of)
     if ranks.first:
         for name, item in planned.items():
             planned[name] = item if name in fresh else _look_up(item, planned, folder, others)

@@ -79,7 +79,7 @@ def _on_each_task(raw: Any) -> Any:
 
 def _each(term: Any, tasks: Any) -> list[Any]:
     own, dot, head = str(term.get("task") if isinstance(term, dict) else "").partition(".")
-    if own != ANY_TASK or not isinstance(tasks, dict):
+    if own != ANY_TASK or not isinstance(tasks, dict) or not tasks:
         return [term]
     return [{**term, "task": f"{task}{dot}{head}"} for task in tasks]
 

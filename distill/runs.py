@@ -163,6 +163,7 @@ def copy_stage(source: Path, folder: Path, stage: str, key: str) -> bool:
     """
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
     temporary = folder.with_name(f".{folder.name}.copy")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a copy that was killed
     try:
         with room_for(folder, sum(path.stat().st_size for path in files)):
             for path in files:
@@ -177,6 +178,8 @@ def copy_stage(source: Path, folder: Path, stage: str, key: str) -> bool:
             shutil.rmtree(folder)
         temporary.rename(folder)
         return True
+    except FileNotFoundError:
+        return False
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

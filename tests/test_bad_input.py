@@ -138,6 +138,10 @@ def change_rows(folder, change):
         ("teacher.train.weight_decay=.nan", r"'teacher\.train\.weight_decay' is nan: Input should be a finite number"),
         ("teacher.members=0", r"'teacher\.members' is 0: Input should be greater than or equal to 1"),
         ("student.members=2", r"unknown key 'student\.members'"),
+        (
+            "data.targets={type: shape}",
+            r"data\.targets: 'type' cannot name a task; .* words that torch uses can do with",
+        ),
         ("teacher.head_weights={texd: 2}", r"teacher\.head_weights: no head 'texd'; did you mean 'text'\?"),
         (
             "student.head_weights={text: 0}",

@@ -1,13 +1,20 @@
 """docs/bring-your-own-data.md, followed to the letter: a folder of real images and a CSV, and nothing else."""
 
 import csv
+import io
+import json
 import re
+import shutil
+import tarfile
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 import pytest
 from tiny_project import ROOT, distill
 
+from distill.contracts import SPLITS
 from distill.recipe import load_recipe
 from distill.runs import read_json
 
@@ -75,8 +82,58 @@ def test_a_recipe_with_texts_is_valid_too(photos):
     assert answer.code == 0, answer.err
 
 
-@pytest.mark.parametrize(("kind", "rest"), re.findall(r"`\{type: (\w+), (path: (?:\"[^\"]*\"|[^}\"]*))\}`", PAGE))
-def test_sources_of_the_page_are_known(photos, kind, rest):
+def in_folders(photos: Path, *, splits: bool) -> None:
+    with open(photos / "photos.csv", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file)):
+            split = SPLITS[number % 3] if splits else ""
+            place = photos / "folders" / split / row["label"]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}.jpg").write_bytes((photos / row["file"]).read_bytes())
+    shutil.rmtree(photos / "photos")
+    (photos / "folders").rename(photos / "photos")
+
+
+def in_tables(photos: Path, rows: list[dict[str, str]]) -> None:
+    table = pa.Table.from_pylist(rows)
+    pa_parquet.write_table(table, photos / "rows.parquet")
+    (photos / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    datasets.Dataset(table).save_to_disk(str(photos / "folder"))
+
+
+def in_shards(photos: Path, rows: list[dict[str, str]]) -> None:
+    (photos / "shards").mkdir()
+    for shard in range(100):
+        with tarfile.open(photos / f"shards/{shard:03}.tar", "w") as tar:
+            for number, row in list(enumerate(rows))[shard::100]:
+                for end, data in (("jpg", (photos / row["file"]).read_bytes()), ("cls", row["label"].encode())):
+                    entry = tarfile.TarInfo(f"{number:04}.{end}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+
+
+SOURCES = re.findall(r"`(\{type: \w+, path: (?:\"[^\"]*\"|[^}\"]*)\})`", PAGE)
+COLUMNS = {"table": ("file", "label"), "hf_dataset": ("file", "label")}
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if "hub:" not in source])
+@pytest.mark.parametrize("splits", [False, True])
+def test_the_other_sources_have_the_columns_that_the_page_names(photos, source, splits):
+    kind = re.search(r"type: (\w+)", source)[1]
+    with open(photos / "photos.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if splits and kind == "tar_shards":
+        pytest.skip("shards have a pattern for each split, which the page does not show")
+    if kind == "image_folder":
+        in_folders(photos, splits=splits)
+    elif kind == "tar_shards":
+        in_shards(photos, rows)
+    else:
+        in_tables(photos, [{**row, "split": SPLITS[n % 3]} if splits else row for n, row in enumerate(rows)])
+    image, label = COLUMNS.get(kind, ("image", "label"))
+    chosen = [f"data.source={source}", f"data.modalities={{image: {image}}}", f"data.targets={{animal: {label}}}"]
     (photos / "mine.yaml").write_text(RECIPES[0], encoding="utf-8")
-    answer = distill("validate", "mine.yaml", f"data.source={{type: {kind}, {rest}}}")
+    answer = distill(
+        "run", "mine.yaml", *chosen, *(["data.random_split=null"] if splits else []), "--dry-run", "--json"
+    )
     assert answer.code == 0, answer.err
+    assert sum(json.loads(answer.out)["rows"].values()) == len(rows)

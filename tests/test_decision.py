@@ -50,6 +50,17 @@ def test_a_task_is_decided_by_the_heads_that_a_row_has(wordpiece_file, kind, wei
         torch.testing.assert_close(found, written_out(kind, heads, each), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_have_no_modality_of_the_model_are_decided_by_the_fused_head(wordpiece_file, kind):
+    model = make_model(wordpiece_file, decision=kind, head_weights={"fused": 0.0}).eval()
+    batch = make_batch()
+    for name in ("image", "text"):
+        batch.present[name][:2] = False
+    logits = model(batch).logits
+    assert logits["kind"].isfinite().all()
+    torch.testing.assert_close(logits["kind"][:2].softmax(1), logits["kind.fused"][:2].softmax(1))
+
+
 def test_heads_that_agree_are_surer_as_a_product_and_a_sure_one_carries_a_mixture():
     agreeing = {"fused": torch.tensor([[2.0, 0.0]]), "image": torch.tensor([[2.0, 0.0]])}
     split = {"fused": torch.tensor([[9.0, 0.0, 0.0]]), "image": torch.tensor([[0.0, 1.0, 0.0]])}

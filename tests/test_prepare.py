@@ -419,7 +419,7 @@ def test_a_class_that_came_to_other_splits_alone_goes_to_train(tmp_path, group):
     rows = [
         {**row, "label": f"rare{number // 4}" if number < 80 else "common"} for number, row in enumerate(many_rows())
     ]
-    _, data, _ = run(tmp_path, rows, random_split={"valid": 0.4, "test": 0.5}, group=group)
+    _, data, _ = run(tmp_path, rows, random_split={"valid": 0.4, "test": 0.5}, group=group, split="")
     splits = {label: set() for label in data.labels["label"]}
     for label, split in zip(data.targets["label"].tolist(), data.split.tolist(), strict=True):
         splits[data.labels["label"][label]].add(split)
@@ -430,10 +430,22 @@ def test_a_class_that_came_to_other_splits_alone_goes_to_train(tmp_path, group):
         assert all(by_id[row] == by_id[row ^ 1] for row in by_id)
 
 
-def test_dealt_rows_that_lack_labels_stay_in_train(tmp_path):
-    rows = [{**row, "label": None, "colour": None} if number < 100 else row for number, row in enumerate(many_rows())]
-    _, data, report = run(tmp_path, rows, random_split=SHARES)
-    assert data.ids[data.split != "train"].min() >= 100 and report["bad_rows"]["count"] == 0
+@pytest.mark.parametrize("group", ["family", None])
+def test_dealt_rows_that_lack_labels_stay_in_train_with_their_groups(tmp_path, group):
+    rows = [
+        {**row, "label": None, "colour": None} if number % 4 == 1 and number < 200 else row
+        for number, row in enumerate(many_rows())
+    ]
+    _, data, report = run(tmp_path, rows, random_split=SHARES, group=group, split="")
+    split = dict(zip(data.ids.tolist(), data.split.tolist(), strict=True))
+    assert all(split[row] == "train" for row in range(1, 200, 4)) and report["bad_rows"]["count"] == 0
+    assert all(split[row - 1] == "train" for row in range(1, 200, 4)) == (group is not None)
+    assert len(set(split.values())) == 3
+
+
+def test_a_split_is_not_dealt_where_the_source_has_one(tmp_path):
+    with pytest.raises(UserError, match=r"has a column 'split' for that; leave it out, or set data\.split to ''"):
+        run(tmp_path, many_rows(), random_split=SHARES)
 
 
 def test_a_source_without_a_split_is_told_of_both_ways(tmp_path):

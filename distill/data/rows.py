@@ -113,6 +113,11 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
         if modality not in MODALITIES:
             raise UserError(f"unknown modality {modality!r} in data.modalities; {nearest(modality, MODALITIES)}")
     optional = [config.group, config.id]
+    if config.random_split and config.split in source.columns:
+        raise UserError(
+            f"data.random_split deals rows, and {source.name} has a column {config.split!r} for that; leave it out, or "
+            "set data.split to '' to ignore the column"
+        )
     optional += [] if config.random_split else [config.split]
     named = [*config.modalities.values(), *config.targets.values(), *filter(None, optional)]
     for column in named:
@@ -149,14 +154,16 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
 def _deal(shares: Mapping[str, float], rows: Rows) -> None:
     """Make about these shares of the groups of train (of the rows, without a group column) those of other splits.
 
-    Which ones follows from a hash of the group alone: it is the same for all seeds, so that runs compare. Rows without
-    any target stay.
+    Which ones follows from a hash of the group alone: it is the same for all seeds, so that runs compare. Groups with a
+    row without any target stay: it could not be measured, and train must not have it beside those that are.
     """
-    for part in chunks(len(rows.ids)):
-        place = mix(mix(_groups(rows, part)))
-        known = [labels.codes[part] != MISSING for labels in rows.labels.values()]
-        chosen = rows.split[part] == SPLITS.index(TRAIN)
-        chosen &= np.any(known, axis=0) if known else True
+    parts = list(chunks(len(rows.ids)))
+    unknown = [np.unique(_groups(rows, part)[~_labelled(rows, part)]) for part in parts]
+    staying = np.unique(np.concatenate(unknown)) if parts else np.zeros(0, np.uint64)
+    for part in parts:
+        groups = _groups(rows, part)
+        place = mix(mix(groups))
+        chosen = (rows.split[part] == SPLITS.index(TRAIN)) & ~np.isin(groups, staying)
         first = 0.0
         for split, share in shares.items():
             inside = (place >= np.uint64(first * 2**64)) & (place < np.uint64((first + share) * 2**64))
@@ -174,6 +181,12 @@ def _keep_classes(rows: Rows) -> None:
         for part in parts:
             back = np.isin(_groups(rows, part), np.fromiter(groups, np.uint64))
             rows.split[part] = np.where(back, SPLITS.index(TRAIN), rows.split[part])
+
+
+def _labelled(rows: Rows, part: slice) -> NDArray[np.bool_]:
+    """Which rows have a target of some task; all, where there are no tasks."""
+    known = [labels.codes[part] != MISSING for labels in rows.labels.values()]
+    return np.any(known, axis=0) if known else np.ones(part.stop - part.start, bool)
 
 
 def _groups(rows: Rows, part: slice) -> NDArray[np.uint64]:
