@@ -369,14 +369,14 @@ def run(
 
 
 def _discard_forced(folder: Path, force: Sequence[str], planned: Sequence[Planned]) -> None:
-    """Let go of what is to run again, and of what earlier runs made from it."""
+    """Let go of what is to run again, and of what earlier runs made from it; what they made otherwise stays."""
     keys = {item.stage.name: item.key for item in planned}
     gone: set[str] = set()
     for name in descendants(force):
         key, made_of, _ = left_there(folder / name)
         parents = made_of["parents"].values() if isinstance(made_of, dict) else ()
         if name in keys or gone.intersection(parents):
-            gone.update({key, keys.get(name, key)})
+            gone.add(keys.get(name, key))
             discard(folder / name)
 
 

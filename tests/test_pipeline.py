@@ -266,9 +266,7 @@ def test_what_was_made_from_a_forced_stage_goes_with_it_and_other_work_stays(cop
     assert distill("cache", "recipe.yaml", "--force", "teacher").code == 0
     kept = {name for name in ("student", "pruned", "report") if (runs / name / "manifest.json").exists()}
     same_teacher = change.startswith("student")
-    assert kept == (
-        set() if same_teacher else {"student"}
-    )  # which another teacher taught; a run may refuse to replace it
+    assert kept == (set() if same_teacher else {"student"})  # it has another teacher
 
 
 def test_unfinished_long_work_counts_too(copied, monkeypatch):
