@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.contracts import Batch, Outputs
-from distill.resources import out_of_memory
+from distill.resources import first_line, out_of_memory
 
 Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
@@ -38,11 +38,6 @@ def rows_of(batch: Batch, some: slice) -> Batch:
         return batch
     taken: Batch = take(batch, torch.arange(len(batch.ids), device=batch.ids.device)[some])
     return taken
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class TeacherMemoryError(RuntimeError):

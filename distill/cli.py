@@ -280,12 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if type(error).__module__.partition(".")[0] == "distill":
             _fail(error, getattr(error, "exit_code", 1))
-        from distill.resources import out_of_memory
+        from distill.resources import first_line, out_of_memory
 
         if not out_of_memory(error):
             raise
-        said = str(error).partition("\n")[0] or type(error).__name__
-        _fail(RuntimeError(f"out of memory ({said}); use a smaller model, or a machine with more memory"), 1)
+        advice = "use a smaller model, or a machine with more memory"
+        _fail(RuntimeError(f"out of memory ({first_line(error)}); {advice}"), 1)
 
 
 @contextmanager

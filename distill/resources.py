@@ -23,6 +23,11 @@ def out_of_memory(error: BaseException) -> bool:
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(text in str(error).lower() for text in known)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def keep_freed_memory() -> bool:
     """Let glibc hand the free end of its heap back to the system from 1 GiB on only, and take larger blocks from it.
 

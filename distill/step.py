@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distill.averaging import join_teachers
-from distill.batch_parts import first_line, take
+from distill.batch_parts import take
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs
 from distill.gradient_cache import backward_in_parts
 from distill.ranks import Ranks
-from distill.resources import out_of_memory
+from distill.resources import first_line, out_of_memory
 from distill.runs import write_json
 from distill.sharding import whole
 from distill.trainee import Trainee
