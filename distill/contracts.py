@@ -22,6 +22,21 @@ CLEAN_VIEW = -1
 """The view that is not augmented: evaluation, calibration and export read it."""
 
 
+INPUTS = {
+    "image": "uint8 [B, 3, H, W]",
+    "text": "int64 [B, L] token ids",
+    "text_mask": "bool [B, L], True where there is a token",
+    "audio": "int16 [B, S], one channel at the data's sampling rate, zeros behind its end",
+    "audio_length": "int64 [B], samples that are there: 0 to S",
+    "video": "uint8 [B, F, 3, H, W], frames evenly spread over the clip",
+    "series": "float32 [B, T, C], zeros behind its end",
+    "series_length": "int64 [B], steps that are there: 0 to T",
+    "tabular": "float32 [B, 2 N + K]: N standardised numbers, 0 where missing; N flags, 1 where missing; K codes of "
+    "categories, whole numbers from 0, which is a missing or unknown one",
+}
+"""The inputs of models: those of a modality begin with its name. Rows that lack it hold zeros."""
+
+
 class Batch(NamedTuple):
     """One model's inputs for the same rows and views that every other model of the run sees.
 
@@ -31,7 +46,7 @@ class Batch(NamedTuple):
 
     ids: Tensor  # int64 [B], stable row ids
     views: Tensor  # int64 [B], augmentation view: the epoch when live, epoch mod K when cached, -1 = clean
-    inputs: dict[str, Tensor]  # "image" uint8 [B, 3, H, W]; "text" int64 [B, L]; "text_mask" bool [B, L]
+    inputs: dict[str, Tensor]  # as INPUTS says
     present: dict[str, Tensor]  # modality -> bool [B]
     targets: dict[str, Tensor]  # task -> int64 [B] class labels; IGNORE where missing
 

@@ -35,14 +35,14 @@ SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 def graph_inputs(batch: Batch) -> dict[str, Tensor]:
     """Return the exported graph's inputs for a batch, in the graph's order.
 
-    For each modality, alphabetically: its tensors (``text``, ``text_mask``), then ``text_present``.
+    For each modality, alphabetically: its tensors (``text``, then ``text_mask``), then ``text_present``.
     """
     named: dict[str, Tensor] = {}
     for modality in sorted(batch.present):
         if modality not in batch.inputs:
             raise UserError(f"the example batch has no {modality!r} input; export needs raw inputs, not encoded ones")
-        own = (name for name in (modality, f"{modality}_mask") if name in batch.inputs)
-        named.update({name: batch.inputs[name] for name in own})
+        named[modality] = batch.inputs[modality]
+        named |= {name: batch.inputs[name] for name in sorted(batch.inputs) if name.startswith(f"{modality}_")}
         named[f"{modality}_present"] = batch.present[modality]
     return named
 
