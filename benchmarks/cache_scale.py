@@ -107,8 +107,8 @@ def write_table(folder: Path, rows: int) -> None:
 
 def prepare_table(folder: Path) -> None:
     """Bring the table to prepared data."""
-    from distill.config import DataConfig
     from distill.data.prepare import prepare
+    from distill.data_config import DataConfig
 
     source = {"type": "table", "path": str(folder / "table.parquet")}
     columns = {"modalities": {"text": "text"}, "targets": {"kind": "kind"}, "id": "id"}
@@ -117,11 +117,11 @@ def prepare_table(folder: Path) -> None:
 
 def train_loader(folder: Path) -> Any:
     """The loader of the prepared data's training rows, in batches of 1024."""
-    from distill.config import AugmentConfig, TextAugment
     from distill.data.loader import InputSpec, Loader
     from distill.data.prepared import PreparedData
+    from distill.data_config import AugmentConfig, TextAugment
 
-    spec = InputSpec(False, folder / "tokenizer.json", 16)
+    spec = InputSpec((), folder / "tokenizer.json", 16)
     options: dict[str, Any] = {"seed": 0, "augment": AugmentConfig(text=TextAugment(word_dropout=0.1)), "shuffle": True}
     return Loader(PreparedData.open(folder / "data"), "train", {"student": spec}, batch_size=1024, **options)
 

@@ -29,10 +29,11 @@ from torch import nn
 from benchmarks.fashion_mnist import CLASSES, SIZE, grey_student, grey_teacher, read_idx, write_images
 from distill import engine, pipeline, stages
 from distill.cache import TeacherCache
-from distill.config import AugmentConfig, TermConfig, TrainConfig
+from distill.config import TermConfig, TrainConfig
 from distill.contracts import CLEAN_VIEW, TRAIN, Batch, Outputs
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepared import PreparedData
+from distill.data_config import AugmentConfig
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped, evaluating
 from distill.optimize import build_optimizer
@@ -121,7 +122,7 @@ def grey_arms(folder: Path, rows: int, source: Path | None) -> list[Arm]:
     config = TrainConfig(epochs=1, batch_size=BATCH, checkpoint_minutes=0.02, keep="last")
 
     def make_loader(augment: AugmentConfig | None, *reads: str) -> Loader:
-        spec = InputSpec(True, None, 0)
+        spec = InputSpec(("image",))
         options: Any = {"augment": augment, "views": 2 if augment else None, "batch_size": BATCH, "seed": 0}
         return Loader(data, TRAIN, dict.fromkeys(reads, spec), shuffle=True, **options)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import students
 from distill.contracts import TEST, TRAIN, UserError
 from distill.data.prepared import PreparedData, write_prepared
+from distill.formats.image import ImageFormat
 from distill.fusion import ConcatFusion
 from distill.multimodal import MultimodalModel
 from distill.tasks import ClassificationHead
@@ -59,7 +60,8 @@ def write_images(
         present={"image": np.ones(rows, bool)},
         targets={TASK: labels},
         labels={TASK: [str(code) for code in range(CLASSES)]},
-        images=np.repeat(images[:, None], 3, axis=1),
+        arrays={"image": np.repeat(images[:, None], 3, axis=1)},
+        formats={"image": ImageFormat(images.shape[-1])},
     )
     return PreparedData.open(folder)
 

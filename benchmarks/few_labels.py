@@ -36,10 +36,11 @@ from benchmarks.seed_tables import add_outputs, command_line, mean_and_half, put
 from distill import engine, evaluate
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights
-from distill.config import AugmentConfig, TermConfig, TrainConfig
+from distill.config import TermConfig, TrainConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, TEST, TRAIN, VALID, Outputs, UserError
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepared import PreparedData
+from distill.data_config import AugmentConfig
 from distill.losses.objective import Objective
 from distill.multimodal import Tapped, evaluating
 from distill.progress import progress
@@ -52,7 +53,7 @@ from distill.workspace import WEIGHTS_FILE
 VERSION = 1  # raised when the code changes what is trained
 BATCH, EPOCHS = 128, 3
 HELD_OUT, TUNING_SEED = 5_000, 100
-READS, SPEC = "model", InputSpec(image=True, tokenizer=None, max_length=0)
+READS, SPEC = "model", InputSpec(("image",))
 AUGMENT = AugmentConfig.model_validate({"image": {"flip": 0.5, "shift": 2}})
 VIEWS = {"all": EPOCHS, "labelled": 16}  # that a teacher is asked about each image
 LABELS = [TermConfig(loss="cross_entropy", task=TASK)]

@@ -25,9 +25,10 @@ import students
 from benchmarks.seed_tables import add_outputs, command_line, markdown, put_out
 from distill import evaluate, pipeline, stages
 from distill.build import input_spec
-from distill.config import AugmentConfig, Recipe, TextAugment
+from distill.config import Recipe
 from distill.contracts import IGNORE, TEST, Artifact, UserError
 from distill.data.loader import Loader
+from distill.data_config import AugmentConfig, TextAugment
 from distill.metrics import paired_cluster_bootstrap
 from distill.recipe import load_recipe
 from distill.report import compare_runs, render_comparison

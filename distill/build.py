@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor
 
 from distill.builders import build_part, check_part
-from distill.config import ModelConfig, Part, TeacherConfig, nearest
+from distill.config import ModelConfig, TeacherConfig, nearest
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.data.loader import InputSpec
+from distill.data_config import DataConfig, Part
 from distill.decision import FUSED
 from distill.dual import DualEncoder
+from distill.formats import TABULAR, TEXT, formats_of
 from distill.fusion import FUSIONS
 from distill.multimodal import Encoder, MultimodalModel, Reader
 from distill.tasks import HEADS
@@ -23,6 +27,16 @@ Registry = Mapping[str, Callable[..., Encoder]]
 Given = Mapping[str, Mapping[str, Any]]
 AReader = TypeVar("AReader", bound=Reader)
 Model = MultimodalModel | DualEncoder
+
+
+def told_by_data(config: ModelConfig, registry: Registry, data: DataConfig) -> dict[str, dict[str, Any]]:
+    """Modality -> the parameters that its encoder asks for and the data's formats know, such as a sampling rate."""
+    formats, found = formats_of(data), {}
+    for name, part in config.encoders.items():
+        if name in formats and part.type in registry:
+            accepted = inspect.signature(registry[part.type]).parameters
+            found[name] = {key: value for key, value in formats[name].parameters.items() if key in accepted}
+    return found
 
 
 def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list[str], given: Given) -> None:
@@ -175,27 +189,35 @@ def _build_reader(
 
 
 def input_spec(model: Model) -> InputSpec:
-    """What a model reads: images, and the tokenizer of its text encoder."""
-    if "text" not in model.encoders:
-        return InputSpec(image="image" in model.encoders, tokenizer=None, max_length=0)
-    text: Any = model.encoders["text"]
-    return InputSpec("image" in model.encoders, text.tokenizer_file, text.max_length, text.pad_id)
+    """What a model reads: its modalities, and the tokenizer of its text encoder."""
+    media = tuple(name for name in model.encoders if name != TEXT)
+    if TEXT not in model.encoders:
+        return InputSpec(media)
+    text: Any = model.encoders[TEXT]
+    return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id)
 
 
-def example_batch(spec: InputSpec, size: int, *, rows: int = 3, length: int = 5) -> Batch:
+def example_batch(spec: InputSpec, data: DataConfig, *, rows: int = 3, length: int = 5) -> Batch:
     """A small synthetic batch of the right shapes, for tracing and for finding the shapes of outputs.
 
     Args:
         spec: what the model reads.
-        size: working size of images, pixels.
+        data: the recipe's, which says how large images are, and the like.
         rows: B, at least 2 for tracing.
         length: tokens a text.
     """
     inputs: dict[str, Tensor] = {}
     present: dict[str, Tensor] = {}
-    if spec.image:
-        inputs["image"] = torch.arange(rows * 3 * size * size).remainder(251).to(torch.uint8).view(rows, 3, size, size)
-        present["image"] = torch.ones(rows, dtype=torch.bool)
+    formats = formats_of(data)
+    for modality in spec.media:
+        for name, (dtype, shape) in formats[modality].arrays.items():
+            values = torch.arange(rows * math.prod(shape)).remainder(251).view(rows, *shape)
+            if name.endswith("_length"):
+                values = torch.full((rows,), formats[modality].arrays[modality][1][0])
+            elif modality == TABULAR:
+                values = values.remainder(2)  # flags and codes among them
+            inputs[name] = values.to(getattr(torch, dtype))
+        present[modality] = torch.ones(rows, dtype=torch.bool)
     if spec.tokenizer is not None:
         inputs["text"] = torch.arange(rows * length).view(rows, length) % 7 + 1
         inputs["text_mask"] = torch.ones(rows, length, dtype=torch.bool)

@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
-from distill.config import Part, complaint, nearest, one_line, shortened
+from distill.config import complaint, nearest, one_line, shortened
 from distill.contracts import UserError
+from distill.data_config import Part
 
 
 def check_part(registry: Mapping[str, Callable[..., Any]], part: Part, where: str, given: Iterable[str] = ()) -> None:

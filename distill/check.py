@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from distill.build import check_model
+from distill.build import check_model, told_by_data
 from distill.builders import check_part
 from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
 from distill.contracts import UserError
@@ -114,7 +114,9 @@ def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Reci
         if modality not in recipe.data.modalities:
             hint = nearest(modality, recipe.data.modalities)
             raise UserError(f"{where}.encoders: the data has no modality {modality!r}; {hint}")
-    check_model(model, encoders, where, list(tasks), {name: {"tokenizer_file": ""} for name in takers(model, encoders)})
+    given = told_by_data(model, encoders, recipe.data)
+    given |= {name: {"tokenizer_file": ""} for name in takers(model, encoders)}
+    check_model(model, encoders, where, list(tasks), given)
 
 
 def _check_retrieval(recipe: Recipe) -> None:

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from distill.data_config import DataConfig, Part, Strict
 from distill.schedules import Weight
 
 EXPECTED = {
@@ -29,98 +30,6 @@ OptimizerName = Literal[
     "adamw", "sgd", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "adafactor", "rmsprop", "asgd", "muon"
 ]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-
-
-class Strict(BaseModel):
-    """A section whose unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Part(BaseModel):
-    """A registry entry: its ``type`` and the parameters of the builder that the type names."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    type: str
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The builder's keyword arguments."""
-        return dict(self.model_extra or {})
-
-
-class ImageAugment(Strict):
-    """Replayable image augmentation of uint8 images at working size."""
-
-    flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
-    shift: int = Field(0, ge=0)  # largest translation, pixels
-    fill: Literal["white", "black"] = "white"  # what a shift uncovers
-    crop: float = Field(1.0, gt=0, le=1)  # least share of the area that a random resized crop keeps; 1 crops nothing
-    brightness: float = Field(0.0, ge=0, le=1)  # largest relative change
-    contrast: float = Field(0.0, ge=0, le=1)  # largest relative change
-
-
-class TextAugment(Strict):
-    """Replayable text augmentation."""
-
-    word_dropout: float = Field(0.0, ge=0, lt=1)  # probability of dropping a word; one word always stays
-    views: int | None = Field(None, ge=1)  # after so many views words drop as before, so that a frozen tower repeats
-
-
-class AugmentConfig(Strict):
-    """Augmentation a modality: a pure function of (seed, row id, view)."""
-
-    image: ImageAugment = ImageAugment()
-    text: TextAugment = TextAugment()
-
-
-class LabelledConfig(Strict):
-    """Which training rows keep their labels, for experiments on few of them; chosen by a hash of seed and group."""
-
-    groups: float = Field(1.0, gt=0, le=1)  # about that share of the groups (of the rows, without a group column)
-    rows: int | None = Field(None, ge=1)  # that many rows of these: whole groups, but for the last one
-
-
-class RandomSplitConfig(Strict):
-    """Shares of the groups (of the rows, without a group column) that are valid's and test's; the rest is train's."""
-
-    valid: float = Field(0.1, gt=0, lt=1)
-    test: float = Field(0.2, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _leave_some(self) -> RandomSplitConfig:
-        if self.valid + self.test >= 1:
-            raise ValueError(
-                f"valid and test take {self.valid + self.test:g} of the rows together; leave some to train"
-            )
-        return self
-
-
-class DataConfig(Strict):
-    """Where rows come from and what their columns mean."""
-
-    source: Part
-    modalities: dict[str, str] = Field(min_length=1)  # modality -> column
-    targets: dict[str, str] = {}  # task -> column; a training row may have none of them
-    labelled: LabelledConfig | None = None  # hides the labels of other training rows; a number means its ``groups``
-    split: str = "split"  # column holding train / valid / test
-    random_split: RandomSplitConfig | None = None  # of rows that have no such column
-    group: str | None = None  # column whose values stay together in bootstrap intervals
-    id: str | None = None  # column of stable integer ids; row numbers where absent
-    hold_out: float = Field(0.0, ge=0, lt=1)  # share of train's groups that are valid's, where the source has no valid
-    working_size: int = Field(64, ge=8, le=1024)  # pixels; every image is resized to it before augmentation
-    image_fit: Literal["pad", "crop"] = (
-        "pad"  # an image that is no square is padded with white, or its centre is cut out
-    )
-    decode_once: bool = True  # keep images at working size on disk; false: decode them from the source in each epoch
-    two_level_order: int = Field(10**8, ge=1)  # training rows above which an epoch's order is blocks, then windows
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    augment: AugmentConfig = AugmentConfig()
-
-    @field_validator("labelled", mode="before", json_schema_input_type=float | LabelledConfig | None)
-    @classmethod
-    def _share_of_groups(cls, value: Any) -> Any:
-        return {"groups": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 EMA = "ema"

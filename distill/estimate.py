@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -15,14 +16,17 @@ from torch import nn
 
 from distill.build import Model, example_batch, input_spec
 from distill.cache import default_shard_rows, flatten
-from distill.config import AugmentConfig, Recipe, TrainConfig
+from distill.config import Recipe, TrainConfig
 from distill.contracts import TRAIN, Batch, Outputs, UserError
 from distill.data.labelled import keep_labels
 from distill.data.loader import InputSpec
+from distill.data.media import kept_arrays
 from distill.data.rows import count_splits, number_classes, read_rows
 from distill.data.sources import open_source
+from distill.data_config import AugmentConfig
+from distill.formats import TEXT, formats_of
 from distill.losses.terms import labelled_alone
-from distill.multimodal import OneModality
+from distill.multimodal import OneModality, inputs_of
 from distill.other_teachers import Teachers, check_labels
 from distill.shards import DTYPES, shard_size
 from distill.towers import frozen_towers
@@ -42,7 +46,7 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
 
     Returns:
         ``rows`` a split; ``labelled`` ones of train; ``num_params`` of teachers and student; ``disk_bytes`` of the
-        data's images and of towers, at most, and of the cache with the answers to the transfer set, within a few
+        data's arrays and of towers, at most, and of the cache with the answers to the transfer set, within a few
         percent; ``seconds`` of encoding and training, from a few steps timed here and now. What needs weights that are
         not there is left out, and ``missing`` says why.
 
@@ -54,14 +58,18 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
     counts = count_splits(rows)
     labelled = int(np.count_nonzero(keep_labels(rows, recipe.data.labelled, recipe.seed)))
     found: dict[str, Any] = {"rows": counts, "labelled": labelled, "num_params": {}}
-    pixels = 3 * recipe.data.working_size**2 if "image" in recipe.data.modalities else 0
-    found["disk_bytes"] = {"data": len(rows.ids) * pixels if recipe.data.decode_once else 0}
+    kept = [
+        (np.dtype(format.arrays[array][0]), format.arrays[array][1])
+        for name, format in formats_of(recipe.data).items()
+        for array in kept_arrays(name, format, decode_once=recipe.data.decode_once)
+    ]
+    found["disk_bytes"] = {"data": len(rows.ids) * sum(kind.itemsize * math.prod(shape) for kind, shape in kept)}
     num_classes = {task: len(names) for task, names in labels.items()}
-    student = untrained(recipe.student, "student", encoders, num_classes)
+    student = untrained(recipe.student, "student", encoders, num_classes, recipe.data)
     found["num_params"]["student"] = _num_params(student)
     check_labels(recipe, labels)
     try:
-        teacher = untrained(recipe.teacher, "teacher", encoders, num_classes)
+        teacher = untrained(recipe.teacher, "teacher", encoders, num_classes, recipe.data)
     except UserError as error:
         return {**found, "missing": str(error)}
     teachers = Teachers(recipe, encoders, labels, teacher.eval())
@@ -121,7 +129,7 @@ def _num_params(model: Model) -> int:
 
 def _example(spec: InputSpec, recipe: Recipe) -> Batch:
     """A batch as a model of this spec reads it."""
-    return example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
+    return example_batch(spec, recipe.data, rows=ROWS, length=min(LENGTH, spec.max_length))
 
 
 def _encoded(model: Model, recipe: Recipe) -> tuple[float, Batch, float]:
@@ -131,11 +139,11 @@ def _encoded(model: Model, recipe: Recipe) -> tuple[float, Batch, float]:
     inputs, size, began = dict(batch.inputs), 0.0, time.perf_counter()
     with torch.no_grad():
         for name in frozen_towers(model):
-            raw, encoder = inputs.pop(name), model.encoders[name]
-            read: Any = encoder
-            tokens = read.encode(raw, inputs["text_mask"]) if name == "text" else read.encode(raw)
+            encoder: Any = model.encoders[name]
+            tokens = encoder.encode(*inputs_of(name, batch).values())
+            del inputs[name]
             inputs[f"{name}_encoded"] = tokens
-            length = spec.max_length if name == "text" else tokens.shape[1]
+            length = spec.max_length if name == TEXT else tokens.shape[1]
             size += length * tokens.shape[2] * 2  # kept as float16
     return (time.perf_counter() - began) / ROWS, batch._replace(inputs=inputs), size
 
@@ -152,9 +160,9 @@ def _alone(model: Any, modality: str, recipe: Recipe) -> float:
 
 
 def _texts_alone(batch: Batch) -> Batch:
-    """The same rows as a transfer set has them: nobody has an image, and there is none in the inputs."""
-    inputs = {name: value for name, value in batch.inputs.items() if name.startswith("text")}
-    present = {name: mask & (name == "text") for name, mask in batch.present.items()}
+    """The same rows as a transfer set has them: nobody has anything else, and it is not in the inputs."""
+    inputs = inputs_of(TEXT, batch)
+    present = {name: mask & (name == TEXT) for name, mask in batch.present.items()}
     return batch._replace(inputs=inputs, present=present)
 
 

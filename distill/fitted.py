@@ -14,6 +14,7 @@ from distill.build import Model, input_spec
 from distill.config import ModelConfig, Recipe
 from distill.contracts import Artifact, UserError
 from distill.data.prepared import LABELS_FILE
+from distill.formats import formats_of, to_json
 from distill.runs import MANIFEST, find, fingerprint, read_json, sha256_file
 from distill.workspace import BASELINE, PRUNED, STUDENT, TEACHER, WEIGHTS_FILE, Registry, Workspace
 
@@ -117,7 +118,8 @@ def _described(recipe: Recipe, labels: Labels, stage: str) -> dict[str, str]:
     model = config.model_dump(exclude=unrelated, exclude_defaults=True)  # later versions add keys
     for part in model["encoders"].values():
         part.pop("weights", None)  # where they lay before the fit; the model's own file has them
-    parts = [model, list(config.encoders), recipe.data.working_size]
+    formats = to_json({name: format for name, format in formats_of(recipe.data).items() if name in config.encoders})
+    parts = [model, list(config.encoders), recipe.data.working_size, formats]
     return {RESOLVED_FILE: fingerprint(parts), f"data/{LABELS_FILE}": fingerprint(labels)}
 
 

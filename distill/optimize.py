@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill.builders import check_part
-from distill.config import Part, TrainConfig, nearest, one_line
+from distill.config import TrainConfig, nearest, one_line
 from distill.contracts import UserError
+from distill.data_config import Part
 from distill.sharding import local
 
 Group = dict[str, Any]

@@ -21,13 +21,15 @@ from distill.build import Model, input_spec
 from distill.config import EMA, Recipe, nearest, of_teacher
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.loader import InputSpec
+from distill.data.prepared import FORMATS_FILE
 from distill.data.rows import number_classes, read_rows
 from distill.data.sources import open_source
 from distill.data.transforms import resize_images
 from distill.fitted import Fitted, Labels, find_fitted
+from distill.formats import TABULAR, formats_of
 from distill.losses.terms import reads_text_tokens, tap_paths
 from distill.multimodal import Tapped
-from distill.runs import fingerprint, sha256_file
+from distill.runs import fingerprint, read_json, sha256_file
 from distill.workspace import BASELINE, TEACHER, Registry, Workspace
 
 SHOWN = 5  # names that a message lists
@@ -62,6 +64,11 @@ def check_teachers(recipe: Recipe) -> dict[str, Fitted]:
             if modality not in recipe.data.modalities:
                 hint = nearest(modality, recipe.data.modalities)
                 raise UserError(f"teachers.{name}: it reads {modality!r}, and the data has no such modality; {hint}")
+            theirs, ours = (formats_of(data).get(modality) for data in (fitted.recipe.data, recipe.data))
+            if theirs != ours and modality != "image":  # other images are resized
+                raise UserError(
+                    f"teachers.{name}: its run reads {modality} as {theirs}, and this one as {ours}; set data alike"
+                )
     return found
 
 
@@ -101,25 +108,34 @@ def check_models(recipe: Recipe, encoders: Registry) -> None:
         Tapped(find_fitted(name, recipe).model(encoders), tap_paths(recipe.student.objective, TEACHER, name))
 
 
-def check_tokenizers(work: Workspace) -> None:
-    """Check that losses on the tokens of texts meet the same tokens in student and teacher.
+def check_inputs(work: Workspace) -> None:
+    """Check that teachers read numbers that mean the same, and that losses on tokens of texts meet the same tokens.
 
     Args:
         work: with the stages ``data`` and ``vocabulary``, which may have cut the student's tokenizer.
 
     Raises:
-        UserError: the tokenizers differ.
+        UserError: the tokenizers differ, or the training rows by which series or records are standardised.
     """
+    for name in work.recipe.teachers:
+        fitted = find_fitted(name, work.recipe)
+        theirs, ours = (read_json(path / FORMATS_FILE) for path in (fitted.folder / "data", work.path("data")))
+        for modality in {"series", TABULAR}.intersection(fitted.modalities):
+            if theirs[modality] != ours[modality]:
+                raise UserError(
+                    f"teachers.{name}: {fitted.folder} standardised its {modality} by other training rows, so the same "
+                    "numbers mean something else there; fit it on this run's data"
+                )
 
     def tokens(model: Model) -> tuple[str, int]:
         spec = input_spec(model)
         return ("" if spec.tokenizer is None else sha256_file(spec.tokenizer), spec.max_length)
 
     for number, term in enumerate(work.recipe.student.objective):
-        name = term.teachers[0]
-        if not reads_text_tokens(term) or name == EMA:
+        other = term.teachers[0]
+        if not reads_text_tokens(term) or other == EMA:
             continue
-        teacher = work.blank(TEACHER) if name is None else find_fitted(name, work.recipe).model(work.encoders)
+        teacher = work.blank(TEACHER) if other is None else find_fitted(other, work.recipe).model(work.encoders)
         if tokens(work.blank(BASELINE)) != tokens(teacher):
             raise UserError(
                 f"student.objective[{number}]: {term.loss} compares token by token, and student and teacher cut texts "

@@ -14,11 +14,12 @@ import students
 import teachers
 from distill import results, stages
 from distill.check import check_pruning, check_recipe
-from distill.config import LabelledConfig, Recipe, nearest
+from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
+from distill.data_config import LabelledConfig
 from distill.losses.terms import labelled_alone
-from distill.other_teachers import cache_parts, check_labels, check_models, check_tokenizers, own_taps
+from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
 from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
 from distill.ranks import Ranks, join
@@ -125,7 +126,7 @@ def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=4),
+    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=5),
     Stage("vocabulary", "cut the teacher's vocabulary to the student's", stages.cut_vocabulary, ("data",), _vocabulary),
     Stage(
         "pretrain", "let encoders learn alone", stages.pretrain, ("data",), _pretraining, resumes=True, together=True
@@ -389,7 +390,7 @@ def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:
         if "cache" in waiting:
             check_models(work.recipe, ENCODERS)
     if finished == "vocabulary" and waiting.intersection(("student", "pruned")):
-        check_tokenizers(work)
+        check_inputs(work)
 
 
 def workspace(recipe: Recipe, done: dict[str, Artifact]) -> Workspace:

@@ -16,7 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
-from distill.preprocess import BadInput, Preprocessor, has_text
+from distill.formats.base import BadInput
+from distill.preprocess import Preprocessor, has_text
 from distill.runs import read_json, sha256_file
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"

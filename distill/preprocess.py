@@ -6,7 +6,6 @@ was trained on. Normalisation is not here: every exported graph takes uint8 imag
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -17,90 +16,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from distill.contracts import UserError
-
-MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, pixels (Pillow's own limit: a quarter of a gigabyte as RGB)."""
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""Image formats that are read: of Pillow's others, some start programs (EPS), and all are more code to attack."""
+from distill.formats import TEXT, BadInput, Format, from_json, to_json
 
 SPEC_FILE = "preprocess.json"
 TOKENIZER_FILE = "tokenizer.json"
-
-WHITE = (255, 255, 255)
-
-
-class BadInput(UserError):
-    """An image that cannot be used; the message is the reason."""
-
-
-def decode_image(source: bytes | str | Path, size: int, *, crop: bool = False) -> NDArray[np.uint8]:
-    """Decode an image file to a square of RGB pixels.
-
-    The EXIF orientation is applied, transparency is laid on white, the longer side is resized to ``size``
-    (bicubic, aspect kept) and the rest is filled with white on both sides; with ``crop`` the shorter side is, and the
-    centre is kept. Of an animation the first frame counts.
-
-    Args:
-        source: the bytes of an image file, or its path.
-        size: side of the result, pixels.
-        crop: cut what is no square instead of padding it.
-
-    Returns:
-        uint8 array [3, size, size], red first.
-
-    Raises:
-        BadInput: the image is missing, damaged, of a format not in ``FORMATS``, or larger than ``MAX_PIXELS``.
-    """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadInput(f"image of {width}x{height} pixels is above the limit of {MAX_PIXELS} pixels")
-            image.draft("RGB", (2 * size, 2 * size))  # lets a JPEG decode at a fraction of its size
-            pixels = _flatten(ImageOps.exif_transpose(image))
-            return np.ascontiguousarray(np.asarray((_centre if crop else _square)(pixels, size)).transpose(2, 0, 1))
-    except BadInput:
-        raise
-    except FileNotFoundError:
-        raise BadInput(f"no such image file: {source!s}") from None
-    except Exception as error:  # damaged files make Pillow's parsers raise nearly any type
-        raise BadInput(f"not a readable image ({type(error).__name__}: {_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return re.sub(r" <_io.BytesIO[^>]*>", "", " ".join(str(error).split()))  # no addresses: reports stay comparable
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    canvas = Image.new("RGBA", image.size, (*WHITE, 255))
-    return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    """Resize, then pad: the other order would let a long thin image ask for its square in memory."""
-    longest = max(image.size)
-    width, height = (max(1, round(side * size / longest)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    if width == height:
-        return resized
-    canvas = Image.new("RGB", (size, size), WHITE)
-    canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
-    return canvas
-
-
-def _centre(image: Image.Image, size: int) -> Image.Image:
-    """Resize the largest square in the middle."""
-    side = min(image.size)
-    left, top = ((whole - side) / 2 for whole in image.size)
-    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
 
 
 class Tokenizer:
@@ -182,14 +103,13 @@ class Preprocessor:
     """Rows to the feeds of an exported graph; saved in every bundle as ``preprocess.json``.
 
     Attributes:
-        image_size: side of the graph's image input, pixels; None for a model without images.
+        formats: of the model's modalities other than text.
         tokenizer: the model's tokenizer; None for a model without text.
-        crop: whether images that are no squares are cut instead of padded.
     """
 
-    def __init__(self, image_size: int | None, tokenizer: Tokenizer | None, *, crop: bool = False) -> None:
-        """Take the parts; a part that is None is a modality that the model does not read."""
-        self.image_size, self.tokenizer, self.crop = image_size, tokenizer, crop
+    def __init__(self, formats: Mapping[str, Format], tokenizer: Tokenizer | None = None) -> None:
+        """Take the parts; a modality without one is not read."""
+        self.formats, self.tokenizer = dict(formats), tokenizer
 
     @classmethod
     def load(cls, folder: str | Path) -> Preprocessor:
@@ -201,27 +121,25 @@ class Preprocessor:
         file = Path(folder) / SPEC_FILE
         try:
             spec = json.loads(file.read_text(encoding="utf-8"))
-            image, text = spec.get("image"), spec.get("text")
-            size, crop = (None, False) if image is None else (int(image["size"]), bool(image.get("crop", False)))
+            text = spec.pop(TEXT, None)
+            formats = from_json(spec)
             options = None if text is None else (str(text["tokenizer"]), int(text["max_length"]), int(text["pad_id"]))
         except FileNotFoundError:
             raise UserError(f"no {SPEC_FILE} in {folder}; is it a bundle made by `distill export`?") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is malformed ({error!r}); export the bundle again") from error
         if options is None:
-            return cls(size, None, crop=crop)
+            return cls(formats)
         name, max_length, pad_id = options
-        return cls(size, Tokenizer(file.parent / Path(name).name, max_length, pad_id), crop=crop)
+        return cls(formats, Tokenizer(file.parent / Path(name).name, max_length, pad_id))
 
     def save(self, folder: str | Path) -> None:
         """Write ``preprocess.json`` and copy the tokenizer beside it; the folder is made if absent."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        spec: dict[str, dict[str, Any]] = {}
-        if self.image_size is not None:
-            spec["image"] = {"size": self.image_size, **({"crop": True} if self.crop else {})}
+        spec: dict[str, Any] = to_json(self.formats)
         if self.tokenizer is not None:
-            spec["text"] = {
+            spec[TEXT] = {
                 "tokenizer": TOKENIZER_FILE,
                 "max_length": self.tokenizer.max_length,
                 "pad_id": self.tokenizer.pad_id,
@@ -234,41 +152,36 @@ class Preprocessor:
         """Turn rows into the graph's named inputs.
 
         Args:
-            rows: mappings with ``image`` (file bytes, a path, or a uint8 array [3, S, S] of an already decoded
-                image) and ``text`` (a string); an absent key, None or an empty text is an absent modality.
+            rows: mappings of modalities to values: a file's bytes or path or what it holds as an array (``image``,
+                ``audio``, ``video``, ``series``), a string (``text``), a mapping of columns (``tabular``). An absent
+                key, None or an empty text is an absent modality.
 
         Returns:
-            ``image`` uint8 [B, 3, S, S], ``image_present`` bool [B], ``text`` int64 [B, L], ``text_mask`` bool
-            [B, L], ``text_present`` bool [B]: those of the model's modalities. Absent images are zeros.
+            Of each of the model's modalities its inputs, as :data:`~distill.contracts.INPUTS` describes them, and
+            ``MODALITY_present`` bool [B]. What is absent is zeros.
 
         Raises:
-            BadInput: an image is undecodable, or a value has the wrong type; the message names the row.
+            BadInput: a value is undecodable, or has the wrong type; the message names the row.
         """
         feeds: dict[str, NDArray[Any]] = {}
-        if self.image_size is not None:
-            images = [self._image(number, row.get("image"), self.image_size) for number, row in enumerate(rows)]
-            blank = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
-            filled = [blank if image is None else image for image in images]
-            feeds["image"] = np.stack(filled) if filled else blank[None][:0]
-            feeds["image_present"] = np.array([image is not None for image in images], dtype=bool)
+        for name, format in self.formats.items():
+            found = [self._read(number, name, format, row.get(name)) for number, row in enumerate(rows)]
+            for key, (dtype, shape) in format.arrays.items():
+                feeds[key] = np.zeros((len(rows), *shape), dtype)
+                for number, arrays in enumerate(found):
+                    if arrays is not None:
+                        feeds[key][number] = arrays[key]
+            feeds[f"{name}_present"] = np.array([arrays is not None for arrays in found], dtype=bool)
         if self.tokenizer is not None:
-            texts = [self._text(number, row.get("text")) for number, row in enumerate(rows)]
+            texts = [self._text(number, row.get(TEXT)) for number, row in enumerate(rows)]
             feeds["text"], feeds["text_mask"] = self.tokenizer(texts)
             feeds["text_present"] = np.array([has_text(text) for text in texts], dtype=bool)
         return feeds
 
-    def _image(self, number: int, value: Any, size: int) -> NDArray[np.uint8] | None:
-        if value is None:
-            return None
-        if isinstance(value, np.ndarray):
-            if value.shape != (3, size, size) or value.dtype != np.uint8:
-                expected = f"uint8 (3, {size}, {size})"
-                raise BadInput(f"row {number}: image array is {value.dtype} {value.shape}; expected {expected}")
-            return value
-        if not isinstance(value, bytes | str | Path):
-            raise BadInput(f"row {number}: image is a {type(value).__name__}; give file bytes, a path or an array")
+    @staticmethod
+    def _read(number: int, name: str, format: Format, value: Any) -> dict[str, NDArray[Any]] | None:
         try:
-            return decode_image(value, size, crop=self.crop)
+            return None if value is None else format.read(value)
         except BadInput as error:
             raise BadInput(f"row {number}: {error}") from error
 

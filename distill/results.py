@@ -6,7 +6,6 @@ import io
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -51,7 +50,7 @@ def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
     with progress("export", quiet=work.quiet) as report:
         for number, name in enumerate(names):
             model = work.model(name)
-            example = example_batch(input_spec(model), recipe.data.working_size)
+            example = example_batch(input_spec(model), recipe.data)
             graphs[name] = export_onnx(model, example, folder / f"{name}.onnx", opset=recipe.export.opset)
             report(number + 1, len(names), name)
     info = {"precision": "fp32", "num_params": bench.num_params(model)}
@@ -102,9 +101,13 @@ def _write_gated(work: Workspace, bundle: Path, graph: Path, info: Mapping[str, 
     for modality, folder in _towers(model, bundle).items():
         folder.mkdir(exist_ok=True)
         extract_tower(graph, modality, folder / MODEL_FILE)
-        alone = replace(spec, image=False) if modality == "text" else replace(spec, tokenizer=None)
         parts = (model.encoders[modality], model.embedders[modality])
-        write(folder, folder / MODEL_FILE, alone, {**info, "num_params": sum(map(bench.num_params, parts))})
+        write(
+            folder,
+            folder / MODEL_FILE,
+            spec.only([modality]),
+            {**info, "num_params": sum(map(bench.num_params, parts))},
+        )
     loader = work.clean_loader(VALID, spec, STUDENT)
     batches = evaluate.clean_batches(loader, STUDENT)
     said = evaluate.predict_torch(model, batches, embeddings=_compared(model))
@@ -234,10 +237,9 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
             threads=recipe.bench.threads,
         )
         report(1, 1)
-    size = recipe.data.working_size
     for name, model in models.items():
         length = feeds[name]["text"].shape[1] if "text" in feeds[name] else 0
-        one = example_batch(input_spec(model), size, rows=1, length=length)
+        one = example_batch(input_spec(model), recipe.data, rows=1, length=length)
         entry = measured.setdefault(name, dict(measured[FP32]))  # the fp32 bundle is the shipped model's graph
         entry |= {"flops": bench.flops(model, one), "num_params": bench.num_params(model)}
     costs = {field: measured[SHIPPED][field] for field in ("flops", "num_params")}
@@ -337,8 +339,8 @@ def _example(work: Workspace, row_id: int) -> dict[str, Any]:
     data = work.data()
     (row,) = np.flatnonzero(data.ids == row_id)
     picture = None
-    if data.images is not None and data.present["image"][row]:
+    if "image" in data.arrays and data.present["image"][row]:
         buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(data.images[row].transpose(1, 2, 0))).save(buffer, "PNG")
+        Image.fromarray(np.ascontiguousarray(data.arrays["image"][row].transpose(1, 2, 0))).save(buffer, "PNG")
         picture = buffer.getvalue()
     return {"image_png": picture, "text": data.texts[int(row)]}

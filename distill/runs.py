@@ -56,7 +56,7 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_bytes(data)
 
 
-def read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+def read_array(path: Path, mmap_mode: Literal["r", "r+"] | None = None) -> NDArray[Any]:
     """Read a ``.npy`` file of plain numbers.
 
     Raises:

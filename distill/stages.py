@@ -28,6 +28,7 @@ from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
 from distill.fitted import ORIGIN, origin
+from distill.formats import TEXT
 from distill.inventory import TRANSFER as TRANSFER_PART
 from distill.losses.objective import Objective
 from distill.losses.scales import with_own
@@ -96,7 +97,7 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
             save_weights(model, folder / WEIGHTS_FILE)
             (folder / "metrics.jsonl").touch()
         return {ORIGIN: origin(work.recipe, work.labels(), model, TEACHER), SCALE: scale}
-    loader = _teachers_rows(work, model, config.train, repeat="image" in frozen_towers(model))
+    loader = _teachers_rows(work, model, config.train, repeat=any(name != TEXT for name in frozen_towers(model)))
     job = _job(work, folder, model, loader, TEACHER, config.train, config.objective)
     info = _fit_model(work, job, "fit teacher", TEACHER)
     learnt = {name.partition("/")[0]: value for name, value in job.objective.learned_values().items()}
@@ -114,22 +115,23 @@ def _teachers_rows(work: Workspace, model: Any, train: TrainConfig, *, repeat: b
 def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
     """Encode each distinct input of the teacher's frozen towers: of rows, of their training views and of class names.
 
-    Beside a frozen image tower the teacher's fit reads the K views of the cache, each of which is encoded. Beside a
-    frozen text tower alone it reads new images in each epoch, and texts that repeat after ``augment.text.views``.
+    Beside a frozen tower of another modality than text the teacher's fit reads the K views of the cache, each of which
+    is encoded. Beside a frozen text tower alone it reads new views in each epoch, and texts that repeat after
+    ``augment.text.views``.
     """
     recipe = work.recipe
     model = work.pretrained_teacher().eval()
     frozen = frozen_towers(model)
     if not frozen:
         return {}
-    spec = replace(input_spec(model), image="image" in frozen)
+    spec = input_spec(model).only([TEXT, *frozen])
     clean = [Rows(work.clean_loader(split, spec, TEACHER), CLEAN_VIEW) for split in (TRAIN, VALID, TEST)]
     augmented = work.train_loader({TEACHER: spec}, recipe.teacher.train)
     views = tower_views(recipe) if augmented.augment else {}
     sources = {name: [*clean, *(Rows(augmented, view) for view in range(views.get(name, 0)))] for name in frozen}
     names = work.class_names_loader({TEACHER: spec}, EVALUATION_BATCH)
-    if names is not None and "text" in frozen:
-        sources["text"].append(Rows(names, CLEAN_VIEW))
+    if names is not None and TEXT in frozen:
+        sources[TEXT].append(Rows(names, CLEAN_VIEW))
     key = {"towers": work.done["towers"].fingerprint}
     with progress("encode frozen towers", quiet=work.quiet) as report:
         return encode_towers(model, sources, folder, reads=TEACHER, key=key, report=report, ranks=work.ranks)
@@ -138,7 +140,8 @@ def keep_towers(work: Workspace, folder: Path) -> dict[str, Any]:
 def tower_views(recipe: Recipe) -> dict[str, int]:
     """Modality -> number of training views, from 0 on, that a frozen tower is asked for."""
     fresh = max(recipe.cache.views, recipe.teacher.train.epochs)
-    return {"image": recipe.cache.views, "text": recipe.data.augment.text.views or fresh}
+    views = dict.fromkeys(recipe.data.modalities, recipe.cache.views)
+    return {**views, TEXT: recipe.data.augment.text.views or fresh}
 
 
 def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -226,7 +229,7 @@ def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
     config, data = work.recipe.student, work.data()
     if not work.takers(config):
         return {}
-    part = config.encoders["text"]
+    part = config.encoders[TEXT]
     builder: Any = work.encoders[part.type]
     texts = [data.texts[row] for row in data.rows(TRAIN)]
     size = int(part.params["vocab_size"])
@@ -289,7 +292,7 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
     """Remove channels of the student and recover by distillation."""
     recipe = work.recipe
     model = work.model(STUDENT)
-    example = example_batch(input_spec(model), recipe.data.working_size)
+    example = example_batch(input_spec(model), recipe.data)
     plan = prune.plan(model, example, recipe.prune)
     if work.ranks.first:
         plan.save(folder / "plan.json")

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from distill.build import example_batch, input_spec
 from distill.check import check_parts
-from distill.config import ModelConfig, Part, Recipe, nearest
+from distill.config import ModelConfig, Recipe, nearest
 from distill.contracts import Batch, UserError
 from distill.data.prepared import LABELS_FILE
+from distill.data_config import Part
+from distill.formats import TABULAR, TEXT
 from distill.layouts import IMAGE, grid_of, layout_of, modality_of
 from distill.losses.picks import read_models
 from distill.losses.projectors import build_projector
@@ -81,16 +83,24 @@ def inspect_models(
         counts, notes = _classes(recipe, config, part=part)
         check_parts(config, name, encoders, recipe, list(counts))
         try:
-            model = untrained(_without_weights(config), name, encoders, counts)
+            model = untrained(_without_weights(config), name, encoders, counts, recipe.data)
         except UserError as error:
             if len(names) == 1:
                 raise
             found[name] = {"missing": str(error)}
             continue
         spec = input_spec(model)
-        batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
-        inputs = [f"images of {recipe.data.working_size} pixels"] if spec.image else []
-        inputs += [f"texts of {batch.inputs['text'].shape[1]} tokens"] if spec.tokenizer else []
+        batch = example_batch(spec, recipe.data, rows=ROWS, length=min(LENGTH, spec.max_length))
+        size, data = recipe.data.working_size, recipe.data
+        described = {
+            "image": f"images of {size} pixels",
+            "video": f"clips of {data.video.frames} frames of {size} pixels",
+            "audio": f"sounds of {data.audio.seconds:g} s at {data.audio.sample_rate} Hz",
+            "series": f"series of {data.series.steps} steps",
+            TABULAR: f"records of {len(data.columns(TABULAR))} columns",
+        }
+        inputs = [described[name] for name in spec.media]
+        inputs += [f"texts of {batch.inputs[TEXT].shape[1]} tokens"] if spec.tokenizer else []
         notes = [f"shapes are those of {' and '.join(inputs)}", *notes]
         notes += [f"encoders.{bare} is built without its weights, which change no shape" for bare in _bare(config)]
         for tower in frozen_towers(model) if name == TEACHER else ():
@@ -118,11 +128,13 @@ def check_taps(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> No
     for name in (STUDENT, TEACHER):
         config = getattr(recipe, name)
         try:
-            model = untrained(_without_weights(config), name, encoders, _classes(recipe, config, part=False)[0])
+            model = untrained(
+                _without_weights(config), name, encoders, _classes(recipe, config, part=False)[0], recipe.data
+            )
         except UserError:
             return  # weights are not here yet
         spec, paths = input_spec(model), tap_paths(terms, name)
-        batch = example_batch(spec, recipe.data.working_size, rows=ROWS, length=min(LENGTH, spec.max_length))
+        batch = example_batch(spec, recipe.data, rows=ROWS, length=min(LENGTH, spec.max_length))
         with evaluating(model):
             said[name] = Tapped(model, paths)(batch)
         for path in paths:

@@ -23,6 +23,8 @@ from distill.cache import STORE_MANIFEST, EncodedStore, encode_once
 from distill.contracts import CLEAN_VIEW, Batch
 from distill.data.batches import Batches
 from distill.data.loader import Loader
+from distill.formats import TEXT
+from distill.multimodal import inputs_of
 from distill.progress import Progress
 from distill.ranks import Ranks
 from distill.runs import read_json
@@ -70,7 +72,7 @@ def encode_towers(
     """
     info, in_parts = {}, InParts()
     for name in frozen_towers(model):
-        inputs = _text_inputs(sources[name], reads) if name == "text" else _row_inputs(sources[name])
+        inputs = _text_inputs(sources[name], reads) if name == TEXT else _row_inputs(sources[name], name)
         encoder: Any = model.encoders[name].to(ranks.device)
 
         def produce(
@@ -164,7 +166,7 @@ class WithTowers(Batches):
                 continue
             raw = inputs.pop(name)
             tokens = tower.lookup(batch)
-            inputs[f"{name}_encoded"] = tokens[:, : raw.shape[1]] if name == "text" else tokens
+            inputs[f"{name}_encoded"] = tokens[:, : raw.shape[1]] if name == TEXT else tokens
         return {**batches, self.reads: batch._replace(inputs=inputs)}
 
 
@@ -206,8 +208,8 @@ def _text_inputs(sources: Sequence[Rows], reads: str) -> _Inputs:
     return _Inputs(keys, np.concatenate(ids)[order], np.concatenate(views)[order], encode)
 
 
-def _row_inputs(sources: Sequence[Rows]) -> _Inputs:
-    """Images: every (row, view) is an input of its own."""
+def _row_inputs(sources: Sequence[Rows], modality: str) -> _Inputs:
+    """Images and the like: every (row, view) is an input of its own."""
     counts = [len(source.loader.row_positions) for source in sources]
     rows = np.concatenate([source.loader.row_positions for source in sources])
     number = np.repeat(np.arange(len(sources)), counts)
@@ -220,7 +222,8 @@ def _row_inputs(sources: Sequence[Rows]) -> _Inputs:
         for at in np.unique(number[positions]):
             here = positions[number[positions] == at]
             (batch,) = sources[at].loader.batch(rows[here], torch.from_numpy(views[here])).values()
-            tokens.update(zip(here.tolist(), encoder.encode(batch.inputs["image"].to(device)), strict=True))
+            own = [value.to(device) for value in inputs_of(modality, batch).values()]
+            tokens.update(zip(here.tolist(), encoder.encode(*own), strict=True))
         return torch.stack([tokens[position] for position in positions.tolist()])
 
     return _Inputs(np.stack([ids, views], axis=1), ids, views, encode)

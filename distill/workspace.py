@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import evaluate, prune
-from distill.build import Model, build_model, build_part, input_spec
+from distill.build import Model, build_model, build_part, input_spec, told_by_data
 from distill.checkpoint import load_weights, read_tensors
 from distill.config import ModelConfig, Recipe, TrainConfig
 from distill.contracts import TRAIN, VALID, Artifact, Batch, UserError
@@ -23,7 +23,9 @@ from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import as_data
 from distill.data.prepared import LABELS_FILE, PreparedData
 from distill.data.texts import Texts
+from distill.data_config import DataConfig
 from distill.dual import DualEncoder
+from distill.formats import TEXT
 from distill.multimodal import OneModality
 from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
@@ -106,11 +108,11 @@ class Workspace:
         return Batch(ids, torch.zeros_like(ids), {}, present, {})
 
     def row_keys(self) -> dict[str, Tensor]:
-        """int64 [N] each: "id" of the training rows, and what is equal for rows of one "text", "image" or "group"."""
+        """int64 [N] each: "id" of the training rows, and what is equal for rows of one text, file or group."""
         data = self.data()
         rows = data.rows(TRAIN)
         assert isinstance(data.texts, Texts)
-        columns = {"id": data.ids, "text": data.texts.numbers, "image": data.image_codes, "group": data.groups}
+        columns = {"id": data.ids, TEXT: data.texts.numbers, **data.codes, "group": data.groups}
         return {name: torch.from_numpy(values[rows].astype(np.int64)) for name, values in columns.items()}
 
     def classifiers(self, tasks: list[str]) -> dict[str, Tensor]:
@@ -136,9 +138,10 @@ class Workspace:
         return takers(config, self.encoders)
 
     def _given(self, config: ModelConfig, name: str) -> dict[str, dict[str, Any]]:
-        """Encoder parameters that the pipeline adds: the tokenizer that a student takes over from its teacher."""
+        """Encoder parameters that the pipeline adds: of the data, and the tokenizer that a student takes over."""
         stage = "vocabulary" if name == BASELINE else "inherit"
-        return {taker: {"tokenizer_file": self.path(stage) / TOKENIZER_FILE} for taker in self.takers(config)}
+        given = told_by_data(config, self.encoders, self.recipe.data)
+        return given | {taker: {"tokenizer_file": self.path(stage) / TOKENIZER_FILE} for taker in self.takers(config)}
 
     def pretrained_teacher(self) -> Model:
         """The teacher as its joint fit begins: encoders that learnt alone have what they learnt."""
@@ -170,7 +173,7 @@ class Workspace:
         if reads != TEACHER or not names:
             return loader
         folder, key = self.path("towers"), {"towers": self.done["towers"].fingerprint}
-        repeats = {"text": self.recipe.data.augment.text.views}
+        repeats = {TEXT: self.recipe.data.augment.text.views}
         return WithTowers(loader, {n: TowerOutputs(folder / n, key, repeats.get(n)) for n in names}, reads)
 
     def train_loader(
@@ -210,7 +213,7 @@ class Workspace:
 
     def _texts_loader(self, data: PreparedData, specs: dict[str, InputSpec], num_rows: float) -> Loader:
         size = max(1, round(num_rows))
-        texts = {name: replace(spec, image=False) for name, spec in specs.items()}
+        texts = {name: spec.only([TEXT]) for name, spec in specs.items()}
         options: dict[str, Any] = {"batch_size": size, "seed": self.recipe.seed, "workers": self.workers}
         return Loader(data, TRAIN, texts, augment=None, shuffle=True, **options, **self._slices())
 
@@ -235,7 +238,7 @@ class Workspace:
 
     def teachers_tokenizer(self) -> Path:
         """The ``tokenizer.json`` of the teacher's text tower."""
-        tower: Any = build_part(self.encoders, self.recipe.teacher.encoders["text"], "teacher.encoders.text")
+        tower: Any = build_part(self.encoders, self.recipe.teacher.encoders[TEXT], "teacher.encoders.text")
         return Path(tower.tokenizer_file)
 
     def pairs(self, split: str) -> Pairs:
@@ -247,7 +250,7 @@ class Workspace:
         data = self.data()
         rows = data.rows(split)
         assert isinstance(data.texts, Texts)
-        codes = {"image": data.image_codes[rows], "text": data.texts.numbers[rows]}
+        codes = {"image": data.codes["image"][rows], TEXT: data.texts.numbers[rows]}
         pairs = pairs_of(codes, {name: data.present[name][rows] for name in codes})
         if not len(pairs.first_rows["image"]):
             raise UserError(f"no row of split {split!r} has an image and a text, so nothing can be retrieved; add some")
@@ -258,7 +261,7 @@ class Workspace:
         data = self.data()
         texts = [template.replace("{}", spoken(name)) for name in data.labels[task] for template in templates]
         options: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "seed": self.recipe.seed, "workers": self.workers}
-        specs = {reads: replace(spec, image=False)}
+        specs = {reads: spec.only([TEXT])}
         return Loader(as_data(texts, data), TRAIN, specs, augment=None, shuffle=False, **options)
 
     def tracking(self, folder: Path, config: TrainConfig) -> Tracking:
@@ -276,14 +279,17 @@ class Workspace:
 
     def preprocessor(self, spec: InputSpec) -> Preprocessor:
         """The preprocessing that an exported model of this spec needs."""
-        size = self.recipe.data.working_size if spec.image else None
         text = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
-        return Preprocessor(size, text, crop=self.recipe.data.image_fit == "crop")
+        formats = self.data().formats
+        return Preprocessor({name: formats[name] for name in spec.media}, text)
 
 
-def untrained(config: ModelConfig, where: str, encoders: Registry, num_classes: Mapping[str, int]) -> Model:
+def untrained(
+    config: ModelConfig, where: str, encoders: Registry, num_classes: Mapping[str, int], data: DataConfig
+) -> Model:
     """A model as it is built, before any stage has run: with a tokenizer's name where it takes one from a teacher."""
-    given = {name: {"tokenizer_file": Path(TOKENIZER_FILE)} for name in takers(config, encoders)}
+    given = told_by_data(config, encoders, data)
+    given |= {name: {"tokenizer_file": Path(TOKENIZER_FILE)} for name in takers(config, encoders)}
     return build_model(config, encoders, num_classes, where, given)
 
 

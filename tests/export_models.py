@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distill.contracts import Batch, Outputs
+from distill.formats.image import ImageFormat
 from distill.preprocess import Preprocessor, Tokenizer
 
 CLASSES = {"category": 4, "subcategory": 10}
@@ -111,7 +112,7 @@ def tiny_preprocessor(folder: Path, *, image_size: int = SIZE) -> Preprocessor:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "source_tokenizer.json"))
-    return Preprocessor(image_size, Tokenizer(folder / "source_tokenizer.json", max_length=6))
+    return Preprocessor({"image": ImageFormat(image_size)}, Tokenizer(folder / "source_tokenizer.json", max_length=6))
 
 
 def write_tiny_graph(path: Path, *, size: int = 8, seed: int = 0) -> Path:

@@ -124,7 +124,7 @@ def main() -> None:
 
     first = next(make_loader(data, tokenizer, ("student", "teacher"), batch_size=rows).epoch(0))
     rows_read = data.rows("train")
-    columns = {"id": data.ids, "text": data.texts.numbers, "image": data.image_codes, "group": data.groups}
+    columns = {"id": data.ids, "text": data.texts.numbers, "image": data.codes["image"], "group": data.groups}
     keys = {name: torch.tensor(values[rows_read].astype("int64")) for name, values in columns.items()}
     known = {"rows": only_ids(keys["id"]), "row_keys": keys, "reads": EYE}
     with evaluating(student):

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from tiny_project import RECIPE
 
 from distill.builders import build_part, check_part
-from distill.config import Part, Recipe, TermConfig, nearest, shortened
+from distill.config import Recipe, TermConfig, nearest, shortened
 from distill.contracts import UserError
+from distill.data_config import Part
 from distill.recipe import RECIPES, load_recipe, packaged_configs
 
 PACKAGED = [*packaged_configs().glob("*.yaml"), *(packaged_configs() / RECIPES).glob("*.yaml")]

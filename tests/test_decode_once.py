@@ -14,12 +14,12 @@ from test_prepare import config, good_rows, picture, report_of
 from test_tar_shards import config as tar_config
 from test_tar_shards import write_shards
 
-from distill.config import AugmentConfig
 from distill.contracts import UserError
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepare import prepare
-from distill.data.prepared import PreparedData, SourceImages
-from distill.preprocess import decode_image
+from distill.data.prepared import PreparedData, SourceMedia
+from distill.data_config import AugmentConfig
+from distill.formats.image import decode_image
 
 AUGMENT = AugmentConfig.model_validate({"image": {"flip": 0.5, "shift": 2}})
 
@@ -59,7 +59,7 @@ def both(folder, chosen):
 
 def batches(data):
     options = {"batch_size": 3, "seed": 0, "augment": AUGMENT, "shuffle": True}
-    return [batch["m"] for batch in Loader(data, "train", {"m": InputSpec(True, None, 0)}, **options).epoch(1)]
+    return [batch["m"] for batch in Loader(data, "train", {"m": InputSpec(("image",))}, **options).epoch(1)]
 
 
 @pytest.mark.parametrize("write", [table, files, dataset, shards])
@@ -67,12 +67,12 @@ def test_batches_are_the_same(tmp_path, write):
     rows = good_rows()
     rows[1]["image"], rows[3]["image"] = b"not an image", None
     once, live = both(tmp_path, write(tmp_path, rows))
-    assert isinstance(live.images, SourceImages) and live.images.shape == once.images.shape
+    assert isinstance(live.arrays["image"], SourceMedia) and live.arrays["image"].shape == once.arrays["image"].shape
     assert not (tmp_path / "data-False" / "image.npy").exists()
     assert once.ids.tolist() == live.ids.tolist() and len(once) == (10 if write is shards else 9)
     for one, other in zip(batches(once), batches(live), strict=True):
         assert_equal(one, other)
-    assert all(np.array_equal(live.images[row], once.images[row]) for row in range(len(once)))
+    assert all(np.array_equal(live.arrays["image"][row], once.arrays["image"][row]) for row in range(len(once)))
 
 
 def test_images_are_cropped_by_both(tmp_path):
@@ -81,8 +81,8 @@ def test_images_are_cropped_by_both(tmp_path):
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (12, 30, 3), dtype=np.uint8)).save(buffer, "PNG")
     rows[0]["image"] = buffer.getvalue()
     once, live = both(tmp_path, table(tmp_path, rows).model_copy(update={"image_fit": "crop"}))
-    assert np.array_equal(once.images[0], decode_image(rows[0]["image"], 8, crop=True))
-    assert all(np.array_equal(live.images[row], once.images[row]) for row in range(len(once)))
+    assert np.array_equal(once.arrays["image"][0], decode_image(rows[0]["image"], 8, crop=True))
+    assert all(np.array_equal(live.arrays["image"][row], once.arrays["image"][row]) for row in range(len(once)))
 
 
 def test_bad_rows_are_found_by_both(tmp_path):
@@ -101,5 +101,5 @@ def test_an_image_that_changed_is_named(tmp_path):
     _, live = both(tmp_path, files(tmp_path, good_rows()))
     (tmp_path / "98.png").write_bytes(picture(2)[:50])
     with pytest.raises(UserError, match=r"98\.png changed since the data was prepared: .*--force=data"):
-        live.images[np.array([2])]
-    assert torch.from_numpy(live.images[np.array([3])]).shape == (1, 3, 8, 8)
+        live.arrays["image"][np.array([2])]
+    assert torch.from_numpy(live.arrays["image"][np.array([3])]).shape == (1, 3, 8, 8)

@@ -299,7 +299,7 @@ def test_repeated_images_are_one_query(tmp_path, monkeypatch):
     pipeline.run(load_recipe("dual.yaml"), until="data", quiet=True)
     data = PreparedData.open(tmp_path / "runs" / "dual" / "data")
     rows = data.rows("test")
-    codes = {"image": data.image_codes[rows], "text": data.texts.numbers[rows]}
+    codes = {"image": data.codes["image"][rows], "text": data.texts.numbers[rows]}
     pairs = pairs_of(codes, {name: data.present[name][rows] for name in codes})
     assert len(rows) == 18 and len(pairs.first_rows["image"]) == 9 and len(pairs.first_rows["text"]) == 18
     near = F.normalize(torch.randn(len(data), 8, generator=torch.Generator().manual_seed(0)), dim=1).numpy()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.builders import build_part
-from distill.config import Part
 from distill.contracts import UserError
+from distill.data_config import Part
 from distill.fusion import FUSIONS, CrossAttentionFusion
 
 DIM, ROWS = 8, 5

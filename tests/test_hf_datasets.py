@@ -6,12 +6,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from test_prepare import SPLITS, good_rows, picture
 from test_sources import column
 
-from distill.config import DataConfig
 from distill.contracts import UserError
 from distill.data.hf_datasets import HFDatasetSource
 from distill.data.prepare import prepare, source_fingerprint
 from distill.data.prepared import PreparedData
-from distill.preprocess import decode_image
+from distill.data_config import DataConfig
+from distill.formats.image import decode_image
 
 FEATURES = Features({"image": Image(), "text": Value("string"), "label": ClassLabel(names=["cat", "dog"])})
 FOLDER = {"type": "hf_dataset", "path": "set"}
@@ -41,7 +41,7 @@ def test_splits_become_prepared_data(tmp_path):
     data = PreparedData.open(tmp_path / "data")
     assert info["rows"] == {"train": 6, "valid": 2, "test": 2} and data.labels == {"label": ["cat", "dog"]}
     assert data.split.tolist() == SPLITS and list(data.texts) == [f"text {n}" for n in range(10)]
-    assert all((data.images[n] == decode_image(picture(n), 8)).all() for n in range(10))
+    assert all((data.arrays["image"][n] == decode_image(picture(n), 8)).all() for n in range(10))
 
 
 def test_labels_are_names_and_minus_one_is_missing(tmp_path):
@@ -64,14 +64,14 @@ def test_columns_come_in_pieces_across_splits(tmp_path, monkeypatch):
     source = HFDatasetSource("set", base=tmp_path)
     assert [piece.table.num_rows for piece in source.read(["text", "split"])] == [4, 2, 2, 2]
     assert column(source, "split") == ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
-    assert [source.image(row, "image") for row in (9, 0, 6)] == [picture(9), picture(0), picture(6)]
+    assert [source.media(row, "image") for row in (9, 0, 6)] == [picture(9), picture(0), picture(6)]
 
 
 def test_paths_start_from_the_folder(tmp_path):
     paths = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "../b.png"}]
     Dataset.from_list([{"image": path} for path in paths]).save_to_disk(tmp_path / "set")
     source = HFDatasetSource("set", base=tmp_path)
-    assert source.image(0, "image") == tmp_path / "set/a.png" and source.where(1, "image") == "column 'image', row 1"
+    assert source.media(0, "image") == tmp_path / "set/a.png" and source.where(1, "image") == "column 'image', row 1"
 
 
 def test_the_fingerprint_follows_the_rows_but_not_the_place(tmp_path):
@@ -93,7 +93,7 @@ def test_the_hub_is_asked_by_name_and_config(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = HFDatasetSource("hub:someone/things", "small", base=tmp_path)
     assert asked == [("someone/things", "small")] and len(source) == 10
-    assert set(source.identity("image")) > {"hub:someone/things"}
+    assert set(source.identity(["image"])) > {"hub:someone/things"}
 
 
 def test_a_hub_set_that_is_not_there(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_the_fingerprint_follows_images_that_cells_name(tmp_path):
     for root, number in (("one", 1), ("two", 2)):
         (tmp_path / root).mkdir()
         (tmp_path / root / "a.png").write_bytes(picture(number))
-    one, two = (HFDatasetSource("set", root=root, base=tmp_path).identity("image") for root in ("one", "two"))
+    one, two = (HFDatasetSource("set", root=root, base=tmp_path).identity(["image"]) for root in ("one", "two"))
     assert set(one) == set(two) and one != two
 
 
@@ -142,7 +142,7 @@ def test_images_beside_a_set_are_found_from_a_relative_base(tmp_path, monkeypatc
     Dataset.from_list([{"image": "a.png"}]).save_to_disk(tmp_path / "set")
     monkeypatch.chdir(tmp_path.parent)
     base = tmp_path.relative_to(tmp_path.parent)
-    assert HFDatasetSource("set", base=base).image(0, "image") == base / "set/a.png"
+    assert HFDatasetSource("set", base=base).media(0, "image") == base / "set/a.png"
 
 
 def test_a_set_without_splits_or_rows_is_refused(tmp_path):

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FileTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from distill.config import AugmentConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch, UserError
 from distill.data import tokens
 from distill.data.loader import InputSpec, Loader
 from distill.data.order import TwoLevelOrder
 from distill.data.prepared import PreparedData
+from distill.data_config import AugmentConfig
+from distill.formats.image import ImageFormat
 from distill.preprocess import Preprocessor, Tokenizer
 
 WORDS = ["red", "green", "blue", "cat", "dog", "sun", "moon"]
@@ -47,9 +48,9 @@ def data(tmp_path_factory):
         ids=random.permutation(total).astype(np.int64) * 3,
         split=np.array(["train"] * NUM_TRAIN + ["test"] * NUM_TEST),
         groups=np.arange(total),
-        image_codes=np.arange(total),
         texts=texts,
-        images=images,
+        codes={"image": np.arange(total)},
+        arrays={"image": images},
         present={"image": np.arange(total) != 4, "text": np.array([text != "" for text in texts])},
         targets={"label": np.where(np.arange(total) == 6, IGNORE, np.arange(total) % 3)},
         labels={"label": ["a", "b", "c"]},
@@ -58,7 +59,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def specs(tokenizer_file):
-    return {"teacher": InputSpec(True, tokenizer_file, 8), "student": InputSpec(True, tokenizer_file, 4, pad_id=3)}
+    return {
+        "teacher": InputSpec(("image",), tokenizer_file, 8),
+        "student": InputSpec(("image",), tokenizer_file, 4, pad_id=3),
+    }
 
 
 def make(data, specs, split="train", **options):
@@ -108,7 +112,7 @@ def test_grouped_batches_have_texts_of_like_length(data, specs):
 
 def test_grouping_without_texts_is_refused(data):
     with pytest.raises(UserError, match="group_by_length: student read no text"):
-        make(data, {"student": InputSpec(True, None, 0)}, group_by_length=True)
+        make(data, {"student": InputSpec(("image",))}, group_by_length=True)
 
 
 @settings(max_examples=15, deadline=None)
@@ -131,9 +135,9 @@ def test_order_does_not_depend_on_how_the_source_was_sorted(data, specs):
         ids=data.ids[back],
         split=data.split[back],
         groups=data.groups[back],
-        image_codes=data.image_codes[back],
+        codes={"image": data.codes["image"][back]},
         texts=[data.texts[row] for row in back],
-        images=data.images[back],
+        arrays={"image": data.arrays["image"][back]},
         present={key: values[back] for key, values in data.present.items()},
         targets={key: values[back] for key, values in data.targets.items()},
         labels=data.labels,
@@ -209,7 +213,7 @@ def test_rows_carry_their_own_values(data, specs):
     for batches in make(data, specs, augment=None).epoch(0):
         batch = batches["teacher"]
         rows = [data.ids.tolist().index(row) for row in batch.ids.tolist()]
-        assert np.array_equal(batch.inputs["image"].numpy(), data.images[rows])
+        assert np.array_equal(batch.inputs["image"].numpy(), data.arrays["image"][rows])
         assert batch.targets["label"].tolist() == data.targets["label"][rows].tolist()
         assert batch.present["text"].tolist() == data.present["text"][rows].tolist()
 
@@ -219,9 +223,11 @@ def test_clean_batches_are_what_predict_feeds(data, specs, name):
     loader = make(data, specs, shuffle=False, batch_size=64)
     [batches] = loader.epoch(0)
     spec, rows = specs[name], loader.row_positions
-    preprocess = Preprocessor(8, Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id))
+    preprocess = Preprocessor({"image": ImageFormat(8)}, Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id))
     present = data.present["image"]
-    feeds = preprocess([{"image": data.images[r] if present[r] else None, "text": data.texts[r]} for r in rows])
+    feeds = preprocess(
+        [{"image": data.arrays["image"][r] if present[r] else None, "text": data.texts[r]} for r in rows]
+    )
     batch = batches[name]
     assert (batch.views == CLEAN_VIEW).all()
     for key in ("image", "text", "text_mask"):
@@ -262,7 +268,10 @@ def test_absent_modalities_are_zeros_in_every_view(data, specs):
 
 
 def test_word_dropout_is_the_same_for_both_tokenizers_and_keeps_the_order(data, tokenizer_file):
-    specs = {"teacher": InputSpec(True, tokenizer_file, 8), "student": InputSpec(False, tokenizer_file, 20, pad_id=9)}
+    specs = {
+        "teacher": InputSpec(("image",), tokenizer_file, 8),
+        "student": InputSpec((), tokenizer_file, 20, pad_id=9),
+    }
     dropped = 0
     for batches in make(data, specs).epoch(0):
         for number, row in enumerate(batches["teacher"].ids.tolist()):
@@ -291,12 +300,12 @@ def test_mixed_views_in_one_batch(data, specs):
     loader = make(data, specs)
     rows = np.repeat(loader.row_positions[:1], 6)
     batch = loader.batch(rows, torch.tensor([0, 1, 2, 3, CLEAN_VIEW, 0]))["teacher"]
-    assert np.array_equal(batch.inputs["image"][4].numpy(), data.images[rows[0]])
+    assert np.array_equal(batch.inputs["image"][4].numpy(), data.arrays["image"][rows[0]])
     assert torch.equal(batch.inputs["image"][0], batch.inputs["image"][5])
 
 
 def test_a_model_gets_only_what_it_reads(data, tokenizer_file):
-    specs = {"eyes": InputSpec(True, None, 0), "ears": InputSpec(False, tokenizer_file, 8)}
+    specs = {"eyes": InputSpec(("image",)), "ears": InputSpec((), tokenizer_file, 8)}
     batches = next(make(data, specs).epoch(0))
     assert list(batches["eyes"].inputs) == ["image"] and list(batches["ears"].inputs) == ["text", "text_mask"]
 

@@ -17,6 +17,7 @@ from onnx.utils import Extractor
 from PIL import Image
 
 from distill.export.bundle import write_bundle
+from distill.formats.image import ImageFormat
 from distill.predict import load
 from distill.preprocess import Preprocessor, Tokenizer
 
@@ -43,7 +44,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         folder / "bundle",
         model_path=graph,
         preprocessor=Preprocessor(
-            SIZE if "image" in modalities else None, other_tokenizer(folder) if "text" in modalities else None
+            {"image": ImageFormat(SIZE)} if "image" in modalities else {},
+            other_tokenizer(folder) if "text" in modalities else None,
         ),
         labels=LABELS,
         name=request.param,

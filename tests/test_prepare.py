@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from distill.config import DataConfig
 from distill.contracts import IGNORE, UserError
 from distill.data.prepare import PreparedData, prepare, source_fingerprint
 from distill.data.sources import open_source
-from distill.preprocess import decode_image
+from distill.data_config import DataConfig
+from distill.formats.image import decode_image
 from distill.recipe import packaged_configs
 
 SPLITS = ["train"] * 6 + ["valid"] * 2 + ["test"] * 2
@@ -70,8 +70,8 @@ def report_of(folder):
 def test_everything_is_written(tmp_path):
     info, data, report = run(tmp_path, good_rows())
     assert data.ids.tolist() == [100 - n for n in range(10)] and len(data) == 10
-    assert data.images.shape == (10, 3, 8, 8) and data.images.dtype == np.uint8
-    assert all(np.array_equal(data.images[n], decode_image(picture(n), 8)) for n in range(10))
+    assert data.arrays["image"].shape == (10, 3, 8, 8) and data.arrays["image"].dtype == np.uint8
+    assert all(np.array_equal(data.arrays["image"][n], decode_image(picture(n), 8)) for n in range(10))
     assert data.texts[3] == "drawing 3" and data.split.tolist() == SPLITS
     assert data.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert data.labels == {"label": ["a", "b"], "colour": ["0", "1"]}
@@ -105,7 +105,7 @@ def test_rows_of_a_split_are_in_order_of_id(tmp_path):
 
 def test_images_are_mapped_not_read(tmp_path):
     _, data, _ = run(tmp_path, good_rows())
-    assert isinstance(data.images, np.memmap) and not data.images.flags.writeable
+    assert isinstance(data.arrays["image"], np.memmap) and not data.arrays["image"].flags.writeable
 
 
 def test_bad_images_are_left_out_and_listed(tmp_path):
@@ -113,7 +113,7 @@ def test_bad_images_are_left_out_and_listed(tmp_path):
     rows[2]["image"] = b"not an image"
     info, data, report = run(tmp_path, rows, max_bad_fraction=0.1)
     assert info["bad_rows"] == 1 and 98 not in data.ids and len(data) == 9
-    assert data.images.shape[0] == 9 and np.array_equal(data.images[2], decode_image(picture(3), 8))
+    assert data.arrays["image"].shape[0] == 9 and np.array_equal(data.arrays["image"][2], decode_image(picture(3), 8))
     [listed] = report["bad_rows"]["rows"]
     assert listed["id"] == 98 and listed["where"] == "column 'image', row 2" and "not a readable" in listed["reason"]
 
@@ -160,7 +160,7 @@ def test_missing_modalities_are_marked(tmp_path):
     assert [entry["reason"] for entry in report["bad_rows"]["rows"]] == ["every modality is missing"]
     assert data.present["text"].tolist() == [False, False] + [True] * 7
     assert data.present["image"].tolist() == [True, True, False] + [True] * 6
-    assert data.texts[:2] == ["", ""] and not data.images[2].any()
+    assert data.texts[:2] == ["", ""] and not data.arrays["image"][2].any()
     assert report["present"]["text"] == {"train": 3, "valid": 2, "test": 2}
 
 
@@ -168,7 +168,7 @@ def test_text_alone(tmp_path):
     rows = good_rows()
     rows[0]["text"] = ""
     info, data, report = run(tmp_path, rows, modalities={"text": "text"}, max_bad_fraction=0.1)
-    assert data.images is None and set(data.present) == {"text"} and info["modalities"] == ["text"]
+    assert data.arrays["image"] is None and set(data.present) == {"text"} and info["modalities"] == ["text"]
     assert report["bad_rows"]["rows"] == [{"id": 100, "where": "row 0", "reason": "every modality is missing"}]
 
 
@@ -340,7 +340,7 @@ def test_the_hash_of_a_split_is_that_of_its_rows_alone(prepared):
     def changed(row):
         """Data that differ in one thing of a row, each in another."""
         targets, present = ({k: v.copy() for k, v in part.items()} for part in (prepared.targets, prepared.present))
-        ids, images, texts = prepared.ids.copy(), np.array(prepared.images), list(prepared.texts)
+        ids, images, texts = prepared.ids.copy(), np.array(prepared.arrays["image"]), list(prepared.texts)
         targets["tone"][row] = 1 - targets["tone"][row]
         present["text"][row] = False
         ids[row], images[row, 0, 0, 0], texts[row] = ids[row] + 1, images[row, 0, 0, 0] + 1, "another"

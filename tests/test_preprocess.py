@@ -13,9 +13,11 @@ from PIL import Image
 from tokenizers import Tokenizer as FileTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from distill import preprocess
 from distill.contracts import UserError
-from distill.preprocess import BadInput, Preprocessor, Tokenizer, decode_image
+from distill.formats import image as image_format
+from distill.formats.base import BadInput
+from distill.formats.image import ImageFormat, decode_image
+from distill.preprocess import Preprocessor, Tokenizer
 
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 BERT = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "red": 4, "heart": 5, "##s": 6, "flag": 7, "cat": 8, "!": 9}
@@ -141,7 +143,7 @@ def test_path_and_bytes_agree(tmp_path):
 
 def test_bomb_is_refused_before_it_is_decoded(monkeypatch):
     content = encoded(Image.new("1", (3000, 2000)))
-    monkeypatch.setattr(preprocess, "MAX_PIXELS", 1_000_000)
+    monkeypatch.setattr(image_format, "MAX_PIXELS", 1_000_000)
     with pytest.raises(BadInput, match="3000x2000"):
         decode_image(content, 8)
 
@@ -152,7 +154,7 @@ def test_image_beyond_pillows_own_limit_is_refused(monkeypatch):
         decode_image(encoded(Image.new("1", (100, 100))), 8)
 
 
-@pytest.mark.parametrize("kind", preprocess.FORMATS)
+@pytest.mark.parametrize("kind", image_format.FILE_TYPES)
 def test_every_listed_format_is_read(kind):
     image = decode_image(encoded(Image.new("RGB", (8, 8), (200, 100, 50)), kind), 8)
     assert np.abs(image.mean(axis=(1, 2)) - [200, 100, 50]).max() < 8
@@ -244,7 +246,9 @@ def test_unusable_tokenizers_are_refused(tmp_path, bert, content, max_length, me
 
 def test_rows_become_feeds(bert, tmp_path):
     content = encoded(Image.new("RGB", (8, 8), (7, 8, 9)))
-    feeds = Preprocessor(8, Tokenizer(bert, 8))([{"image": content, "text": "cat"}, {"text": ""}, {"image": content}])
+    feeds = Preprocessor({"image": ImageFormat(8)}, Tokenizer(bert, 8))(
+        [{"image": content, "text": "cat"}, {"text": ""}, {"image": content}]
+    )
     assert feeds["image_present"].tolist() == [True, False, True]
     assert feeds["text_present"].tolist() == [True, False, False]
     assert feeds["text"].tolist() == [[1, 8, 2], [0, 0, 0], [0, 0, 0]] and not feeds["text_mask"][1:].any()
@@ -252,18 +256,18 @@ def test_rows_become_feeds(bert, tmp_path):
 
 
 def test_only_the_models_modalities_are_fed(bert):
-    assert set(Preprocessor(8, None)([{"text": "cat"}])) == {"image", "image_present"}
-    assert set(Preprocessor(None, Tokenizer(bert, 8))([{}])) == {"text", "text_mask", "text_present"}
+    assert set(Preprocessor({"image": ImageFormat(8)})([{"text": "cat"}])) == {"image", "image_present"}
+    assert set(Preprocessor({}, Tokenizer(bert, 8))([{}])) == {"text", "text_mask", "text_present"}
 
 
 def test_no_rows_give_empty_feeds(bert):
-    feeds = Preprocessor(8, Tokenizer(bert, 8))([])
+    feeds = Preprocessor({"image": ImageFormat(8)}, Tokenizer(bert, 8))([])
     assert feeds["image"].shape == (0, 3, 8, 8) and feeds["text"].shape == (0, 1)
 
 
 def test_decoded_arrays_are_taken_as_they_are():
     pixels = np.arange(3 * 8 * 8, dtype=np.uint8).reshape(3, 8, 8)
-    assert np.array_equal(Preprocessor(8, None)([{"image": pixels}])["image"][0], pixels)
+    assert np.array_equal(Preprocessor({"image": ImageFormat(8)})([{"image": pixels}])["image"][0], pixels)
 
 
 @pytest.mark.parametrize(
@@ -277,12 +281,12 @@ def test_decoded_arrays_are_taken_as_they_are():
 )
 def test_bad_rows_are_named(bert, row, message):
     with pytest.raises(BadInput, match=message):
-        Preprocessor(8, Tokenizer(bert, 8))([{}, row])
+        Preprocessor({"image": ImageFormat(8)}, Tokenizer(bert, 8))([{}, row])
 
 
 def test_saved_preprocessing_is_the_same(bert, tmp_path):
     rows = [{"image": encoded(noise(30, 20)), "text": "red hearts flag"}]
-    before = Preprocessor(16, Tokenizer(bert, 5, pad_id=9))
+    before = Preprocessor({"image": ImageFormat(16)}, Tokenizer(bert, 5, pad_id=9))
     before.save(tmp_path / "bundle")
     before.save(tmp_path / "bundle")  # saving again over itself is harmless
     after = Preprocessor.load(tmp_path / "bundle")
@@ -297,10 +301,10 @@ def test_saved_preprocessing_is_the_same(bert, tmp_path):
 
 def test_a_bundle_crops_as_its_training_did(tmp_path):
     rows = [{"image": encoded(noise(30, 20))}]
-    Preprocessor(16, None, crop=True).save(tmp_path)
+    Preprocessor({"image": ImageFormat(16, crop=True)}).save(tmp_path)
     found = Preprocessor.load(tmp_path)(rows)["image"][0]
     assert np.array_equal(found, decode_image(rows[0]["image"], 16, crop=True))
-    assert not np.array_equal(found, Preprocessor(16, None)(rows)["image"][0])
+    assert not np.array_equal(found, Preprocessor({"image": ImageFormat(16)})(rows)["image"][0])
 
 
 @pytest.mark.parametrize("content", [None, "nonsense", '{"image": {}}', "[]", '{"text": {"tokenizer": "x"}}'])

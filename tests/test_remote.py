@@ -16,7 +16,7 @@ from distill.data.prepared import PreparedData
 from distill.data.remote import Place
 from distill.data.tables import TableSource
 from distill.data.tar_shards import TarShardSource
-from distill.preprocess import BadInput
+from distill.formats.base import BadInput
 
 
 @pytest.fixture
@@ -49,17 +49,17 @@ def test_a_remote_manifest_names_images_beside_it(tmp_path, store):
     store.pipe("/bucket/rows.csv", b"image,label\nimages/1.png,a\n../2.png,b\ns3://other/3.png,b\nimages/4.png,b\n")
     store.pipe("/bucket/images/1.png", picture(1))
     source = TableSource("memory://bucket/rows.csv", base=tmp_path)
-    assert column(source, "label") == ["a", "b", "b", "b"] and source.image(0, "image") == picture(1)
+    assert column(source, "label") == ["a", "b", "b", "b"] and source.media(0, "image") == picture(1)
     for row, reason in ((1, "leaves"), (2, "leaves"), (3, "cannot be read: no file")):
         with pytest.raises(BadInput, match=reason):
-            source.image(row, "image")
+            source.media(row, "image")
 
 
 def test_a_remote_folder_of_parquet_files(tmp_path, store):
     for name, rows in (("b", good_rows()[5:]), ("a", good_rows()[:5])):
         store.pipe(f"/bucket/{name}.parquet", as_parquet(rows))
     source = TableSource("memory://bucket", base=tmp_path)
-    assert column(source, "id") == list(range(100, 90, -1)) and source.image(7, "image") == picture(7)
+    assert column(source, "id") == list(range(100, 90, -1)) and source.media(7, "image") == picture(7)
 
 
 @pytest.mark.parametrize("pattern", ["memory://bucket/s-{0..1}.tar", "memory://bucket/s-*.tar"])
@@ -72,7 +72,7 @@ def test_remote_shards_are_read_in_place(tmp_path, store, pattern):
             tar.addfile(member, io.BytesIO(picture(shard)))
         store.pipe(f"/bucket/s-{shard}.tar", buffer.getvalue())
     source = TarShardSource(pattern, base=tmp_path, folder=tmp_path)
-    assert column(source, "key") == ["0", "1"] and source.image(1, "image") == picture(1)
+    assert column(source, "key") == ["0", "1"] and source.media(1, "image") == picture(1)
     store.pipe("/bucket/s-1.tar", buffer.getvalue() + b"\0" * 512)
     with pytest.raises(UserError, match=r"memory://.*s-1\.tar changed since it was indexed"):
         len(TarShardSource(pattern, base=tmp_path, folder=tmp_path))
@@ -118,6 +118,6 @@ def test_planning_reads_no_remote_image(tmp_path, store, monkeypatch):
     store.pipe("/bucket/images/1.png", picture(1))
     source = TableSource("memory://bucket/rows.csv", base=tmp_path)
     monkeypatch.setattr(Place, "read", lambda *_: 1 / 0)
-    assert list(source.identity("image")) == ["rows.csv", "memory://bucket"]
+    assert list(source.identity(["image"])) == ["rows.csv", "memory://bucket"]
     other = TableSource("memory://bucket/rows.csv", "memory://other", base=tmp_path)
-    assert other.identity("image") != source.identity("image")
+    assert other.identity(["image"]) != source.identity(["image"])

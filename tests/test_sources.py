@@ -9,12 +9,12 @@ import pyarrow.parquet as pa_parquet
 import pytest
 from datasets import Dataset
 
-from distill.config import Part
 from distill.contracts import UserError
 from distill.data.folders import ImageFolderSource
 from distill.data.sources import SOURCES, open_source
 from distill.data.tables import TableSource
-from distill.preprocess import BadInput
+from distill.data_config import Part
+from distill.formats.base import BadInput
 
 ROWS = [{"id": n, "image": f"images/{n}.png", "label": "ab"[n % 2], "text": f"text {n}"} for n in range(5)]
 
@@ -43,7 +43,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     assert len(source) == 5 and source.columns == ["id", "image", "label", "text"]
     assert column(source, "id") == [0, 1, 2, 3, 4]
     assert column(source, "text")[3] == "text 3"
-    assert [source.image(row, "image") for row in (4, 0)] == [tmp_path / "images/4.png", tmp_path / "images/0.png"]
+    assert [source.media(row, "image") for row in (4, 0)] == [tmp_path / "images/4.png", tmp_path / "images/0.png"]
 
 
 def test_folder_of_parquet_files_is_read_in_order_of_name(tmp_path):
@@ -51,7 +51,7 @@ def test_folder_of_parquet_files_is_read_in_order_of_name(tmp_path):
         pa_parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
     source = TableSource(".", base=tmp_path)
     assert column(source, "id") == [0, 1, 2, 3, 4]
-    assert list(source.identity(None)) == ["a.parquet", "b.parquet"]
+    assert list(source.identity([])) == ["a.parquet", "b.parquet"]
 
 
 def test_files_of_a_folder_have_the_same_columns(tmp_path):
@@ -76,7 +76,7 @@ def test_files_of_a_folder_have_the_same_columns(tmp_path):
 )
 def test_image_cells(tmp_path, cell, expected):
     pa_parquet.write_table(pa.Table.from_pylist([{"image": cell}]), tmp_path / "t.parquet")
-    value = TableSource("t.parquet", base=tmp_path).image(0, "image")
+    value = TableSource("t.parquet", base=tmp_path).media(0, "image")
     assert value == (tmp_path / expected if isinstance(expected, str) else expected)
 
 
@@ -84,26 +84,26 @@ def test_image_cells(tmp_path, cell, expected):
 def test_bad_image_cells(tmp_path, cell, message):
     pa_parquet.write_table(pa.table({"image": [cell]}), tmp_path / "t.parquet")
     with pytest.raises(BadInput, match=message):
-        TableSource("t.parquet", base=tmp_path).image(0, "image")
+        TableSource("t.parquet", base=tmp_path).media(0, "image")
 
 
 def test_root_is_where_image_paths_start(tmp_path):
     (tmp_path / "tables").mkdir()
     write_table(tmp_path / "tables", ".csv")
     source = TableSource("tables/table.csv", root=".", base=tmp_path)
-    assert source.image(1, "image") == tmp_path / "images/1.png"
-    assert list(source.identity("image"))[:2] == ["table.csv", "images/0.png"]
+    assert source.media(1, "image") == tmp_path / "images/1.png"
+    assert list(source.identity(["image"]))[:2] == ["table.csv", "images/0.png"]
 
 
 def test_embedded_images_need_no_files(tmp_path):
     pa_parquet.write_table(pa.table({"image": [b"x"]}), tmp_path / "t.parquet")
-    assert list(TableSource("t.parquet", base=tmp_path).identity("image")) == ["t.parquet"]
+    assert list(TableSource("t.parquet", base=tmp_path).identity(["image"])) == ["t.parquet"]
 
 
 def test_packaged_sample(tmp_path):
     source = TableSource("sample:emoji", base=tmp_path)
     assert {"id", "image", "text", "category", "subcategory", "family", "split"} <= set(source.columns)
-    assert isinstance(source.image(len(source) - 1, "image"), bytes)
+    assert isinstance(source.media(len(source) - 1, "image"), bytes)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_image_folder_with_classes(tmp_path):
     source = ImageFolderSource(".", base=tmp_path)
     assert source.columns == ["image", "label"] and len(source) == 2
     assert column(source, "label") == ["cat", "dog"]
-    assert source.image(1, "image") == tmp_path / "dog/2.JPG"
+    assert source.media(1, "image") == tmp_path / "dog/2.JPG"
 
 
 def test_image_folder_with_splits(tmp_path):
@@ -154,7 +154,7 @@ def test_image_folder_with_splits(tmp_path):
     source = ImageFolderSource(".", base=tmp_path)
     assert column(source, "split") == ["train", "train", "val"]
     assert column(source, "label") == ["cat", "dog", "cat"]
-    assert list(source.identity("image")) == column(source, "image")
+    assert list(source.identity(["image"])) == column(source, "image")
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path):
@@ -200,7 +200,7 @@ def test_damage_within_a_parquet_file_is_one_sentence(tmp_path):
     half = len(content) // 2
     (tmp_path / "t.parquet").write_bytes(content[:4] + b"\xff" * (half - 4) + content[half:])
     source = TableSource("t.parquet", base=tmp_path)
-    for read in (lambda: column(source, "text"), lambda: [source.image(0, name) for name in source.columns]):
+    for read in (lambda: column(source, "text"), lambda: [source.media(0, name) for name in source.columns]):
         with pytest.raises(UserError, match=r"t\.parquet cannot be read as a table"):
             read()
 
@@ -218,14 +218,14 @@ def test_cells_that_can_be_no_path_have_no_hash(tmp_path):
     cells = ["a\0b.png", "loop.png", "long words " * 99, "../a.png", None]
     pa_parquet.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
     source = TableSource("t.parquet", base=tmp_path)
-    assert set(source.identity("image").values()) == {source.identity(None)["t.parquet"], None}
+    assert set(source.identity(["image"]).values()) == {source.identity([])["t.parquet"], None}
     for row in (0, 1):
         with pytest.raises(BadInput, match="cannot be followed"):
-            source.image(row, "image")
+            source.media(row, "image")
 
 
 def test_only_structs_without_bytes_name_files(tmp_path):
     (tmp_path / "b.png").write_bytes(b"b")
     cells = [{"bytes": b"x", "path": "a.png"}, {"bytes": None, "path": "b.png"}, None]
     pa_parquet.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
-    assert list(TableSource("t.parquet", base=tmp_path).identity("image")) == ["t.parquet", "b.png"]
+    assert list(TableSource("t.parquet", base=tmp_path).identity(["image"])) == ["t.parquet", "b.png"]

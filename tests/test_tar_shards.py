@@ -9,14 +9,15 @@ import pytest
 from test_prepare import SPLITS, picture
 from test_sources import column
 
-from distill.config import DataConfig, Part
 from distill.contracts import UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.data.prepared import PreparedData
 from distill.data.sources import open_source
 from distill.data.tar_index import INDEX_FILE
 from distill.data.tar_shards import TarShardSource, expand_braces
-from distill.preprocess import BadInput, decode_image
+from distill.data_config import DataConfig, Part
+from distill.formats.base import BadInput
+from distill.formats.image import decode_image
 
 
 def sample(number: int, split: str) -> dict[str, bytes]:
@@ -68,7 +69,7 @@ def test_shards_become_prepared_data(tmp_path):
     assert data.ids.tolist() == [100 - number for number in range(10)]
     assert list(data.texts) == [f"drawing {number}" for number in range(10)]
     assert data.labels == {"label": ["a", "b"], "tone": ["0", "1"]}
-    assert all((data.images[number] == decode_image(picture(number), 8)).all() for number in range(10))
+    assert all((data.arrays["image"][number] == decode_image(picture(number), 8)).all() for number in range(10))
     assert {path.name for path in tmp_path.rglob("*") if path.suffix in (".png", ".txt")} == set()
 
 
@@ -78,7 +79,7 @@ def test_patterns_name_the_same_shards(tmp_path, pattern):
     assert len(source) == 10 and column(source, "key") == [f"{number:04}" for number in range(10)]
     assert column(source, "shard")[3:5] == ["s-00.tar", "s-01.tar"]
     assert source.columns == ["key", "shard", "image", "text", "label", "split", "id", "tone"]
-    assert source.image(7, "image") == picture(7) and source.where(7, "image") == f"{tmp_path / 's-01.tar'}: 0007"
+    assert source.media(7, "image") == picture(7) and source.where(7, "image") == f"{tmp_path / 's-01.tar'}: 0007"
 
 
 def test_patterns_can_say_the_split(tmp_path):
@@ -98,7 +99,7 @@ def test_the_index_is_made_once_and_kept(tmp_path, monkeypatch):
     assert len(first) == 10 and (tmp_path / "kept" / INDEX_FILE).is_file()
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: 1 / 0)
     again = TarShardSource("s-*.tar", base=tmp_path, folder=tmp_path / "kept")
-    assert again.image(9, "image") == picture(9) and column(again, "id") == column(first, "id")
+    assert again.media(9, "image") == picture(9) and column(again, "id") == column(first, "id")
 
 
 def test_a_shard_that_changed_is_named(tmp_path):
@@ -189,7 +190,7 @@ def test_a_key_that_comes_twice_is_left_out_the_second_time(tmp_path):
 def test_missing_members_are_missing_cells(tmp_path):
     files = [("0.cls", b"a"), ("0.json", b'{"id": 7, "split": "train"}'), ("1.png", b"x"), ("2.notes", b"y")]
     source = TarShardSource("t.tar", base=write_tar(tmp_path / "t.tar", files).parent)
-    assert len(source) == 2 and source.image(0, "image") is None and source.image(1, "image") == b"x"
+    assert len(source) == 2 and source.media(0, "image") is None and source.media(1, "image") == b"x"
     assert column(source, "text") == [None, None] and column(source, "label") == ["a", None]
     assert column(source, "id") == [7, None]
 
@@ -199,7 +200,7 @@ def test_long_names_and_folders_are_read(tmp_path):
     source = TarShardSource(
         "t.tar", base=write_tar(tmp_path / "t.tar", [(f"{long}.seg.png", b"s"), (f"{long}.PNG", b"x")]).parent
     )
-    assert column(source, "key") == [long] and source.image(0, "image") == b"x"
+    assert column(source, "key") == [long] and source.media(0, "image") == b"x"
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.35, 0.5, 0.77, 0.9])
@@ -226,7 +227,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_bad_input(tmp_path):
     assert len(source) == 2
     (tmp_path / "s-02.tar").write_bytes(b"")
     with pytest.raises(BadInput, match="ends within a file"):
-        source.image(0, "image")
+        source.media(0, "image")
 
 
 def test_compressed_shards_are_refused(tmp_path):
@@ -317,7 +318,7 @@ def test_a_shard_that_is_gone_while_it_is_read_is_named(tmp_path):
     assert len(source) == 10
     (tmp_path / "s-01.tar").unlink()
     with pytest.raises(UserError, match=r"s-01\.tar cannot be read any more: No such file"):
-        source.image(5, "image")
+        source.media(5, "image")
 
 
 def test_a_shard_of_the_same_size_but_another_time_changed(tmp_path):

@@ -6,9 +6,9 @@ import torch
 from tiny import AUGMENT, NO_TEXT, around
 
 from distill.build import input_spec
-from distill.config import TextAugment
 from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, UserError
 from distill.data.loader import Loader
+from distill.data_config import TextAugment
 from distill.progress import silent
 from distill.ranks import Ranks
 from distill.towers import Rows, TowerOutputs, WithTowers, encode_towers, frozen_towers

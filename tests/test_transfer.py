@@ -62,7 +62,7 @@ def make_mixed(prepared, wordpiece_file):
 
     def make(reads="student", workers=0) -> MixedLoader:
         names = ("student", "teacher")
-        specs = dict.fromkeys(names, InputSpec(False, wordpiece_file, 16))
+        specs = dict.fromkeys(names, InputSpec((), wordpiece_file, 16))
         transfer = as_data(TEXTS, prepared)
         extra = Loader(transfer, "train", specs, batch_size=5, seed=0, augment=None, shuffle=True, workers=workers)
         return MixedLoader(make_loader(prepared, wordpiece_file, names, workers=workers), extra, reads, pad_id=0)

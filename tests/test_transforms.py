@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from distill.config import ImageAugment
 from distill.contracts import CLEAN_VIEW
 from distill.data.transforms import augment_images, crop_boxes, drop_words, hash_uniform, resize_images
+from distill.data_config import ImageAugment
 
 FULL = ImageAugment(flip=0.5, shift=3, brightness=0.3, contrast=0.3)
 CROPPED = FULL.model_copy(update={"crop": 0.3, "fill": "black"})

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from distill.config import AugmentConfig, TermConfig
+from distill.config import TermConfig
 from distill.contracts import CLEAN_VIEW, IGNORE, Batch
 from distill.data import prepared
 from distill.data.loader import InputSpec, Loader
 from distill.data.prepared import PreparedData
+from distill.data_config import AugmentConfig
+from distill.formats.image import ImageFormat
 from distill.fusion import FUSIONS
 from distill.losses.objective import Objective
 from distill.losses.terms import tap_paths
@@ -133,7 +135,8 @@ def write_prepared(folder: Path) -> Path:
         present=present,
         targets=targets,
         labels={"kind": KINDS, "tone": TONES},
-        images=images.clip(0, 255).astype(np.uint8),
+        arrays={"image": images.clip(0, 255).astype(np.uint8)},
+        formats={"image": ImageFormat(SIZE)},
     )
 
 
@@ -160,7 +163,7 @@ def around(encoders, *, fusion: str = "concat", dim: int = 12, **options: float)
 
 def make_loader(data: PreparedData, tokenizer_file: Path, reads: tuple[str, ...] = ("student",), **options) -> Loader:
     """Shuffled, augmented training rows with three repeating views, unless told otherwise."""
-    spec = InputSpec(True, tokenizer_file, 16)
+    spec = InputSpec(("image",), tokenizer_file, 16)
     defaults = {"split": "train", "batch_size": 16, "seed": 0, "augment": AUGMENT, "views": 3, "shuffle": True}
     chosen = defaults | options
     return Loader(data, chosen.pop("split"), dict.fromkeys(reads, spec), **chosen)

@@ -1,4 +1,4 @@
-"""What all sources of rows have in common: the contract, and what image cells may hold."""
+"""What all sources of rows have in common: the contract, and what cells of media may hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import pyarrow.compute as pc
 from distill.config import nearest
 from distill.contracts import UserError
 from distill.data.remote import Place
-from distill.preprocess import BadInput
+from distill.formats.base import BadInput
+
+Cell = bytes | Path | list[Any] | None
+"""Media in a row: what a file holds or where it lies, numbers, or nothing."""
 
 PIECE = 1 << 13  # rows that a source reads together, at most
 
@@ -46,14 +49,18 @@ class Source(Protocol):
     def read(self, columns: Sequence[str]) -> Iterator[Piece]:
         """Yield all rows in order, a limited number at a time; UserError if there is no such column."""
 
-    def image(self, row: int, column: str) -> bytes | Path | None:
-        """Return an image's file bytes or its path, None where missing. Raises BadInput on any other value."""
+    def media(self, row: int, column: str) -> Cell:
+        """Return the cell of an image, a sound or the like, None where missing; BadInput if it can be none."""
 
     def where(self, row: int, column: str) -> str:
-        """Return where an image comes from, for messages."""
+        """Return where a cell of media comes from, for messages."""
 
-    def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return what tells other content apart, a file: by a name that does not depend on where the folder lies."""
+    def identity(self, media: Sequence[str]) -> dict[str, str | None]:
+        """Return what tells other content apart, by names that do not depend on where the folder lies.
+
+        Args:
+            media: columns whose cells may name files.
+        """
 
 
 def check_columns(source: Source, names: Sequence[str]) -> None:
@@ -70,11 +77,11 @@ def pieces(table: pa.Table) -> Iterator[Piece]:
     return (Piece(batch) for batch in table.to_batches(max_chunksize=PIECE))
 
 
-def image_cell(value: Any, root: Place) -> bytes | Path | None:
-    """Return what an image cell stands for: file bytes, a path below ``root`` or an absolute one, None where missing.
+def media_cell(value: Any, root: Place) -> Cell:
+    """Return what a cell stands for: file bytes, a path below ``root`` or an absolute one, numbers, None where missing.
 
     Args:
-        value: bytes, a path, or the struct ``{bytes, path}`` of Hugging Face data sets.
+        value: bytes, a path, the struct ``{bytes, path}`` of Hugging Face data sets, or a list of numbers.
         root: folder that relative paths start from; files of a remote one are read.
 
     Raises:
@@ -84,15 +91,17 @@ def image_cell(value: Any, root: Place) -> bytes | Path | None:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None or isinstance(value, bytes):
         return value or None
+    if isinstance(value, list):
+        return value
     if not isinstance(value, str):
-        raise BadInput(f"the image cell is a {type(value).__name__}; expected image bytes or a path")
+        raise BadInput(f"the cell is a {type(value).__name__}; expected the bytes of a file, a path or a list")
     return root.below(value) if value else None
 
 
-def image_files(found: Iterable[Piece], column: str, root: Place) -> dict[str, str | None]:
-    """Return the hashes of the files that image cells name, by their names below ``root`` where they lie there.
+def media_files(found: Iterable[Piece], column: str, root: Place) -> dict[str, str | None]:
+    """Return the hashes of the files that cells of media name, by their names below ``root`` where they lie there.
 
-    Cells with bytes name none, and what :func:`image_cell` refuses is left out. Files of a remote root are not asked
+    Cells with bytes name none, and what :func:`media_cell` refuses is left out. Files of a remote root are not asked
     for one by one: its address stands for them.
     """
     if root.local is None:
@@ -101,7 +110,7 @@ def image_files(found: Iterable[Piece], column: str, root: Place) -> dict[str, s
     for piece in found:
         for cell in _paths(piece.table.column(column)):
             try:
-                path = image_cell(cell, root)
+                path = media_cell(cell, root)
             except BadInput:
                 continue  # not a file, and `prepare` reports it
             if isinstance(path, Path):
@@ -113,6 +122,8 @@ def image_files(found: Iterable[Piece], column: str, root: Place) -> dict[str, s
 
 def _paths(cells: Any) -> list[Any]:
     """The cells that may be paths; those of structs with bytes are not read."""
+    if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
+        return []
     if pa.types.is_struct(cells.type):
         names = [field.name for field in cells.type]
         if "bytes" in names:

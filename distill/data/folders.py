@@ -1,4 +1,4 @@
-"""Folders of images, whose names are the classes."""
+"""Folders of images, sounds or clips, whose names are the classes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from pathlib import Path
 import pyarrow as pa
 
 from distill.contracts import UserError
-from distill.data.columns import Piece, check_columns, pieces
+from distill.data.columns import Cell, Piece, check_columns, pieces
 from distill.data.remote import Place
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_FOLDERS = ("train", "valid", "val", "validation", "test")
 
 
-class ImageFolderSource:
-    """Images in ``class/file`` or ``split/class/file``; columns ``image`` (path), ``label`` and maybe ``split``."""
+class FolderSource:
+    """Files in ``class/file`` or ``split/class/file``; columns: the modality (path), ``label`` and maybe ``split``."""
+
+    modality: str
+    suffixes: tuple[str, ...]
 
     def __init__(self, path: str, *, base: Path) -> None:
-        """List the images, in order of path; files that are not named like images are left out.
+        """List the files, in order of path; those that are not named like the modality are left out.
 
         Raises:
-            UserError: the folder is missing or holds no image at the expected depth.
+            UserError: the folder is missing or holds no such file at the expected depth.
         """
         self.folder = base / path
         self.name = str(self.folder)
@@ -31,11 +33,12 @@ class ImageFolderSource:
         top = [entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
         has_splits = bool(top) and set(top) <= set(SPLIT_FOLDERS)
         pattern = "*/*/*" if has_splits else "*/*"
-        found = sorted(path for path in self.folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(path for path in self.folder.glob(pattern) if path.suffix.lower() in self.suffixes)
         if not found:
-            raise UserError(f"{self.folder} holds no image at {'split/class' if has_splits else 'class'}/file")
+            depth = "split/class" if has_splits else "class"
+            raise UserError(f"{self.folder} holds no {self.modality} at {depth}/file")
         columns = {
-            "image": [path.relative_to(self.folder).as_posix() for path in found],
+            self.modality: [path.relative_to(self.folder).as_posix() for path in found],
             "label": [path.parent.name for path in found],
         }
         if has_splits:
@@ -48,7 +51,7 @@ class ImageFolderSource:
         return list(self._table.column_names)
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return the number of files."""
         return self._table.num_rows
 
     def read(self, columns: Sequence[str]) -> Iterator[Piece]:
@@ -56,16 +59,37 @@ class ImageFolderSource:
         check_columns(self, columns)
         return pieces(self._table.select(list(columns)))
 
-    def image(self, row: int, column: str) -> bytes | Path | None:
-        """Return an image's path."""
+    def media(self, row: int, column: str) -> Cell:
+        """Return a file's path."""
         check_columns(self, [column])
         return self.folder / self._table.column(column)[row].as_py()
 
     def where(self, row: int, column: str) -> str:
-        """Return an image's path."""
-        return str(self.image(row, column))
+        """Return a file's path."""
+        return str(self.media(row, column))
 
-    def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return the images' hashes by relative name."""
-        names = self._table.column("image").to_pylist()
+    def identity(self, media: Sequence[str]) -> dict[str, str | None]:
+        """Return the files' hashes by relative name."""
+        names = self._table.column(self.modality).to_pylist()
         return {name: Place(name, self.folder).identity() for name in names}
+
+
+class ImageFolderSource(FolderSource):
+    """A folder of images."""
+
+    modality = "image"
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class AudioFolderSource(FolderSource):
+    """A folder of sounds."""
+
+    modality = "audio"
+    suffixes = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
+
+
+class VideoFolderSource(FolderSource):
+    """A folder of clips; animated images are some."""
+
+    modality = "video"
+    suffixes = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif", ".webp")

@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from distill.config import one_line
 from distill.contracts import UserError
-from distill.data.columns import PIECE, Piece, check_columns, image_cell, image_files
+from distill.data.columns import PIECE, Cell, Piece, check_columns, media_cell, media_files
 from distill.data.remote import Place
-from distill.preprocess import BadInput
+from distill.formats.base import BadInput
 
 HUB_PREFIX = "hub:"
 SPLIT = "split"
@@ -35,7 +35,7 @@ class HFDatasetSource:
         Args:
             path: the folder, relative to ``base``, or ``hub:ID``.
             config: name of the Hub data set's configuration.
-            root: folder that relative image paths start from; the data set's folder by default.
+            root: folder that relative paths of media start from; the data set's folder by default.
             base: folder that relative paths start from.
 
         Raises:
@@ -58,7 +58,7 @@ class HFDatasetSource:
                     f"{self.name}: split {name!r} has other columns than {self._names[0]!r}; make them alike"
                 )
         self._adds_split = self._names != [""] and SPLIT not in self._features
-        self._images: dict[str, list[Any]] = {}  # column -> the parts with it alone: selecting takes a millisecond
+        self._media: dict[str, list[Any]] = {}  # column -> the parts with it alone: selecting takes a millisecond
         self._root = Place(root, base) if root else Place(self._folder or base)
 
     @property
@@ -84,40 +84,40 @@ class HFDatasetSource:
                     found[SPLIT] = pa.array([name] * rows)
                 yield Piece(pa.table(found))
 
-    def image(self, row: int, column: str) -> bytes | Path | None:
-        """Return an image's file bytes or its path, None where missing; BadInput on any other value."""
-        if column not in self._images:
+    def media(self, row: int, column: str) -> Cell:
+        """Return a file's bytes or its path, a list of numbers, None where missing; BadInput on any other value."""
+        if column not in self._media:
             check_columns(self, [column])
-            self._images[column] = [part.select_columns([column]) for part in self._parts]
+            self._media[column] = [part.select_columns([column]) for part in self._parts]
         number = bisect_right(self._ends, row)
-        part = self._images[column][number]
-        return image_cell(part[row - self._ends[number] + len(part)].column(column)[0].as_py(), self._root)
+        part = self._media[column][number]
+        return media_cell(part[row - self._ends[number] + len(part)].column(column)[0].as_py(), self._root)
 
     def where(self, row: int, column: str) -> str:
-        """Return an image's path, or its column and row."""
+        """Return a file's path, or its column and row."""
         try:
-            value = self.image(row, column)
+            value = self.media(row, column)
         except BadInput:
             value = None
         return str(value) if isinstance(value, Path) else f"column {column!r}, row {row}"
 
-    def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return hashes of what describes the data set and of images that it names, and the sizes of its files."""
+    def identity(self, media: Sequence[str]) -> dict[str, str | None]:
+        """Return hashes of what describes the data set and of files that it names, and the sizes of its files."""
         if self._folder is None:
             files = [Path(file["filename"]) for part in self._parts for file in part.cache_files]
             own = {f"{file.parent.name}/{file.name}": f"{file.stat().st_size}" for file in files}
-            return {self.name: None, **own, **self._image_files(image_column)}
-        found: dict[str, str | None] = self._image_files(image_column)
+            return {self.name: None, **own, **self._files(media)}
+        found: dict[str, str | None] = self._files(media)
         for file in sorted(self._folder.rglob("*")):
             if file.is_file():
                 name = file.relative_to(self._folder).as_posix()
                 found[name] = Place(file).identity() if file.name in STATE_FILES else f"{file.stat().st_size}"
         return found
 
-    def _image_files(self, column: str | None) -> dict[str, str | None]:
-        if column is None or column not in self._features:
-            return {}
-        return {f"image {name}": value for name, value in image_files(self.read([column]), column, self._root).items()}
+    def _files(self, media: Sequence[str]) -> dict[str, str | None]:
+        columns = [column for column in media if column in self._features]
+        found = [media_files(self.read([column]), column, self._root) for column in columns]
+        return {f"image {name}": value for files in found for name, value in files.items()}
 
     def _named(self, column: str, values: Any) -> Any:
         """A column with the names of its class labels in place of their numbers; -1, as usual there, is missing."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import LabelledConfig
 from distill.contracts import SPLITS, TRAIN, UserError
 from distill.data.hashing import mix
 from distill.data.rows import MISSING, Rows
 from distill.data.scratch import chunks, positions_where, scratch, take
+from distill.data_config import LabelledConfig
 
 
 def labelled_rows(rows: Rows) -> NDArray[np.bool_]:

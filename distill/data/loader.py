@@ -6,23 +6,26 @@ at any batch, and the slices of K ranks, put together, are the batch of one rank
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import AugmentConfig, TextAugment
-from distill.contracts import CLEAN_VIEW, Batch, UserError
+from distill.contracts import CLEAN_VIEW, INPUTS, Batch, UserError
+from distill.data.augment import augment
 from distill.data.batches import Batches
 from distill.data.order import GroupedOrder, Order, TwoLevelOrder, shuffled
 from distill.data.prepared import PreparedData
 from distill.data.texts import Texts
 from distill.data.tokens import TokenTable
-from distill.data.transforms import augment_images
+from distill.data_config import AugmentConfig, TextAugment
+from distill.formats import TABULAR, TEXT
 
 KEPT_ORDERS = 2  # of the epochs that threads may be at
 
@@ -32,16 +35,26 @@ class InputSpec:
     """What one model reads.
 
     Attributes:
-        image: whether it reads images.
+        media: modalities that it reads, text aside.
         tokenizer: its ``tokenizer.json``; None if it reads no text.
         max_length: most tokens of a text.
         pad_id: token id where the mask is False.
     """
 
-    image: bool
-    tokenizer: Path | None
-    max_length: int
+    media: tuple[str, ...] = ()
+    tokenizer: Path | None = None
+    max_length: int = 0
     pad_id: int = 0
+
+    @property
+    def modalities(self) -> list[str]:
+        """All that it reads."""
+        return [*self.media, *([TEXT] if self.tokenizer is not None else [])]
+
+    def only(self, modalities: Collection[str]) -> InputSpec:
+        """What a part of the model reads, which has no other modality."""
+        tokenizer = self.tokenizer if TEXT in modalities else None
+        return replace(self, media=tuple(name for name in self.media if name in modalities), tokenizer=tokenizer)
 
 
 class Loader(Batches):
@@ -111,6 +124,9 @@ class Loader(Batches):
             key = _text_key(spec)
             if spec.tokenizer is not None and key not in self._texts:
                 self._texts[key] = TokenTable(texts, self.row_positions, spec, data.folder)
+        self._inputs = {name: [key for key in INPUTS if key.split("_")[0] == name] for name in data.present}
+        records: Any = data.formats.get(TABULAR)
+        self._numbers = len(records.numbers) if records else 0
         self._orders: dict[int, Order] = {}
         self._lock = Lock()
         self._grouped = group_by_length
@@ -170,17 +186,18 @@ class Loader(Batches):
             views: int64 [B], the view of each row.
 
         Returns:
-            Model name -> batch; ids, views, present, targets and images are the same tensors in all of them.
+            Model name -> batch; ids, views, present, targets and media are the same tensors in all of them.
         """
         ids = torch.from_numpy(self.data.ids[rows])
         present = {modality: torch.from_numpy(values[rows]) for modality, values in self.data.present.items()}
         targets = {task: torch.from_numpy(values[rows]) for task, values in self.data.targets.items()}
-        images = self._images(rows, ids, views, present) if any(spec.image for spec in self._specs.values()) else None
+        read = dict.fromkeys(name for spec in self._specs.values() for name in spec.media)
+        media = {name: self._media(name, rows, ids, views, present[name]) for name in read}
         dropping = self.augment.text if self.augment else TextAugment()
         texts = {key: table.batch(rows, ids, views, self._seed, dropping) for key, table in self._texts.items()}
         batches = {}
         for name, spec in self._specs.items():
-            inputs = {"image": images} if spec.image and images is not None else {}
+            inputs = {key: value for modality in spec.media for key, value in media[modality].items()}
             if spec.tokenizer is not None:
                 inputs["text"], inputs["text_mask"] = texts[_text_key(spec)]
             batches[name] = Batch(ids, views, inputs, present, targets)
@@ -195,22 +212,25 @@ class Loader(Batches):
         first, last = (len(rows) * rank // self._world_size for rank in (self._rank, self._rank + 1))
         return rows[first:last]
 
-    def _images(self, rows: NDArray[np.int64], ids: Tensor, views: Tensor, present: dict[str, Tensor]) -> Tensor:
-        assert self.data.images is not None
-        images = torch.from_numpy(self.data.images[rows])
+    def _media(
+        self, modality: str, rows: NDArray[np.int64], ids: Tensor, views: Tensor, present: Tensor
+    ) -> dict[str, Tensor]:
+        """A modality's inputs; what is absent stays zeros."""
+        inputs = {name: torch.from_numpy(self.data.arrays[name][rows]) for name in self._inputs[modality]}
         if self.augment is None:
-            return images
-        images = augment_images(images, ids, views, self._seed, self.augment.image)
-        there = present["image"]
-        return images if bool(there.all()) else images * there.view(-1, 1, 1, 1)  # absent images stay zero
+            return inputs
+        inputs |= augment(modality, inputs, ids, views, self._seed, self.augment, self._numbers)
+        if bool(present.all()):
+            return inputs
+        return {name: value * present.view(-1, *[1] * (value.ndim - 1)) for name, value in inputs.items()}
 
 
 def _text_key(spec: InputSpec) -> InputSpec:
     """The part of a spec that decides its text inputs."""
-    return replace(spec, image=False)
+    return replace(spec, media=())
 
 
 def _check_modalities(name: str, spec: InputSpec, data: PreparedData) -> None:
-    for modality, wanted in (("image", spec.image), ("text", spec.tokenizer is not None)):
-        if wanted and modality not in data.present:
+    for modality in spec.modalities:
+        if modality not in data.present:
             raise UserError(f"model {name!r} reads {modality}, which data.modalities does not name; add it there")

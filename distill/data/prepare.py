@@ -1,4 +1,4 @@
-"""From a source to prepared data: checked rows, images at working size, labels as integers, and a report.
+"""From a source to prepared data: checked rows, media as arrays, labels as integers, and a report.
 
 Whatever a user can have wrong in the data stops here, with a sentence, before any model is built. Rows come a piece at
 a time and go to disk, so that memory does not grow with their number.
@@ -6,26 +6,22 @@ a time and go to disk, so that memory does not grow with their number.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill import runs
-from distill.config import DataConfig
 from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
 from distill.data.columns import Source
 from distill.data.labelled import keep_labels
+from distill.data.media import Medium, array_file, write_media
 from distill.data.prepared import (
-    IMAGE_FILE,
+    CODE,
+    FORMATS_FILE,
     LABELS_FILE,
     PRESENT,
     ROWS_FILE,
@@ -35,17 +31,20 @@ from distill.data.prepared import (
     any_label,
     record_type,
 )
-from distill.data.rows import EMPTY, NO_TARGET, Keys, Rows, number_classes, read_rows, row_keys, texts_of
+from distill.data.rows import EMPTY, NO_TARGET, Keys, Rows, number_classes, read_rows, texts_of
 from distill.data.scratch import chunks, dense_codes, first_rows, positions_where, scratch, take
 from distill.data.sources import open_source
 from distill.data.texts import TextWriter
-from distill.preprocess import BadInput, decode_image
+from distill.data_config import DataConfig
+from distill.formats import MEDIA, TABULAR, Format, formats_of, to_json
+from distill.formats.series import SeriesFormat
 
 REPORT_FILE = "data_report.json"
 NUM_EXAMPLES = 10
-CHUNK = 256  # images in flight, so that memory does not grow with the data
+SERIES = 1024  # at a time, so that memory does not grow with the data
+PLURALS = {"image": "images", "audio": "sounds", "video": "clips", "series": "series"}
 WARNINGS = {
-    "duplicate_images_across_splits": "images occur in more than one split, byte by byte",
+    **{f"duplicate_{many}_across_splits": f"{many} are in several splits, byte by byte" for many in PLURALS.values()},
     "groups_across_splits": "groups have rows in more than one split",
 }
 
@@ -53,12 +52,13 @@ log = logging.getLogger(__name__)
 
 
 def source_fingerprint(config: DataConfig, base: Path) -> str:
-    """Return a hash of what the rows come from: of the bytes of tables and images, of the state of larger stores.
+    """Return a hash of what the rows come from: of the bytes of tables and media, of the state of larger stores.
 
     Raises:
         UserError: the source cannot be opened.
     """
-    return runs.fingerprint(open_source(config.source, base).identity(config.modalities.get("image")))
+    media = [column for modality in MEDIA for column in config.columns(modality)]
+    return runs.fingerprint(open_source(config.source, base).identity(media))
 
 
 def prepare(
@@ -66,15 +66,15 @@ def prepare(
 ) -> dict[str, Any]:
     """Read, check and write the data of a recipe.
 
-    A row is bad, and left out, if the source cannot read it, if its image cannot be decoded, if all its modalities are
-    missing, or if it is one of valid or test and has no target of any task. A row that lacks some targets or some
-    modalities is kept, and so is a training row without any target.
+    A row is bad, and left out, if the source cannot read it, if its image, sound or the like cannot be decoded, if all
+    its modalities are missing, or if it is one of valid or test and has no target of any task. A row that lacks some
+    targets or some modalities is kept, and so is a training row without any target.
 
     Args:
         config: the recipe's ``data``.
         folder: where the files are written; made if absent.
         base: folder that relative paths of the recipe start from.
-        progress: called with (images done, images in all) while images are decoded.
+        progress: called with (rows done, rows in all) while media are decoded.
         seed: of the choice of the rows that keep their labels, where the recipe hides some.
 
     Returns:
@@ -89,14 +89,15 @@ def prepare(
     source = open_source(config.source, base, folder)
     disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     rows = read_rows(config, source, disk)
-    number_classes(rows)  # complaints should not wait until all images are decoded
+    number_classes(rows)  # complaints should not wait until all media are decoded
     keep_labels(rows, config.labelled, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    digests = None
-    if "image" in config.modalities:
-        if config.decode_once:
-            runs.check_disk(folder, len(source) * 3 * config.working_size**2)
-        digests = _check_images(config, source, rows, folder / IMAGE_FILE, progress)
+    formats = formats_of(config)
+    media = {name: Medium(config.columns(name)[0], formats[name]) for name in formats if name in MEDIA}
+    digests = {}
+    if media:
+        once = config.decode_once
+        digests = write_media(media, source, rows, folder, decode_once=once, progress=progress)
     report: dict[str, Any] = {"source": Path(source.name).name, "bad_rows": _describe_bad(config, source, rows)}
     runs.write_json(folder / REPORT_FILE, report)
     _check_bad(config, source, report["bad_rows"], folder / REPORT_FILE)
@@ -105,113 +106,56 @@ def prepare(
     groups = None if rows.groups is None else take(rows.groups, kept, disk)
     numbers = _write_texts(folder / TEXT_FILE, config, source, kept, take(rows.texts, kept, disk), disk)
     labelled = keep_labels(rows, config.labelled, seed)
-    images = None if digests is None else take(digests, kept, disk)
-    hidden = _write_rows(folder / ROWS_FILE, rows, kept, numbers, (groups, images), classes, labelled)
+    keys = {name: take(found, kept, disk) for name, found in digests.items()}
+    hidden = _write_rows(folder / ROWS_FILE, rows, kept, numbers, groups, keys, classes, labelled)
+    runs.write_json(folder / FORMATS_FILE, to_json(_fitted(formats, rows, kept, folder)))
     runs.write_json(folder / LABELS_FILE, labels)
     data = PreparedData.open(folder)
     report |= {**_describe(data), "hidden_labels": hidden}
-    report["duplicate_images_across_splits"] = _across_splits(data, images)
+    for name, found in keys.items():
+        report[f"duplicate_{PLURALS[name]}_across_splits"] = _across_splits(data, found)
     report["groups_across_splits"] = _across_splits(data, groups)
     runs.write_json(folder / REPORT_FILE, report)
     return _summarize(report)
 
 
-def _check_images(
-    config: DataConfig, source: Source, rows: Rows, path: Path, progress: Callable[[int, int], None] | None
-) -> Keys:
-    """Decode the images of usable rows, mark those that are present or bad, and write them if the recipe says so.
-
-    Returns:
-        A hash of each image file, [N, 2]; of absent ones, of their row.
-    """
-    path.unlink(missing_ok=True)
-    size, total = config.working_size, len(source)
-    others = [values for modality, values in rows.present.items() if modality != "image"]
-    digests = scratch(rows.folder, (total, 2), np.uint64)
-    usable = (row for part in chunks(total) for row in (part.start + np.flatnonzero(~rows.bad.flags[part])).tolist())
-    to_do = total - rows.bad.count()
-    with _image_file(path, total, size) if config.decode_once else nullcontext(_unwritten) as write:
-        for done, (row, image) in enumerate(_decoded(source, config, usable), start=1):
-            if isinstance(image, str):
-                rows.bad.add(row, image)
-            elif image is None and not any(values[row] for values in others):
-                rows.bad.add(row, EMPTY)
-            else:
-                pixels, digests[row] = image or (np.zeros((3, size, size), np.uint8), row_keys([row])[0])
-                rows.present["image"][row] = image is not None
-                write(pixels)
-            if progress and (done % CHUNK == 0 or done == to_do):
-                progress(done, to_do)
-    return digests
+def _fitted(formats: dict[str, Format], rows: Rows, kept: NDArray[np.int64], folder: Path) -> dict[str, Format]:
+    """The formats with what the training rows tell; series and records are standardised by it, as they lie there."""
+    found = dict(formats)
+    series = formats.get("series")
+    if isinstance(series, SeriesFormat):
+        values, lengths = (runs.read_array(array_file(folder, name), mmap_mode="r+") for name in series.arrays)
+        some = [slice(start, start + SERIES) for start in range(0, len(kept), SERIES)]
+        series = series.fit((values[part], np.where(_trains(rows, kept[part]), lengths[part], 0)) for part in some)
+        for part in some:
+            values[part] = series.standardise(values[part], lengths[part])
+        found["series"] = series
+    if rows.table is not None:
+        pieces = [kept[part] for part in chunks(len(kept))]
+        found[TABULAR] = fitted = rows.table.fit(piece[_trains(rows, piece)] for piece in pieces)
+        with runs.atomic(array_file(folder, TABULAR)) as temporary, open(temporary, "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (len(kept), fitted.width)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for piece in pieces:
+                file.write(rows.table.encode(fitted, piece).tobytes())
+    return found
 
 
-def _unwritten(pixels: NDArray[np.uint8]) -> None:
-    """Keep nothing of an image that will be decoded again when it is read."""
-
-
-@contextmanager
-def _image_file(path: Path, most: int, size: int) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
-    """A function that appends an image to a ``.npy`` file, which will hold ``most`` of them or fewer."""
-    written = 0
-
-    def write(pixels: NDArray[np.uint8]) -> None:
-        nonlocal written
-        file.write(pixels.tobytes())
-        written += 1
-
-    with runs.atomic(path) as temporary, open(temporary, "wb") as file:
-        header_bytes = _write_header(file, most, size)
-        yield write
-        file.seek(0)
-        assert _write_header(file, written, size) == header_bytes
-
-
-def _write_header(file: BinaryIO, num_rows: int, size: int) -> int:
-    """Write a ``.npy`` header; numpy leaves room in it for the first dimension, so its length is constant."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (num_rows, 3, size, size)}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
-
-
-def _decoded(
-    source: Source, config: DataConfig, rows: Iterator[int]
-) -> Iterator[tuple[int, tuple[NDArray[np.uint8], Keys] | str | None]]:
-    """Yield (row, its pixels and the hash of its file | the reason why it is bad | None if absent), in order."""
-    column, size, crop = config.modalities["image"], config.working_size, config.image_fit == "crop"
-
-    def read(row: int) -> bytes | Path | BadInput | None:
-        try:
-            return source.image(row, column)
-        except BadInput as error:
-            return error
-
-    def decode(value: bytes | Path | BadInput | None) -> tuple[NDArray[np.uint8], Keys] | str | None:
-        if value is None or isinstance(value, BadInput):
-            return None if value is None else str(value)
-        try:
-            if isinstance(value, Path) and value.exists() and not value.is_file():
-                return "it is a folder, a device or a pipe; images are plain files"  # which may have no end
-            content = value.read_bytes() if isinstance(value, Path) else value
-            digest = hashlib.blake2b(content, digest_size=16).digest()
-            return decode_image(content, size, crop=crop), np.frombuffer(digest, "<u8")
-        except BadInput as error:
-            return str(error)
-        except OSError as error:
-            return f"the file cannot be read: {error.strerror}"
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while chunk := list(islice(rows, CHUNK)):
-            yield from zip(chunk, pool.map(decode, [read(row) for row in chunk]), strict=True)
+def _trains(rows: Rows, some: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return rows.split[some] == SPLITS.index(TRAIN)
 
 
 def _describe_bad(config: DataConfig, source: Source, rows: Rows) -> dict[str, Any]:
-    column = config.modalities.get("image")
+    media = [column for modality in MEDIA for column in config.columns(modality)]
 
-    def where(row: int, reason: str) -> str:
-        return f"row {row}" if column is None or reason in (NO_TARGET, EMPTY) else source.where(row, column)
+    def where(row: int, reason: str, column: str | None) -> str:
+        if column is None and media and reason not in (NO_TARGET, EMPTY):
+            column = media[0]
+        return f"row {row}" if column is None else source.where(row, column)
 
     listed = [
-        {"id": int(rows.ids[row]), "where": where(row, reason), "reason": reason} for row, reason in rows.bad.listed
+        {"id": int(rows.ids[row]), "where": where(row, reason, column), "reason": reason}
+        for row, reason, column in rows.bad.listed
     ]
     return {
         "count": rows.bad.count(),
@@ -252,16 +196,18 @@ def _write_rows(
     rows: Rows,
     kept: NDArray[np.int64],
     texts: NDArray[np.int64],
-    keys: tuple[Keys | None, Keys | None],
+    groups: Keys | None,
+    media: dict[str, Keys],
     classes: dict[str, NDArray[np.int64]],
     labelled: NDArray[np.bool_],
 ) -> int:
     """Write a record for each of the kept rows; return how many training rows have labels that are not written.
 
-    ``keys`` are those of groups and of images; rows without are all different.
+    ``groups`` and ``media`` are hashes; rows without are all different.
     """
-    kind = record_type(rows.present, rows.labels)
-    codes = [None if found is None else dense_codes(found, rows.folder)[0] for found in keys]
+    kind = record_type(rows.present, rows.labels, media)
+    keys = {"group": groups, **{f"{CODE}{name}": found for name, found in media.items()}}
+    codes = {name: None if found is None else dense_codes(found, rows.folder)[0] for name, found in keys.items()}
     hidden = 0
     with runs.room_for(path, len(kept) * kind.itemsize), runs.atomic(path) as temporary, open(temporary, "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (len(kept),)}
@@ -271,7 +217,7 @@ def _write_rows(
             records = np.zeros(len(at), kind)
             records["id"], records["source_row"], records["text"] = rows.ids[at], at, texts[part]
             records["split"] = np.array(SPLITS)[rows.split[at]]
-            for name, own in zip(("group", "image"), codes, strict=True):
+            for name, own in codes.items():
                 records[name] = np.arange(part.start, part.stop) if own is None else own[part]
             for modality, values in rows.present.items():
                 records[PRESENT + modality] = values[at]
@@ -326,9 +272,9 @@ def _across_splits(data: PreparedData, keys: Keys | None) -> dict[str, Any]:
 
 
 def _summarize(report: dict[str, Any]) -> dict[str, Any]:
-    counts = {name: report[name]["count"] for name in ("bad_rows", *WARNINGS)}
+    counts = {name: report[name]["count"] for name in ("bad_rows", *WARNINGS) if name in report}
     for name, meaning in WARNINGS.items():
-        if counts[name]:
+        if counts.get(name):
             log.warning("%d %s; examples are in %s", counts[name], meaning, REPORT_FILE)
     if unlabelled := report["rows"][TRAIN] - report["labelled"][TRAIN] - report["hidden_labels"]:
         log.warning("%d training rows have no label: only terms that read a teacher learn from them", unlabelled)

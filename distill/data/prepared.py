@@ -1,14 +1,15 @@
-"""Prepared data: a record a row, texts and images, all memory-mapped, so that opening them takes hardly any memory.
+"""Prepared data: a record a row, texts and arrays, all memory-mapped, so that opening them takes hardly any memory.
 
-The folder holds ``rows.npy`` (one record a row), ``text.arrow`` (the distinct texts), ``labels.json`` and, unless
-images are decoded when they are read, ``image.npy`` (uint8 [N, 3, S, S]).
+The folder holds ``rows.npy`` (one record a row), ``text.arrow`` (the distinct texts), ``labels.json``, ``formats.json``
+and an array ``INPUT.npy`` of each input of models, such as ``image.npy`` (uint8 [N, 3, S, S]), unless it is decoded
+when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -16,16 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill import runs
-from distill.config import DataConfig
 from distill.contracts import IGNORE, UserError
 from distill.data.columns import Source
+from distill.data.media import array_file
 from distill.data.scratch import chunks, positions_by_id, positions_where, scratch, take
 from distill.data.sources import open_source
 from distill.data.texts import Texts, TextWriter
-from distill.preprocess import BadInput, decode_image
+from distill.data_config import DataConfig
+from distill.formats import MEDIA, BadInput, Format, from_json, to_json
 
-IMAGE_FILE, ROWS_FILE, TEXT_FILE, LABELS_FILE = "image.npy", "rows.npy", "text.arrow", "labels.json"
-PRESENT, TARGET = "present.", "target."
+ROWS_FILE, TEXT_FILE, LABELS_FILE, FORMATS_FILE = "rows.npy", "text.arrow", "labels.json", "formats.json"
+PRESENT, TARGET, CODE = "present.", "target.", "code."
 COUNTED, HASHED = 1 << 20, 1 << 8  # rows at a time
 
 
@@ -40,40 +42,39 @@ def any_label(targets: Iterable[NDArray[np.int64]], num_rows: int) -> NDArray[np
     return np.any(known, axis=0) if known else np.ones(num_rows, bool)
 
 
-class SourceImages:
-    """Images that are decoded when they are asked for, as :func:`~distill.data.prepare.prepare` would have.
+class SourceMedia:
+    """An array whose rows are decoded when they are asked for, as :func:`~distill.data.prepare.prepare` would have.
 
     Args:
-        source: where they are.
+        source: where the media are.
         column: which column.
-        rows: integers [N], the source's row of each image.
-        size: side, pixels.
-        crop: whether images that are no squares are cut instead of padded.
+        rows: integers [N], the source's row of each.
+        format: what they become.
+        modality: the input that they are.
     """
 
-    def __init__(self, source: Source, column: str, rows: NDArray[np.int64], size: int, *, crop: bool = False) -> None:
-        self._source, self._column, self._rows, self._crop = source, column, rows, crop
-        self.shape = (len(rows), 3, size, size)
+    def __init__(self, source: Source, column: str, rows: NDArray[np.int64], format: Format, modality: str) -> None:
+        self._source, self._column, self._rows, self._format, self._name = source, column, rows, format, modality
+        self.dtype, shape = format.arrays[modality]
+        self.shape = (len(rows), *shape)
 
-    def __getitem__(self, rows: SupportsIndex | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return one image, uint8 [3, S, S], or some, uint8 [B, 3, S, S]; zeros where absent.
+    def __getitem__(self, rows: SupportsIndex | NDArray[np.int64]) -> NDArray[Any]:
+        """Return one row or some, [B, ...]; zeros where absent.
 
         Raises:
-            UserError: an image that could be decoded cannot be any more.
+            UserError: something that could be decoded cannot be any more.
         """
         if not isinstance(rows, np.ndarray):
             return self._decoded(int(self._rows[rows]))
-        images = np.zeros((len(self._rows[rows]), *self.shape[1:]), np.uint8)
+        found = np.zeros((len(self._rows[rows]), *self.shape[1:]), self.dtype)
         for place, row in enumerate(self._rows[rows].tolist()):
-            images[place] = self._decoded(row)
-        return images
+            found[place] = self._decoded(row)
+        return found
 
-    def _decoded(self, row: int) -> NDArray[np.uint8]:
+    def _decoded(self, row: int) -> NDArray[Any]:
         try:
-            value = self._source.image(row, self._column)
-            if value is None:
-                return np.zeros(self.shape[1:], np.uint8)
-            return decode_image(value, self.shape[-1], crop=self._crop)
+            value = self._source.media(row, self._column)
+            return np.zeros(self.shape[1:], self.dtype) if value is None else self._format.read(value)[self._name]
         except BadInput as error:
             where = self._source.where(row, self._column)
             raise UserError(
@@ -90,25 +91,26 @@ class PreparedData:
         ids: int64 [N], unique.
         split: str [N], train / valid / test.
         groups: int64 [N], dense codes; rows of one group stay together in bootstrap intervals.
-        image_codes: int64 [N], dense codes; rows of one code have the same image, byte by byte.
         texts: N strings, empty where absent.
-        images: uint8 [N, 3, S, S], memory-mapped or decoded when read; zeros where absent; None without an image
-            modality.
+        codes: modality -> int64 [N], dense codes; rows of one code have the same file of it, byte by byte.
+        arrays: input of models -> [N, ...], memory-mapped or decoded when read; zeros where absent.
         present: modality -> bool [N].
         targets: task -> int64 [N], IGNORE where missing.
         labels: task -> class names, in order of label.
+        formats: modality -> how its values became arrays; of all but text.
     """
 
     folder: Path
     ids: NDArray[np.int64]
     split: NDArray[np.str_]
     groups: NDArray[np.int64]
-    image_codes: NDArray[np.int64]
     texts: Texts | Sequence[str]
-    images: NDArray[np.uint8] | SourceImages | None
+    codes: dict[str, NDArray[np.int64]]
+    arrays: dict[str, NDArray[Any] | SourceMedia]
     present: dict[str, NDArray[np.bool_]]
     targets: dict[str, NDArray[np.int64]]
     labels: dict[str, list[str]]
+    formats: dict[str, Format] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path, config: DataConfig | None = None, base: Path = Path()) -> PreparedData:
@@ -116,7 +118,7 @@ class PreparedData:
 
         Args:
             folder: the folder.
-            config: the recipe's ``data``, needed where images are decoded when they are read.
+            config: the recipe's ``data``, needed where media are decoded when they are read.
             base: folder that its relative paths start from.
 
         Raises:
@@ -124,17 +126,19 @@ class PreparedData:
         """
         folder = Path(folder)
         records = runs.read_array(folder / ROWS_FILE, mmap_mode="r")
+        formats = from_json(runs.read_json(folder / FORMATS_FILE))
         return cls(
             folder=folder,
             ids=np.asarray(records["id"]),
             split=np.asarray(records["split"]),
             groups=np.asarray(records["group"]),
-            image_codes=np.asarray(records["image"]),
             texts=Texts.open(folder / TEXT_FILE, np.asarray(records["text"])),
-            images=_open_images(folder, np.asarray(records["source_row"]), config, base),
+            codes=_with_prefix(records, CODE),
+            arrays=_open_arrays(folder, formats, np.asarray(records["source_row"]), config, base),
             present=_with_prefix(records, PRESENT),
             targets=_with_prefix(records, TARGET),
             labels=runs.read_json(folder / LABELS_FILE),
+            formats=formats,
         )
 
     def __len__(self) -> int:
@@ -153,7 +157,7 @@ class PreparedData:
         return take(positions, positions_where(known, self.folder), self.folder)
 
     def fingerprint(self, split: str) -> str:
-        """Return a hash of what a split's rows are, whatever the other rows: ids, names of classes, texts, images."""
+        """Return a hash of what a split's rows are, whatever the other rows: ids, names of classes, texts, arrays."""
         rows, found = self.rows(split), ""
         for start in range(0, len(rows), HASHED):
             here = rows[start : start + HASHED]
@@ -162,9 +166,9 @@ class PreparedData:
                 for task, labels in self.targets.items()
             }
             present = {name: flags[here].tolist() for name, flags in self.present.items()}
-            images = "" if self.images is None else hashlib.sha256(self.images[here].tobytes()).hexdigest()
+            arrays = [hashlib.sha256(array[here].tobytes()).hexdigest() for array in self.arrays.values()]
             texts = [self.texts[row] for row in here.tolist()]
-            found = runs.fingerprint(found, self.ids[here].tolist(), classes, present, texts, images)
+            found = runs.fingerprint(found, self.ids[here].tolist(), classes, present, texts, *(arrays or [""]))
         return found
 
     def class_counts(self, split: str) -> dict[str, NDArray[np.int64]]:
@@ -179,13 +183,20 @@ class PreparedData:
         return counts
 
 
-def _open_images(folder: Path, rows: NDArray[np.int64], config: DataConfig | None, base: Path) -> Any:
-    if (folder / IMAGE_FILE).is_file():
-        return runs.read_array(folder / IMAGE_FILE, mmap_mode="r")
-    if config is None or "image" not in config.modalities:
-        return None
-    source, crop = open_source(config.source, base, folder), config.image_fit == "crop"
-    return SourceImages(source, config.modalities["image"], rows, config.working_size, crop=crop)
+def _open_arrays(
+    folder: Path, formats: Mapping[str, Format], rows: NDArray[np.int64], config: DataConfig | None, base: Path
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    source = None
+    for modality, format in formats.items():
+        for name in format.arrays:
+            if array_file(folder, name).is_file():
+                found[name] = runs.read_array(array_file(folder, name), mmap_mode="r")
+            elif config is not None:
+                source = source or open_source(config.source, base, folder)
+                (column,) = config.columns(modality)
+                found[name] = SourceMedia(source, column, rows, format, name)
+    return found
 
 
 def _with_prefix(records: NDArray[Any], prefix: str) -> dict[str, NDArray[Any]]:
@@ -193,10 +204,11 @@ def _with_prefix(records: NDArray[Any], prefix: str) -> dict[str, NDArray[Any]]:
     return {name.removeprefix(prefix): np.asarray(records[name]) for name in names}
 
 
-def record_type(modalities: Iterable[str], tasks: Iterable[str]) -> np.dtype[np.void]:
-    """Return the type of a row's record: id, text, image, group, source_row, split, presences and targets."""
-    fields: list[tuple[str, str]] = [(name, "<i8") for name in ("id", "text", "image", "group", "source_row")]
+def record_type(modalities: Iterable[str], tasks: Iterable[str], media: Iterable[str]) -> np.dtype[np.void]:
+    """Return the type of a row's record: id, text, group, source_row, codes of media, split, presences and targets."""
+    fields: list[tuple[str, str]] = [(name, "<i8") for name in ("id", "text", "group", "source_row")]
     fields += [
+        *((CODE + name, "<i8") for name in media),
         *((TARGET + task, "<i8") for task in tasks),
         ("split", "<U5"),
         *((PRESENT + m, "|b1") for m in modalities),
@@ -213,27 +225,30 @@ def write_prepared(
     present: Mapping[str, NDArray[np.bool_]],
     targets: Mapping[str, NDArray[np.int64]],
     labels: Mapping[str, Sequence[str]],
-    images: NDArray[np.uint8] | None = None,
+    arrays: Mapping[str, NDArray[Any]] | None = None,
+    formats: Mapping[str, Format] | None = None,
     groups: NDArray[np.int64] | None = None,
 ) -> Path:
     """Write rows that are in memory as prepared data: for benchmarks and tests; return the folder, which is made.
 
-    Images count as different ones.
+    Files count as different ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoded = Texts.of(texts)
-    records = np.zeros(len(ids), record_type(present, targets))
+    media = [name for name in formats or {} if name in MEDIA]
+    records = np.zeros(len(ids), record_type(present, targets, media))
     records["id"], records["split"], records["source_row"] = ids, split, np.arange(len(ids))
     records["text"], records["group"] = encoded.numbers, np.arange(len(ids)) if groups is None else groups
-    records["image"] = np.arange(len(ids))
-    for prefix, columns in ((PRESENT, present), (TARGET, targets)):
+    codes = {name: np.arange(len(ids)) for name in media}
+    for prefix, columns in ((PRESENT, present), (TARGET, targets), (CODE, codes)):
         for name, values in columns.items():
             records[prefix + name] = values
     np.save(folder / ROWS_FILE, records, allow_pickle=False)
     with TextWriter(folder / TEXT_FILE) as writer:
         for text in dict.fromkeys(texts):
             writer.add(text)
-    if images is not None:
-        np.save(folder / IMAGE_FILE, images, allow_pickle=False)
+    for name, values in (arrays or {}).items():
+        np.save(array_file(folder, name), values, allow_pickle=False)
+    runs.write_json(folder / FORMATS_FILE, to_json(formats or {}))
     runs.write_json(folder / LABELS_FILE, {task: list(names) for task, names in labels.items()})
     return folder

@@ -11,7 +11,7 @@ from typing import Any
 from distill import runs
 from distill.config import one_line, shortened
 from distill.contracts import UserError
-from distill.preprocess import BadInput
+from distill.formats.base import BadInput
 
 
 def is_url(path: str) -> bool:

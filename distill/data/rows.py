@@ -1,4 +1,4 @@
-"""The columns of a source, read as a recipe says and checked, a piece at a time; no image is touched here."""
+"""The columns of a source, read as a recipe says and checked, a piece at a time; no file of media is touched here."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from distill.config import DataConfig, nearest
+from distill.config import nearest
 from distill.contracts import IGNORE, SPLITS, TEST, TRAIN, VALID, UserError
 from distill.data.cells import Cells, encoded, is_text, read_cells
 from distill.data.columns import Source
 from distill.data.hashing import mix
 from distill.data.scratch import chunks, positions_where, repeated, scratch, take
+from distill.data.tabular import Table
+from distill.data_config import DataConfig
+from distill.formats import MEDIA, MODALITIES, TABULAR, TEXT, formats_of
+from distill.formats.tabular import TabularFormat
 from distill.preprocess import has_text
 
-MODALITIES = ("image", "text")
 SPLIT_ALIASES = {"val": "valid", "validation": "valid"}
 NO_TARGET, EMPTY = "no target", "every modality is missing"
 NUM_LISTED = 1000  # bad rows whose reasons are kept; all are counted
@@ -35,17 +38,17 @@ class BadRows:
 
     Attributes:
         flags: bool [N].
-        listed: the first bad rows with their reasons, in order.
+        listed: the first bad rows with their reasons and the column of media that is at fault, in order.
     """
 
     def __init__(self, num_rows: int, folder: Path) -> None:
         self.flags: NDArray[np.bool_] = scratch(folder, num_rows, np.bool_)
-        self.listed: list[tuple[int, str]] = []
+        self.listed: list[tuple[int, str, str | None]] = []
 
-    def add(self, row: int, reason: str) -> None:
+    def add(self, row: int, reason: str, column: str | None = None) -> None:
         """Mark a row, which was not marked before."""
         self.flags[row] = True
-        insort(self.listed, (row, reason))
+        insort(self.listed, (row, reason, column), key=lambda entry: entry[0])
         del self.listed[NUM_LISTED:]
 
     def count(self) -> int:
@@ -68,7 +71,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Rows:
-    """The columns of a source as a recipe reads them, images aside; all of one length N, large ones on disk.
+    """The columns of a source as a recipe reads them, media aside; all of one length N, large ones on disk.
 
     Attributes:
         source: the source's name, for messages.
@@ -79,6 +82,7 @@ class Rows:
         texts: [N, 2], hashes of the texts.
         present: modality -> bool [N].
         labels: task -> labels.
+        table: the records; None without any.
         bad: rows to leave out.
     """
 
@@ -90,15 +94,16 @@ class Rows:
     texts: Keys
     present: dict[str, NDArray[np.bool_]]
     labels: dict[str, Labels]
+    table: Table | None
     bad: BadRows
 
 
 def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
     """Read the columns that a recipe names.
 
-    A row is bad if the source cannot read it, if its text is missing where there is no other modality, or if it is one
-    of valid or test and has no target of any task, where there are tasks. Training rows need none: a teacher can say
-    what they are.
+    A row is bad if the source cannot read it, if all its modalities are missing (of media nobody knows yet), or if it
+    is one of valid or test and has no target of any task, where there are tasks. Training rows need none: a teacher can
+    say what they are.
 
     Args:
         config: the recipe's ``data``.
@@ -119,7 +124,8 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
             "set data.split to '' to ignore the column"
         )
     optional += [] if config.random_split else [config.split]
-    named = [*config.modalities.values(), *config.targets.values(), *filter(None, optional)]
+    columns = [column for modality in config.modalities for column in config.columns(modality)]
+    named = [*columns, *config.targets.values(), *filter(None, optional)]
     for column in named:
         if column not in source.columns:
             hint = "; data.random_split deals the rows where there is none" if column == config.split else ""
@@ -134,10 +140,11 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
         texts=scratch(folder, (total, 2), np.uint64),
         present={name: scratch(folder, total, np.bool_) for name in config.modalities},
         labels={task: Labels(scratch(folder, total, np.int32)) for task in config.targets},
+        table=Table.empty(_tabular(config), total, folder) if TABULAR in config.modalities else None,
         bad=BadRows(total, folder),
     )
-    image = config.modalities.get("image")
-    wanted = [name for name in dict.fromkeys(named) if name != image or named.count(name) > 1]
+    media = {column for modality in MEDIA for column in config.columns(modality)}
+    wanted = [name for name in dict.fromkeys(named) if name not in media or named.count(name) > 1]
     for cells in read_cells(source, wanted):
         _read_piece(config, rows, cells)
     _check_ids(config, rows)
@@ -206,22 +213,33 @@ def _read_piece(config: DataConfig, rows: Rows, cells: Cells) -> None:
     targets = [_label_codes(cells, column, rows.labels[task]) for task, column in config.targets.items()]
     for task, codes in zip(config.targets, targets, strict=True):
         rows.labels[task].codes[here] = codes
-    usable = np.ones(here.stop - here.start, bool)
-    if "text" in config.modalities:
-        texts = _texts(cells, config.modalities["text"])
+    usable = np.full(here.stop - here.start, any(modality in MEDIA for modality in config.modalities))
+    unusable = dict(cells.bad)
+    if TEXT in config.modalities:
+        texts = _texts(cells, *config.columns(TEXT))
         rows.texts[here] = hashes(texts)
-        rows.present["text"][here] = has = np.array([text != "" for text in texts], bool)
-        usable = has | ("image" in config.modalities)
+        rows.present[TEXT][here] = has = np.array([text != "" for text in texts], bool)
+        usable |= has
+    if rows.table is not None:
+        rows.present[TABULAR][here], wrong = rows.table.read(cells)
+        usable |= rows.present[TABULAR][here]
+        unusable = wrong | unusable
     labelled = rows.split[here] == SPLITS.index(TRAIN)
     labelled |= np.any([codes != MISSING for codes in targets], axis=0) if targets else True
-    for row in np.flatnonzero(~(usable & labelled) | _marked(cells)).tolist():
-        rows.bad.add(here.start + row, cells.bad.get(row) or (EMPTY if labelled[row] else NO_TARGET))
+    for row in np.flatnonzero(~(usable & labelled) | _marked(unusable, len(labelled))).tolist():
+        rows.bad.add(here.start + row, unusable.get(row) or (EMPTY if labelled[row] else NO_TARGET))
 
 
-def _marked(cells: Cells) -> NDArray[np.bool_]:
-    marked = np.zeros(cells.table.num_rows, bool)
-    marked[list(cells.bad)] = True
+def _marked(bad: Mapping[int, str], num_rows: int) -> NDArray[np.bool_]:
+    marked = np.zeros(num_rows, bool)
+    marked[list(bad)] = True
     return marked
+
+
+def _tabular(config: DataConfig) -> TabularFormat:
+    found = formats_of(config)[TABULAR]
+    assert isinstance(found, TabularFormat)
+    return found
 
 
 def _texts(cells: Cells, column: str) -> list[str]:
@@ -231,11 +249,11 @@ def _texts(cells: Cells, column: str) -> list[str]:
 
 def texts_of(config: DataConfig, source: Source) -> Iterable[tuple[int, list[str]]]:
     """Yield the texts of all rows, empty where absent: the first row, and those from it on."""
-    if "text" not in config.modalities:
+    if TEXT not in config.modalities:
         for part in chunks(len(source)):
             yield part.start, [""] * (part.stop - part.start)
         return
-    column = config.modalities["text"]
+    (column,) = config.columns(TEXT)
     for cells in read_cells(source, [column]):
         yield cells.start, _texts(cells, column)
 

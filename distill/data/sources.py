@@ -1,4 +1,4 @@
-"""The sources of rows by name: tables, folders of images, Hugging Face data sets, tar shards.
+"""The sources of rows by name: tables, folders of media, Hugging Face data sets, tar shards.
 
 A source says nothing about what a column means: :mod:`distill.data.prepare` does.
 """
@@ -10,17 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distill.builders import build_part
-from distill.config import Part
 from distill.contracts import UserError
 from distill.data.columns import Source
-from distill.data.folders import ImageFolderSource
+from distill.data.folders import AudioFolderSource, ImageFolderSource, VideoFolderSource
 from distill.data.hf_datasets import HFDatasetSource
 from distill.data.tables import TableSource
 from distill.data.tar_shards import TarShardSource
+from distill.data_config import Part
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "table": TableSource,
     "image_folder": ImageFolderSource,
+    "audio_folder": AudioFolderSource,
+    "video_folder": VideoFolderSource,
     "hf_dataset": HFDatasetSource,
     "tar_shards": TarShardSource,
 }

@@ -18,9 +18,9 @@ import pyarrow.parquet as pa_parquet
 
 from distill.config import nearest, one_line
 from distill.contracts import UserError
-from distill.data.columns import PIECE, Piece, check_columns, image_cell, image_files, pieces
+from distill.data.columns import PIECE, Cell, Piece, check_columns, media_cell, media_files, pieces
 from distill.data.remote import Place
-from distill.preprocess import BadInput
+from distill.formats.base import BadInput
 
 SAMPLE_PREFIX = "sample:"
 KNOWN = (".parquet", ".csv", ".tsv", ".jsonl")
@@ -29,8 +29,9 @@ KNOWN = (".parquet", ".csv", ".tsv", ".jsonl")
 class TableSource:
     """A CSV, TSV, JSONL or Parquet file, a folder of Parquet files (in order of name), or ``sample:NAME``.
 
-    An image cell holds the bytes of an image file, a path, or the struct ``{bytes, path}`` of Hugging Face
-    datasets. Parquet files are memory-mapped and read some rows at a time, their images one row group at a time;
+    A cell of an image, a sound or the like holds the bytes of a file, a path, or the struct ``{bytes, path}`` of
+    Hugging Face datasets, one of a series a list of numbers too. Parquet files are memory-mapped and read some rows at
+    a time, their media one row group at a time;
     the other formats are parsed as a whole, in memory. Tables may be URLs.
     """
 
@@ -39,7 +40,7 @@ class TableSource:
 
         Args:
             path: the table, relative to ``base``.
-            root: folder that relative image paths start from; the table's folder by default.
+            root: folder that relative paths of media start from; the table's folder by default.
             base: folder that relative paths start from.
 
         Raises:
@@ -67,11 +68,11 @@ class TableSource:
             for group in self._groups:
                 yield from group.read(columns)
 
-    def image(self, row: int, column: str) -> bytes | Path | None:
-        """Return an image's file bytes or its path (not checked to exist), None where missing.
+    def media(self, row: int, column: str) -> Cell:
+        """Return a file's bytes or its path (not checked to exist), a list of numbers, None where missing.
 
         Raises:
-            BadInput: the cell holds neither, or its relative path leaves the table's folder.
+            BadInput: the cell holds none of these, or its relative path leaves the table's folder.
         """
         check_columns(self, [column])
         number = bisect_right(self._ends, row)
@@ -80,25 +81,26 @@ class TableSource:
             with self._reading():
                 cached = self._cached = (number, column, self._groups[number].column(column))
         start = self._ends[number] - self._groups[number].num_rows
-        return image_cell(cached[2][row - start].as_py(), self._root)
+        return media_cell(cached[2][row - start].as_py(), self._root)
 
     def where(self, row: int, column: str) -> str:
-        """Return an image's path, or its column and row."""
+        """Return a file's path, or its column and row."""
         try:
-            value = self.image(row, column)
+            value = self.media(row, column)
         except BadInput:
             value = None
         return str(value) if isinstance(value, Path) else f"column {column!r}, row {row}"
 
-    def identity(self, image_column: str | None) -> dict[str, str | None]:
-        """Return hashes of the table's files and, where image cells are paths, of the images, by relative name.
+    def identity(self, media: Sequence[str]) -> dict[str, str | None]:
+        """Return hashes of the table's files and of the files that its cells name, by relative name.
 
-        Remote files count by size and time; remote images by the address of their folder.
+        Remote files count by size and time; those that cells name there by the address of their folder.
         """
-        found = {file.name: file.identity() for file in self._files}
-        if image_column is None or image_column not in self.columns or self._holds_bytes(image_column):
-            return found
-        return found | image_files(self.read([image_column]), image_column, self._root)
+        found: dict[str, str | None] = {file.name: file.identity() for file in self._files}
+        for column in media:
+            if column in self.columns and not self._holds_bytes(column):
+                found |= media_files(self.read([column]), column, self._root)
+        return found
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

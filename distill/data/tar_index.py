@@ -21,8 +21,17 @@ from distill.data.columns import PIECE
 from distill.data.remote import Place
 
 INDEX_FILE = "index.arrow"
-IMAGE, TEXT, LABEL, JSON = KINDS = ("image", "text", "label", "json")
-EXTENSIONS = {**dict.fromkeys(("jpg", "jpeg", "png", "webp"), IMAGE), "txt": TEXT, "cls": LABEL, "json": JSON}
+TEXT, LABEL, JSON = "text", "label", "json"
+MEDIA = {
+    "image": ("jpg", "jpeg", "png", "webp"),
+    "audio": ("wav", "flac", "ogg", "mp3"),
+    "video": ("mp4", "webm", "mkv", "avi", "mov", "gif"),
+    "series": ("npy",),
+}
+"""Column -> extensions of its files."""
+EXTENSIONS = {extension: kind for kind, extensions in MEDIA.items() for extension in extensions}
+EXTENSIONS |= {"txt": TEXT, "cls": LABEL, "json": JSON}
+KINDS = (*MEDIA, TEXT, LABEL, JSON)
 PLACES = [(f"{kind}_{what}", pa.int64()) for kind in KINDS for what in ("offset", "size")]
 SCHEMA = pa.schema([("key", pa.string()), ("shard", pa.int32()), ("bad", pa.string()), *PLACES])
 SHARDS = b"shards"  # key of the schema's metadata: name, size and time of each

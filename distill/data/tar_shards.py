@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from distill.config import nearest
 from distill.contracts import SPLITS, UserError
-from distill.data.columns import PIECE, Piece, check_columns
+from distill.data.columns import PIECE, Cell, Piece, check_columns
 from distill.data.remote import Place
-from distill.data.tar_index import IMAGE, INDEX_FILE, JSON, LABEL, TEXT, Shard, open_index
-from distill.preprocess import BadInput
+from distill.data.tar_index import INDEX_FILE, JSON, LABEL, MEDIA, TEXT, Shard, open_index
+from distill.formats.base import BadInput
 
 SHOWN_FIELDS = 100  # samples whose .json says which fields there are
 
@@ -29,9 +29,10 @@ SHOWN_FIELDS = 100  # samples whose .json says which fields there are
 class TarShardSource:
     """Tar shards, by a glob (``shards/*.tar``) or a brace pattern (``shards/{000..099}.tar``), local or a URL.
 
-    Columns: ``image`` (.jpg, .jpeg, .png, .webp), ``text`` (.txt), ``label`` (.cls), the fields of ``.json``, ``key``,
-    ``shard`` and, where patterns are given a split, ``split``; otherwise a field has to say it. Other files are left
-    out. Nothing is extracted to disk.
+    Columns: ``image`` (.jpg, .jpeg, .png, .webp), ``audio`` (.wav, .flac, .ogg, .mp3), ``video`` (.mp4, .webm, .mkv,
+    .avi, .mov, .gif), ``series`` (.npy), ``text`` (.txt), ``label`` (.cls), the fields of ``.json``, ``key``, ``shard``
+    and, where patterns are given a split, ``split``; otherwise a field has to say it. Other files are left out. Nothing
+    is extracted to disk.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TarShardSource:
     @property
     def columns(self) -> list[str]:
         """Names of the columns; a field of .json gives way to a column of its name."""
-        own = ["key", "shard", IMAGE, TEXT, LABEL, *(["split"] if self._shards[0].split else [])]
+        own = ["key", "shard", *MEDIA, TEXT, LABEL, *(["split"] if self._shards[0].split else [])]
         return [*own, *(name for name in self._index()[1] if name not in own)]
 
     def __len__(self) -> int:
@@ -115,18 +116,18 @@ class TarShardSource:
                     found[name].append(values.get(name))
             yield Piece(pa.table({name: self._array(name, values) for name, values in found.items()}), bad)
 
-    def image(self, row: int, column: str) -> bytes | Path | None:
-        """Return an image's file bytes, None where missing; BadInput where the shard is shorter than its index says."""
-        if column != IMAGE:
-            raise BadInput(f"column {column!r} holds no images; {nearest(column, [IMAGE])}")
-        return self._content(self._index()[0], row, IMAGE)
+    def media(self, row: int, column: str) -> Cell:
+        """Return a file's bytes, None where missing; BadInput where the shard is shorter than its index says."""
+        if column not in MEDIA:
+            raise BadInput(f"column {column!r} holds no files; {nearest(column, MEDIA)}")
+        return self._content(self._index()[0], row, column)
 
     def where(self, row: int, column: str) -> str:
         """Return a sample's shard and key."""
         table = self._index()[0]
         return f"{self._shards[table.column('shard')[row].as_py()].place}: {table.column('key')[row].as_py()}"
 
-    def identity(self, image_column: str | None) -> dict[str, str | None]:
+    def identity(self, media: Sequence[str]) -> dict[str, str | None]:
         """Return the shards' splits, sizes and times, by position and name: folders may hold shards of one name."""
         return {
             f"{number} {shard.place.name}": " ".join(map(str, (shard.split, *shard.place.state())))

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill import runs
-from distill.config import TextAugment
 from distill.contracts import CLEAN_VIEW
 from distill.data.scratch import chunks, scratch, unnamed_file
 from distill.data.texts import Texts
 from distill.data.transforms import drop_words
+from distill.data_config import TextAugment
 from distill.preprocess import Tokenizer
 
 CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text

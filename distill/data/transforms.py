@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.config import ImageAugment
 from distill.contracts import CLEAN_VIEW
 from distill.data.hashing import mix
+from distill.data_config import ImageAugment
 
 WHITE = 255
 FILLS = {"white": WHITE, "black": 0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
+from distill.export.card import model_card
 from distill.export.onnx import describe
 from distill.predict import (
     BUNDLE_FILE,
@@ -32,16 +32,6 @@ __all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"
 CARD_FILE = "README.md"
 EMBEDDINGS = "embedding."
 """Begins the name of an output that has no classes."""
-
-
-LOGITS = (
-    "Task outputs are logits: a softmax gives probabilities. An input `..._present` that is false makes the model",
-    "ignore that modality.",
-)
-DIRECTIONS = (
-    "Embeddings have length 1: the product of one of an image and one of a text is their cosine. An input",
-    "`..._present` that is false gives zeros.",
-)
 
 
 class ParityError(RuntimeError):
@@ -98,7 +88,7 @@ def write_bundle(
         "info": dict(info),
     }
     with atomic(folder / CARD_FILE) as temporary:
-        temporary.write_text(_card(content, labels, preprocessor), encoding="utf-8")
+        temporary.write_text(model_card(content, labels, preprocessor), encoding="utf-8")
     names = [MODEL_FILE, SPEC_FILE, LABELS_FILE, CARD_FILE]
     names += [TOKENIZER_FILE] if preprocessor.tokenizer else []
     files = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256_file(folder / file)} for file in names}
@@ -177,110 +167,6 @@ def _check_labels(labels: Mapping[str, Sequence[str]], outputs: Mapping[str, Map
         classes = outputs[task]["shape"][-1]
         if classes != len(names):
             raise UserError(f"task {task!r} has {len(names)} labels, but its output has {classes} classes")
-
-
-def _card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], preprocessor: Preprocessor) -> str:
-    tensors = [
-        f"| {kind} | `{name}` | {value['dtype']} | {' x '.join(str(size) for size in value['shape'])} |"
-        for kind in ("inputs", "outputs")
-        for name, value in content[kind].items()
-    ]
-    tasks = [f"- `{task}`: {len(names)} classes ({_some(names)})" for task, names in labels.items()]
-    facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
-    arguments = ["'image': 'photo.png'"] if preprocessor.image_size is not None else []
-    arguments += ["'text': 'a few words'"] if preprocessor.tokenizer else []
-    verb = "predict" if labels else "embed"
-    return "\n".join(
-        [
-            f"# {content['name']}",
-            "",
-            "A model distilled with multidistill. It runs on onnxruntime; neither torch nor multidistill is needed.",
-            "",
-            *tasks,
-            "",
-            *facts,
-            "",
-            "## Use",
-            "",
-            *_introduction(preprocessor),
-            "",
-            "```python",
-            *_example(preprocessor, list(content["outputs"]) if not labels else []),
-            "```",
-            "",
-            "With multidistill, which also takes rows without image or text, 16-bit greyscale images, and many rows:",
-            "",
-            "```python",
-            "from distill.predict import load",
-            "",
-            f"print(load('.').{verb}([{{{', '.join(arguments)}}}]))",
-            "```",
-            "",
-            "## Tensors",
-            "",
-            "| | name | type | shape |",
-            "|---|---|---|---|",
-            *tensors,
-            "",
-            *(LOGITS if labels else DIRECTIONS),
-            "`bundle.json` holds the sha256 of every file.",
-            "",
-        ]
-    ).replace("\n\n\n", "\n\n")
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else f"`{json.dumps(value)}`"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _introduction(preprocessor: Preprocessor) -> list[str]:
-    packages = ["onnxruntime", "numpy"]
-    packages += ["pillow"] if preprocessor.image_size is not None else []
-    packages += ["tokenizers"] if preprocessor.tokenizer else []
-    lines = [f"In this folder, with {', '.join(packages[:-1])} and {packages[-1]} alone:"]
-    if preprocessor.image_size is not None:
-        lines += [
-            "(As in training, `draft` decodes a large JPEG at a fraction of its size, and a `centering` just below one",
-            "half rounds an odd margin down.)",
-        ]
-    return lines
-
-
-def _example(preprocessor: Preprocessor, embeddings: Sequence[str]) -> list[str]:
-    """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
-    size, text = preprocessor.image_size, preprocessor.tokenizer is not None
-    lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
-    feeds = []
-    if size is not None:
-        lines.append("from PIL import Image, ImageOps")
-    if text:
-        lines.append("from tokenizers import Tokenizer")
-    if size is not None:
-        square = f'ImageOps.pad(image, ({size}, {size}), color="white", centering=(0.4999, 0.4999))'
-        lines += [
-            f'(image := Image.open("photo.png")).draft("RGB", ({2 * size}, {2 * size}))',
-            'image = ImageOps.exif_transpose(image).convert("RGBA")',
-            'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")',
-            f"image = image.resize([max(1, round(side * {size} / max(image.size))) for side in image.size])",
-            f"pixels = np.array([{square}.split()])",
-        ]
-        feeds.append('"image": pixels, "image_present": [True]')
-    if text:
-        lines.append(f'ids = np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])')
-        feeds.append('"text": ids, "text_mask": ids >= 0, "text_present": [True]')
-    lines.append(f"feeds = {{{', '.join(feeds)}}}")
-    if embeddings:
-        return [*lines, f'print(InferenceSession("{MODEL_FILE}").run({json.dumps(embeddings)}, feeds))']
-    return [
-        *lines,
-        f'labels = json.load(open("{LABELS_FILE}", encoding="utf-8"))',
-        f'for task, logits in zip(labels, InferenceSession("{MODEL_FILE}").run(list(labels), feeds)):',
-        "    print(task, labels[task][logits.argmax()], 1 / np.exp(logits - logits.max()).sum())  # its probability",
-    ]
 
 
 def _settle_tokenizer(path: Path, max_length: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.contracts import CLEAN_VIEW, Batch, Outputs, UserError
+from distill.multimodal import inputs_of
 from distill.predict import EMBEDDING
 from distill.runs import atomic
 
@@ -41,8 +42,7 @@ def graph_inputs(batch: Batch) -> dict[str, Tensor]:
     for modality in sorted(batch.present):
         if modality not in batch.inputs:
             raise UserError(f"the example batch has no {modality!r} input; export needs raw inputs, not encoded ones")
-        named[modality] = batch.inputs[modality]
-        named |= {name: batch.inputs[name] for name in sorted(batch.inputs) if name.startswith(f"{modality}_")}
+        named |= inputs_of(modality, batch)
         named[f"{modality}_present"] = batch.present[modality]
     return named
 
@@ -129,7 +129,7 @@ def extract_tower(path: Path, modality: str, target: Path) -> None:
 
     Args:
         path: the graph of a model without fusion.
-        modality: "image" or "text".
+        modality: which encoder.
         target: the file to write.
     """
     proto = onnx.load(path)

@@ -21,9 +21,10 @@ import torch
 from distill import checkpoint, engine, evaluate, pipeline, quantize, report, results  # noqa: F401 (children need them)
 from distill.build import example_batch, input_spec
 from distill.cli import main
-from distill.config import DataConfig, TrainConfig
+from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs
 from distill.data.prepare import PreparedData, prepare
+from distill.data_config import DataConfig
 from distill.export.onnx import export_onnx
 
 KILL_EPOCHS = 5

@@ -1,0 +1,143 @@
+"""The model card of a bundle: its README, with code that a reader can run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill.formats import TEXT
+from distill.formats.image import ImageFormat
+from distill.predict import LABELS_FILE, MODEL_FILE
+from distill.preprocess import TOKENIZER_FILE, Preprocessor
+
+ARGUMENTS = {
+    "image": "'photo.png'",
+    "text": "'a few words'",
+    "audio": "'sound.wav'",
+    "video": "'clip.mp4'",
+    "series": "'series.csv'",
+    "tabular": "{'column': 1.5}",
+}
+"""Modality -> an example of what the predictor takes."""
+LOGITS = (
+    "Task outputs are logits: a softmax gives probabilities. An input `..._present` that is false makes the model",
+    "ignore that modality.",
+)
+DIRECTIONS = (
+    "Embeddings have length 1: the product of one of an image and one of a text is their cosine. An input",
+    "`..._present` that is false gives zeros.",
+)
+
+
+def model_card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], preprocessor: Preprocessor) -> str:
+    """Return a bundle's README: what it is made of, how to run it, what goes in and comes out.
+
+    Args:
+        content: of ``bundle.json``.
+        labels: task -> class names; empty for a model that gives embeddings alone.
+        preprocessor: of the bundle.
+    """
+    tensors = [
+        f"| {kind} | `{name}` | {value['dtype']} | {' x '.join(str(size) for size in value['shape'])} |"
+        for kind in ("inputs", "outputs")
+        for name, value in content[kind].items()
+    ]
+    tasks = [f"- `{task}`: {len(names)} classes ({_some(names)})" for task, names in labels.items()]
+    facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
+    arguments = ", ".join(f"'{name}': {ARGUMENTS[name]}" for name in _modalities(preprocessor))
+    verb = "predict" if labels else "embed"
+    return "\n".join(
+        [
+            f"# {content['name']}",
+            "",
+            "A model distilled with multidistill. It runs on onnxruntime; neither torch nor multidistill is needed.",
+            "",
+            *tasks,
+            "",
+            *facts,
+            "",
+            "## Use",
+            "",
+            *_alone(preprocessor, list(content["outputs"]) if not labels else []),
+            "With multidistill, which also takes rows that lack a modality, 16-bit greyscale images, and many rows:",
+            "",
+            "```python",
+            "from distill.predict import load",
+            "",
+            f"print(load('.').{verb}([{{{arguments}}}]))",
+            "```",
+            "",
+            "## Tensors",
+            "",
+            "| | name | type | shape |",
+            "|---|---|---|---|",
+            *tensors,
+            "",
+            *(LOGITS if labels else DIRECTIONS),
+            "`bundle.json` holds the sha256 of every file.",
+            "",
+        ]
+    ).replace("\n\n\n", "\n\n")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else f"`{json.dumps(value)}`"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _modalities(preprocessor: Preprocessor) -> list[str]:
+    return [*preprocessor.formats, *([TEXT] if preprocessor.tokenizer else [])]
+
+
+def _alone(preprocessor: Preprocessor, embeddings: Sequence[str]) -> list[str]:
+    """How to run the graph with nothing but the runtime and what decodes files; of images and texts alone."""
+    image = preprocessor.formats.get("image")
+    if not {"image", TEXT}.issuperset(_modalities(preprocessor)):
+        return []
+    packages = ["onnxruntime", "numpy"]
+    packages += ["pillow"] if image is not None else []
+    packages += ["tokenizers"] if preprocessor.tokenizer else []
+    lines = [f"In this folder, with {', '.join(packages[:-1])} and {packages[-1]} alone:"]
+    if image is not None:
+        lines += [
+            "(As in training, `draft` decodes a large JPEG at a fraction of its size, and a `centering` just below one",
+            "half rounds an odd margin down.)",
+        ]
+    size = image.size if isinstance(image, ImageFormat) else None
+    return [*lines, "", "```python", *_example(size, preprocessor.tokenizer is not None, embeddings), "```", ""]
+
+
+def _example(size: int | None, text: bool, embeddings: Sequence[str]) -> list[str]:
+    """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
+    lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
+    feeds = []
+    if size is not None:
+        lines.append("from PIL import Image, ImageOps")
+    if text:
+        lines.append("from tokenizers import Tokenizer")
+    if size is not None:
+        square = f'ImageOps.pad(image, ({size}, {size}), color="white", centering=(0.4999, 0.4999))'
+        lines += [
+            f'(image := Image.open("photo.png")).draft("RGB", ({2 * size}, {2 * size}))',
+            'image = ImageOps.exif_transpose(image).convert("RGBA")',
+            'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")',
+            f"image = image.resize([max(1, round(side * {size} / max(image.size))) for side in image.size])",
+            f"pixels = np.array([{square}.split()])",
+        ]
+        feeds.append('"image": pixels, "image_present": [True]')
+    if text:
+        lines.append(f'ids = np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])')
+        feeds.append('"text": ids, "text_mask": ids >= 0, "text_present": [True]')
+    lines.append(f"feeds = {{{', '.join(feeds)}}}")
+    if embeddings:
+        return [*lines, f'print(InferenceSession("{MODEL_FILE}").run({json.dumps(embeddings)}, feeds))']
+    return [
+        *lines,
+        f'labels = json.load(open("{LABELS_FILE}", encoding="utf-8"))',
+        f'for task, logits in zip(labels, InferenceSession("{MODEL_FILE}").run(list(labels), feeds)):',
+        "    print(task, labels[task][logits.argmax()], 1 / np.exp(logits - logits.max()).sum())  # its probability",
+    ]
