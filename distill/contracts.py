@@ -50,6 +50,11 @@ class Batch(NamedTuple):
     present: dict[str, Tensor]  # modality -> bool [B]
     targets: dict[str, Tensor]  # task -> int64 [B] class labels; IGNORE where missing
 
+    def inputs_of(self, modality: str) -> dict[str, Tensor]:
+        """Return the inputs of one modality, in the order of their names."""
+        names = sorted(key for key in self.inputs if key == modality or key.startswith(f"{modality}_"))
+        return {name: self.inputs[name] for name in names}
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; itself when it is there already."""
         return self if self.ids.device == device else Batch(*(_moved(value, device) for value in self))

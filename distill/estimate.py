@@ -26,7 +26,7 @@ from distill.data.sources import open_source
 from distill.data_config import AugmentConfig
 from distill.formats import TEXT, formats_of
 from distill.losses.terms import labelled_alone
-from distill.multimodal import OneModality, inputs_of
+from distill.multimodal import OneModality
 from distill.other_teachers import Teachers, check_labels
 from distill.shards import DTYPES, shard_size
 from distill.towers import frozen_towers
@@ -140,7 +140,7 @@ def _encoded(model: Model, recipe: Recipe) -> tuple[float, Batch, float]:
     with torch.no_grad():
         for name in frozen_towers(model):
             encoder: Any = model.encoders[name]
-            tokens = encoder.encode(*inputs_of(name, batch).values())
+            tokens = encoder.encode(*batch.inputs_of(name).values())
             del inputs[name]
             inputs[f"{name}_encoded"] = tokens
             length = spec.max_length if name == TEXT else tokens.shape[1]
@@ -161,7 +161,7 @@ def _alone(model: Any, modality: str, recipe: Recipe) -> float:
 
 def _texts_alone(batch: Batch) -> Batch:
     """The same rows as a transfer set has them: nobody has anything else, and it is not in the inputs."""
-    inputs = inputs_of(TEXT, batch)
+    inputs = batch.inputs_of(TEXT)
     present = {name: mask & (name == TEXT) for name, mask in batch.present.items()}
     return batch._replace(inputs=inputs, present=present)
 

@@ -281,12 +281,6 @@ class OneModality(nn.Module):
         return Outputs({**logits, **{f"{task}.{self.modality}": value for task, value in logits.items()}}, {}, {})
 
 
-def inputs_of(modality: str, batch: Batch) -> dict[str, Tensor]:
-    """The inputs of one modality, in the order of their names."""
-    names = sorted(key for key in batch.inputs if key == modality or key.startswith(f"{modality}_"))
-    return {name: batch.inputs[name] for name in names}
-
-
 def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
     """Encode the rows that have a modality; the others get zeros, take no time and enter no batch statistics.
 
@@ -297,7 +291,7 @@ def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
         name: the modality.
         batch: may lack the modality's inputs where no row has it.
     """
-    present, inputs = batch.present[name], inputs_of(name, batch)
+    present, inputs = batch.present[name], batch.inputs_of(name)
     if not inputs:
         nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
         return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])

@@ -24,7 +24,6 @@ from distill.contracts import CLEAN_VIEW, Batch
 from distill.data.batches import Batches
 from distill.data.loader import Loader
 from distill.formats import TEXT
-from distill.multimodal import inputs_of
 from distill.progress import Progress
 from distill.ranks import Ranks
 from distill.runs import read_json
@@ -222,7 +221,7 @@ def _row_inputs(sources: Sequence[Rows], modality: str) -> _Inputs:
         for at in np.unique(number[positions]):
             here = positions[number[positions] == at]
             (batch,) = sources[at].loader.batch(rows[here], torch.from_numpy(views[here])).values()
-            own = [value.to(device) for value in inputs_of(modality, batch).values()]
+            own = [value.to(device) for value in batch.inputs_of(modality).values()]
             tokens.update(zip(here.tolist(), encoder.encode(*own), strict=True))
         return torch.stack([tokens[position] for position in positions.tolist()])
 

@@ -369,7 +369,7 @@ def test_the_background_thread_ends_with_the_iterator(data, specs):
 
 def test_exceptions_of_the_background_thread_are_raised(data, specs, monkeypatch):
     loader = make(data, specs, workers=1)
-    monkeypatch.setattr(loader, "_images", lambda *_: 1 / 0)
+    monkeypatch.setattr(loader, "_media", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(loader.epoch(0))
 

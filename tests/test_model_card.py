@@ -81,7 +81,7 @@ def examples(bundle: Path) -> list[str]:
 
 def row_of(bundle: Path, **values: object) -> dict[str, object]:
     preprocessor = load(bundle).preprocessor
-    reads = {"image": preprocessor.image_size is not None, "text": preprocessor.tokenizer is not None}
+    reads = {"image": "image" in preprocessor.formats, "text": preprocessor.tokenizer is not None}
     return {name: value for name, value in (ROW | values).items() if reads[name]}
 
 

@@ -8,12 +8,17 @@ from distill.batch_parts import take
 from distill.build import build_model, check_model, example_batch, input_spec
 from distill.config import ModelConfig
 from distill.contracts import Outputs, UserError
+from distill.data_config import DataConfig
 from distill.evaluate import only
 from distill.multimodal import OneModality, Tapped, evaluating
 from students import ENCODERS
 from teachers import PretrainedText, PretrainedVision, TimmEncoder
 
 FUSIONS = ["concat", "cross_attention"]
+
+DATA = DataConfig(
+    source={"type": "table", "path": "rows.csv"}, modalities={"image": "image", "text": "text"}, working_size=16
+)
 
 
 @pytest.fixture(params=FUSIONS)
@@ -206,7 +211,7 @@ def config(wordpiece_file, **changes):
 
 def test_a_config_becomes_a_model_that_reads_its_own_example(wordpiece_file):
     model = build_model(config(wordpiece_file), ENCODERS, NUM_CLASSES, "student")
-    outputs = model.eval()(example_batch(input_spec(model), 16))
+    outputs = model.eval()(example_batch(input_spec(model), DATA))
     assert outputs.logits["kind"].shape == (3, 3) and outputs.embeddings["fused"].shape == (3, 128)
 
 
@@ -219,8 +224,8 @@ def test_one_modality_and_chosen_heads(wordpiece_file):
     )
     image_only = build_model(alone, ENCODERS, NUM_CLASSES, "student")
     spec = input_spec(image_only)
-    assert spec.image and spec.tokenizer is None
-    assert set(image_only.eval()(example_batch(spec, 16)).embeddings) == {"image", "fused"}
+    assert spec.media == ("image",) and spec.tokenizer is None
+    assert set(image_only.eval()(example_batch(spec, DATA)).embeddings) == {"image", "fused"}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_everything_is_written(tmp_path):
     assert report["classes"]["label"]["train"] == {"a": 3, "b": 3}
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
         "data_report.json",
+        "formats.json",
         "image.npy",
         "labels.json",
         "rows.npy",
@@ -168,7 +169,7 @@ def test_text_alone(tmp_path):
     rows = good_rows()
     rows[0]["text"] = ""
     info, data, report = run(tmp_path, rows, modalities={"text": "text"}, max_bad_fraction=0.1)
-    assert data.arrays["image"] is None and set(data.present) == {"text"} and info["modalities"] == ["text"]
+    assert not data.arrays and set(data.present) == {"text"} and info["modalities"] == ["text"]
     assert report["bad_rows"]["rows"] == [{"id": 100, "where": "row 0", "reason": "every modality is missing"}]
 
 
@@ -344,7 +345,7 @@ def test_the_hash_of_a_split_is_that_of_its_rows_alone(prepared):
         targets["tone"][row] = 1 - targets["tone"][row]
         present["text"][row] = False
         ids[row], images[row, 0, 0, 0], texts[row] = ids[row] + 1, images[row, 0, 0, 0] + 1, "another"
-        values = {"ids": ids, "images": images, "texts": texts, "targets": targets, "present": present}
+        values = {"ids": ids, "arrays": {"image": images}, "texts": texts, "targets": targets, "present": present}
         return [replace(prepared, **{name: value}) for name, value in values.items()]
 
     own = prepared.fingerprint("test")

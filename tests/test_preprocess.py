@@ -292,7 +292,7 @@ def test_saved_preprocessing_is_the_same(bert, tmp_path):
     after = Preprocessor.load(tmp_path / "bundle")
     after.save(tmp_path / "bundle")
     assert json.loads((tmp_path / "bundle" / "preprocess.json").read_text()) == {
-        "image": {"size": 16},
+        "image": {"size": 16, "crop": False},
         "text": {"tokenizer": "tokenizer.json", "max_length": 5, "pad_id": 9},
     }
     for name, feed in before(rows).items():

@@ -184,11 +184,12 @@ def test_wrong_parts(tmp_path, part, message):
 
 
 def test_parts_open_their_sources(tmp_path):
-    touch(tmp_path, "cat/1.png")
+    touch(tmp_path, "cat/1.png", "cat/1.wav", "cat/1.mp4")
     write_table(tmp_path, ".csv")
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
     with tarfile.open(tmp_path / "a.tar", "w"):
-        paths = {"table": "table.csv", "image_folder": ".", "hf_dataset": "set", "tar_shards": "a.tar"}
+        folders = dict.fromkeys(("image_folder", "audio_folder", "video_folder"), ".")
+        paths = {"table": "table.csv", **folders, "hf_dataset": "set", "tar_shards": "a.tar"}
     for kind, builder in SOURCES.items():
         assert isinstance(open_source(Part(type=kind, path=paths[kind]), tmp_path), builder)
 

@@ -9,6 +9,7 @@ from tiny_project import distill, make_project, refusal
 
 from distill.build import example_batch, input_spec
 from distill.contracts import UserError
+from distill.data_config import DataConfig
 from distill.multimodal import Tapped, evaluating
 from distill.taps import chosen, list_taps
 from students import ConvNet
@@ -151,7 +152,9 @@ def test_every_tap_that_is_listed_gives_its_shape(image, clip_folder, bert_folde
         else TimmEncoder(name=image, size=size)
     )
     model = around({"image": vision, "text": PretrainedText(weights=f"path:{bert_folder}")}, fusion="cross_attention")
-    batch = example_batch(input_spec(model), SIZE, rows=3, length=7)
+    source, modalities = {"type": "table", "path": "rows.csv"}, {"image": "image", "text": "text"}
+    data = DataConfig(source=source, modalities=modalities, working_size=SIZE)
+    batch = example_batch(input_spec(model), data, rows=3, length=7)
     taps = list_taps(model, batch)
     assert {"encoders.image", "encoders.text", "fusion", "necks.image"} <= {tap.path for tap in taps}
     assert [tap.path.startswith("encoders.") for tap in taps] == sorted(

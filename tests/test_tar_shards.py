@@ -13,7 +13,7 @@ from distill.contracts import UserError
 from distill.data.prepare import prepare, source_fingerprint
 from distill.data.prepared import PreparedData
 from distill.data.sources import open_source
-from distill.data.tar_index import INDEX_FILE
+from distill.data.tar_index import INDEX_FILE, MEDIA
 from distill.data.tar_shards import TarShardSource, expand_braces
 from distill.data_config import DataConfig, Part
 from distill.formats.base import BadInput
@@ -78,7 +78,7 @@ def test_patterns_name_the_same_shards(tmp_path, pattern):
     source = TarShardSource(pattern, base=write_shards(tmp_path))
     assert len(source) == 10 and column(source, "key") == [f"{number:04}" for number in range(10)]
     assert column(source, "shard")[3:5] == ["s-00.tar", "s-01.tar"]
-    assert source.columns == ["key", "shard", "image", "text", "label", "split", "id", "tone"]
+    assert source.columns == ["key", "shard", *MEDIA, "text", "label", "split", "id", "tone"]
     assert source.media(7, "image") == picture(7) and source.where(7, "image") == f"{tmp_path / 's-01.tar'}: 0007"
 
 

@@ -172,8 +172,6 @@ def _decode(value: Cell | BadInput, format: Format) -> Decoded:
         return format.read(content), _key(hashlib.blake2b(content, digest_size=16))
     except BadInput as error:
         return error
-    except FileNotFoundError:
-        return BadInput(f"no such file: {value!s}")
     except OSError as error:
         return BadInput(f"the file cannot be read: {error.strerror}")
 

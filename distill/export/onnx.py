@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.contracts import CLEAN_VIEW, Batch, Outputs, UserError
-from distill.multimodal import inputs_of
 from distill.predict import EMBEDDING
 from distill.runs import atomic
 
@@ -42,7 +41,7 @@ def graph_inputs(batch: Batch) -> dict[str, Tensor]:
     for modality in sorted(batch.present):
         if modality not in batch.inputs:
             raise UserError(f"the example batch has no {modality!r} input; export needs raw inputs, not encoded ones")
-        named |= inputs_of(modality, batch)
+        named |= batch.inputs_of(modality)
         named[f"{modality}_present"] = batch.present[modality]
     return named
 

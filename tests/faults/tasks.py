@@ -34,9 +34,12 @@ def warm_up() -> None:
     """Do once what is slow the first time, and starts no thread: imports, and the export of a graph."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        source = {"type": "table", "path": "rows.csv"}
+        modalities = {"image": "image", "text": "text"}
+        data = DataConfig(source=source, modalities=modalities, working_size=tiny.SIZE)
         bert = tiny.write_bert(Path(folder))
         model = tiny.make_model(bert / "tokenizer.json").eval()
-        export_onnx(model, example_batch(input_spec(model), tiny.SIZE), Path(folder) / "a.onnx", opset=18)
+        export_onnx(model, example_batch(input_spec(model), data), Path(folder) / "a.onnx", opset=18)
 
 
 def distill(arguments: Sequence[str], at: float = 0.0) -> None:
