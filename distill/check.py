@@ -90,7 +90,7 @@ def check_pruning(recipe: Recipe, encoders: Registry) -> None:
     able = [f"encoders.{name}" for name in student.encoders if name not in tables]
     able += [] if student.fusion is None or FUSIONS[student.fusion.type].plain else ["fusion"]
     hint = f"set it to [{', '.join(able)}]" if able else "it has no channels to prune; end with 'distill train'"
-    for path in recipe.prune.modules:
+    for path in recipe.prune.modules or ():
         owner, *inner = path.split(".")
         foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
         if foreign or (student.fusion is None and owner in ("fusion", "necks")):
@@ -143,17 +143,15 @@ def _check_retrieval(recipe: Recipe) -> None:
 
 
 def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
-    """A vocabulary or an embedding comes from the teacher's text encoder, which then has to have its own."""
-    if takers(recipe.teacher, encoders):
-        kind = recipe.teacher.encoders["text"].type
-        raise UserError(f"teacher.encoders.text: {kind} takes its vocabulary from a teacher; a teacher brings its own")
+    """A vocabulary or an embedding comes from the teacher's text encoder."""
     given = takers(recipe.student, encoders)
-    if given and "text" not in recipe.teacher.encoders:
-        kind = recipe.student.encoders[given[0]].type
-        raise UserError(
-            f"student.encoders.{given[0]}: {kind} takes its vocabulary from the teacher, which has no text encoder; "
-            "add one to teacher.encoders"
-        )
+    if given and takers(recipe.teacher, encoders):
+        sizes = [int(model.encoders["text"].params["vocab_size"]) for model in (recipe.teacher, recipe.student)]
+        if sizes[1] > sizes[0]:
+            raise UserError(
+                f"student.encoders.text.vocab_size is {sizes[1]}, and is cut from the teacher's, which has {sizes[0]}; "
+                "give at most that"
+            )
     for name, part in recipe.student.inherit.items():
         check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "project", "student", "token_ids"))
         if not takes_tokens(inheritances[part.type]):

@@ -195,20 +195,24 @@ def predict(
     bundle: BundleArgument,
     image: Annotated[list[Path] | None, typer.Option("--image", help="Image file; may be repeated.")] = None,
     text: Annotated[list[str] | None, typer.Option("--text", help="Text; may be repeated.")] = None,
-    table: Annotated[Path | None, typer.Option("--table", help="CSV with columns image and/or text.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option("--audio", help="Audio file; may be repeated.")] = None,
+    video: Annotated[list[Path] | None, typer.Option("--video", help="Video file; may be repeated.")] = None,
+    series: Annotated[list[Path] | None, typer.Option("--series", help="File of numbers; may be repeated.")] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="CSV with columns named image, text, ...")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes listed a row.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify images and texts with an exported bundle; needs no torch."""
+    """Classify rows of files and texts with an exported bundle; needs no torch."""
     from distill.predict import predict_rows
 
-    rows = predict_rows(bundle, image or [], text or [], table, top_k=top_k)
+    given = {"image": image, "text": text, "audio": audio, "video": video, "series": series}
+    rows = predict_rows(bundle, {name: values for name, values in given.items() if values}, table, top_k=top_k)
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
     for row in rows:
         if len(rows) > 1:
-            typer.echo(" | ".join(str(row[name]) for name in ("image", "text") if row[name] is not None))
+            typer.echo(" | ".join(str(v) for name, v in row.items() if name != "predictions" and v is not None))
         for task, answer in row["predictions"].items():
             listed = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
             typer.echo(f"{'  ' if len(rows) > 1 else ''}{task}: {listed}")

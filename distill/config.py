@@ -201,7 +201,7 @@ class PruneConfig(Strict):
     ratio: float = Field(0.5, gt=0, lt=1)  # share of channels removed, globally
     importance: Literal["magnitude", "taylor", "random"] = "magnitude"
     round_to: int = Field(8, ge=1)
-    modules: list[str] = ["encoders.image"]  # module-path prefixes that may be pruned
+    modules: list[str] | None = None  # module-path prefixes that may be pruned; absent: all encoders but that of text
     train: TrainConfig = TrainConfig()
 
 
@@ -265,6 +265,13 @@ class Recipe(Strict):
     bench: BenchConfig = BenchConfig()
     retrieval: RetrievalConfig | None = None  # a model without heads needs it
     report: ReportConfig = ReportConfig()
+
+    @property
+    def learnt_words(self) -> int | None:
+        """The size of a vocabulary that is learnt from the training texts, where no teacher brings one."""
+        part = self.teacher.encoders.get("text") or self.student.encoders.get("text")
+        size = None if part is None else part.params.get("vocab_size")
+        return size if isinstance(size, int) else None
 
 
 def one_line(error: Exception) -> str:

@@ -1,14 +1,15 @@
 """A model's predictions on a split, from torch or from a bundle on its runtime; kept as safetensors.
 
-``NAME.safetensors`` holds ``ids`` [N], ``logits.TASK`` [N, C] and ``subset.MODALITY.TASK`` [N, C] (the logits with
-only that modality present), ``embedding.MODALITY`` [N, D] where retrieval is measured; ``targets.safetensors`` holds
-``ids``, ``group``, ``target.TASK``, and the fields of :class:`~distill.retrieval.Pairs` as
+``NAME.safetensors`` holds ``ids`` [N], ``logits.TASK`` [N, C] and ``subset.MODALITIES.TASK`` [N, C] (the logits with
+only these present, such as ``image+text``), ``embedding.MODALITY`` [N, D] where retrieval is measured;
+``targets.safetensors`` holds ``ids``, ``group``, ``target.TASK``, and the fields of :class:`~distill.retrieval.Pairs` as
 ``FIELD.MODALITY`` where retrieval is measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from distill.progress import Progress, silent
 from distill.retrieval import Pairs, scores
 from distill.runs import atomic
 
+AND = "+"
+ALL_SUBSETS = 4  # modalities of which all subsets are measured
 Arrays = dict[str, NDArray[np.float32]]
 ACCURACY, RECALL = "valid/accuracy", "valid/recall@1"
 """What the best epoch is chosen by: of models with heads, and of those without."""
@@ -49,19 +52,19 @@ def predict_torch(
     Args:
         model: ``Batch -> Outputs``.
         batches: makes the iterator over the split.
-        subsets: modalities to keep alone, in further passes over the same rows.
+        subsets: modalities to keep, such as "image" or "image+text", in further passes over the same rows.
         embeddings: modalities whose embeddings are wanted.
         report: called with (rows done, rows done): the total is not known here.
 
     Returns:
-        ``logits.TASK`` float32 [N, C], for each subset ``subset.MODALITY.TASK``, and ``embedding.MODALITY`` [N, D].
+        ``logits.TASK`` float32 [N, C], for each subset ``subset.MODALITIES.TASK``, and ``embedding.MODALITY`` [N, D].
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     done = 0
     device = next(model.parameters(), torch.empty(0)).device
     with evaluating(model):
         for batch in (batch.to(device) for batch in batches()):
-            passes = {"logits": batch, **{f"subset.{name}": only(batch, name) for name in subsets}}
+            passes = {"logits": batch, **{f"subset.{names}": only(batch, *names.split(AND)) for names in subsets}}
             for prefix, rows in passes.items():
                 said = model(rows)
                 found = {f"{prefix}.{task}": logits for task, logits in final_logits(said).items()}
@@ -177,7 +180,13 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     return dict(load_file(path))
 
 
-def only(batch: Batch, modality: str) -> Batch:
-    """The same rows with just one modality present."""
-    present = {name: mask if name == modality else torch.zeros_like(mask) for name, mask in batch.present.items()}
+def subsets_of(modalities: Sequence[str]) -> list[str]:
+    """The parts of several modalities, small ones first; of many modalities those of one and those that lack one."""
+    sizes = range(1, len(modalities)) if len(modalities) <= ALL_SUBSETS else (1, len(modalities) - 1)
+    return [AND.join(chosen) for size in sizes for chosen in combinations(modalities, size)]
+
+
+def only(batch: Batch, *modalities: str) -> Batch:
+    """The same rows with just some modalities present."""
+    present = {name: mask if name in modalities else torch.zeros_like(mask) for name, mask in batch.present.items()}
     return batch._replace(present=present)

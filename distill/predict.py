@@ -16,7 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
-from distill.formats.base import BadInput
+from distill.formats import TABULAR, TEXT, BadInput
+from distill.formats.tabular import TabularFormat
 from distill.preprocess import Preprocessor, has_text
 from distill.runs import read_json, sha256_file
 
@@ -130,7 +131,8 @@ class Predictor:
         """Classify rows.
 
         Args:
-            rows: mappings with ``image`` (a path, file bytes or a decoded array) and ``text``; either may be absent.
+            rows: mappings of modalities to values, as :class:`~distill.preprocess.Preprocessor` takes them; any may be
+                absent.
             top_k: number of classes listed, the most probable first.
             batch_size: rows a run of the graph.
 
@@ -205,57 +207,81 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def predict_rows(
     bundle: str | Path,
-    images: Sequence[str | Path] = (),
-    texts: Sequence[str] = (),
+    given: Mapping[str, Sequence[str | Path]] | None = None,
     table: str | Path | None = None,
     *,
     top_k: int = 3,
     threads: int = 1,
 ) -> list[dict[str, Any]]:
-    """What ``distill predict`` does: classify images, texts, pairs of them, or the rows of a table.
+    """What ``distill predict`` does: classify files and texts, rows of several of them, or those of a table.
 
     Args:
         bundle: the bundle's folder.
-        images: image files.
-        texts: texts; with images, as many as images, the n-th belonging to the n-th image.
-        table: a CSV file with the columns ``image`` (relative to the table's folder) and ``text``, or one of them.
+        given: modality -> files, or texts; those of several modalities are as many, and the n-th ones are a row.
+        table: a CSV file with columns named like modalities (files are relative to the table's folder), or like those
+            of the records that the model learnt from; one is enough.
         top_k: number of classes listed.
         threads: threads inside an operator.
 
     Returns:
-        For each row ``image``, ``text`` (None where absent) and ``predictions``, as :meth:`Predictor.predict`.
+        For each row its value of each modality that the model reads (None where absent) and ``predictions``, as
+        :meth:`Predictor.predict`.
 
     Raises:
-        UserError: nothing to classify, counts that do not match, or an unreadable table, image or bundle.
+        UserError: nothing to classify, counts that do not match, or an unreadable table, file or bundle.
     """
-    rows = list(_paired(images, texts) if table is None else _read_table(Path(table)))
-    if table is not None and (images or texts):
-        raise UserError("give either a table or images and texts, not both")
+    predictor = load(bundle, threads=threads)
+    filled = {name: values for name, values in (given or {}).items() if values}
+    reads = [*predictor.preprocessor.formats, *([TEXT] if predictor.preprocessor.tokenizer else [])]
+    for name in filled:
+        if name not in reads:
+            raise UserError(f"{predictor.info['name']} reads no {name}; it reads {', '.join(reads)}")
+    if table is not None and filled:
+        raise UserError("give either a table or files and texts, not both")
+    if table is not None:
+        rows = list(_read_table(Path(table), predictor.preprocessor, reads))
+    else:
+        rows = [{name: row.get(name) for name in reads} for row in _together(filled)]
     if not rows:
-        raise UserError("nothing to classify; give an image, a text or a table with rows")
-    predictions = load(bundle, threads=threads).predict(rows, top_k=top_k)
+        raise UserError(f"nothing to classify; give {' or '.join(reads)}, or a table with rows")
+    predictions = predictor.predict(rows, top_k=top_k)
     return [{**row, "predictions": found} for row, found in zip(rows, predictions, strict=True)]
 
 
-def _paired(images: Sequence[str | Path], texts: Sequence[str]) -> Iterator[dict[str, str | None]]:
-    if images and texts and len(images) != len(texts):
-        raise UserError(f"{len(images)} images and {len(texts)} texts; give as many of each, or only one kind")
-    for number in range(max(len(images), len(texts))):
-        yield {"image": str(images[number]) if images else None, "text": texts[number] if texts else None}
+def _together(given: Mapping[str, Sequence[str | Path]]) -> Iterator[dict[str, str]]:
+    """Rows of the n-th values."""
+    counts = {name: len(values) for name, values in given.items()}
+    if len(set(counts.values())) > 1:
+        found = " and ".join(f"{count} of {name}" for name, count in counts.items())
+        raise UserError(f"{found}; give as many of each, or only one kind")
+    for values in zip(*given.values(), strict=True):
+        yield {name: str(value) for name, value in zip(given, values, strict=True)}
 
 
-def _read_table(path: Path) -> Iterator[dict[str, str | None]]:
+def _read_table(path: Path, preprocessor: Preprocessor, reads: Sequence[str]) -> Iterator[dict[str, Any]]:
+    records = preprocessor.formats.get(TABULAR)
+    fields = (*records.numbers, *records.categories) if isinstance(records, TabularFormat) else ()
+    known = [name for name in reads if name != TABULAR]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            columns = {"image", "text"}.intersection(reader.fieldnames or ())
-            if not columns:
-                raise UserError(f"{path} has neither a column 'image' nor 'text'; name one so in its first line")
+            columns = reader.fieldnames or ()
+            if not {*known, *fields}.intersection(columns):
+                raise UserError(f"{path} has no column {' or '.join([*known, *fields])}; name one so in its first line")
             for row in reader:
-                image, text = row.get("image"), row.get("text")
-                yield {"image": str(path.parent / image) if image else None, "text": text if has_text(text) else None}
+                found: dict[str, Any] = {name: _cell(path, name, row.get(name)) for name in known}
+                if fields:
+                    record = {name: row.get(name) for name in fields}
+                    found[TABULAR] = record if any(has_text(value) for value in record.values()) else None
+                yield {name: found[name] for name in reads}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a readable CSV file: {_line(error)}") from error
+
+
+def _cell(table: Path, modality: str, value: str | None) -> str | None:
+    if not has_text(value):
+        return None
+    return value if modality == TEXT else str(table.parent / str(value))
 
 
 def _ranked(probabilities: NDArray[np.float32], names: Sequence[str], top_k: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.channels import channel_groups, importance
 from distill.config import PruneConfig
 from distill.contracts import Batch, Outputs, UserError
+from distill.formats import TEXT
 from distill.multimodal import Encoded, Encoder
 from distill.runs import read_json, write_json
 
@@ -111,6 +112,12 @@ def apply(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 
 @torch.enable_grad()
+def default_modules(model: nn.Module) -> list[str]:
+    """The paths of all encoders but that of text, or of that one where there is no other."""
+    encoders = [path for path, module in model.named_modules() if isinstance(module, Encoder)]
+    return [path for path in encoders if path != f"encoders.{TEXT}"] or encoders
+
+
 def plan(
     model: nn.Module,
     example: Batch,
@@ -121,8 +128,9 @@ def plan(
 ) -> PrunePlan:
     """Decide which channels stay.
 
-    Channels of all groups under ``config.modules`` are ranked together; other modules only lose the inputs that
-    vanish. Attention keeps its heads (their inputs and MLPs are pruned); outputs of the model keep their widths.
+    Channels of all groups under ``config.modules`` (absent: :func:`default_modules`) are ranked together; other modules
+    only lose the inputs that vanish. Attention keeps its heads (their inputs and MLPs are pruned); outputs of the model
+    keep their widths.
 
     Args:
         model: any ``Batch -> Outputs`` module, without taps (hooks do not survive copying); it is not changed.
@@ -141,11 +149,12 @@ def plan(
     original = copy.deepcopy(model).cpu().eval()
     example = _on_cpu(example)
     twin = copy.deepcopy(original).requires_grad_(True)
-    groups = channel_groups(twin, example, config.modules)
+    modules = config.modules or default_modules(twin)
+    groups = channel_groups(twin, example, modules)
     judged = importance(groups, config.importance, twin, example, loss, seed)
     scored = [(group, score) for group, score in zip(groups, judged, strict=True) if score is not None]
     if not scored:
-        raise UserError(f"prune.modules={config.modules}: no channels can be pruned there; name other modules")
+        raise UserError(f"prune.modules={modules}: no channels can be pruned there; name other modules")
     units = [config.round_to // math.gcd(config.round_to, group.parts) for group, _ in scored]
     removed = choose([score for _, score in scored], config.ratio, units)
     _number_elements(twin)  # importance is known: from here on each element says where it came from

@@ -70,9 +70,12 @@ def quantize_bundle(work: Workspace, folder: Path) -> dict[str, Any]:
         for part in np.array_split(loader.row_positions[chosen], -(-len(chosen) // CALIBRATION_BATCH)):
             yield evaluate.feeds(loader.batch(part, loader.clean_views(len(part)))[STUDENT])
 
-    path = folder / "model.onnx"
+    path, model = folder / "model.onnx", work.model(SHIPPED)
+    encoders: Any = model.encoders
+    fixed = [f"encoders.{name}.{part}" for name, encoder in encoders.items() for part in encoder.keep_float]
+    how = config.quantize.model_copy(update={"keep_float": [*config.quantize.keep_float, *fixed]})
     with progress("quantize", quiet=work.quiet) as report:
-        made = quantize_static(work.path("export") / FP32 / MODEL_FILE, path, feeds(), config.quantize)
+        made = quantize_static(work.path("export") / FP32 / MODEL_FILE, path, feeds(), how)
         report(1, 1)
     info = {"precision": "int8", **made}
     gate = _write_gated(work, folder / INT8, path, info, config.min_agreement_int8)
@@ -169,7 +172,7 @@ def _torch_arrays(work: Workspace, model: Model, name: str) -> evaluate.Arrays:
     reads = TEACHER if name == TEACHER else STUDENT
     spec = input_spec(model)
     loader = work.towers(work.clean_loader(TEST, spec, reads), model, reads)
-    subsets = list(model.encoders) if len(model.encoders) > 1 and not isinstance(model, DualEncoder) else []
+    subsets = [] if isinstance(model, DualEncoder) else evaluate.subsets_of(list(model.encoders))
     wanted = PAIR if work.recipe.retrieval is not None else ()
     arrays = evaluate.predict_torch(model, evaluate.clean_batches(loader, reads), subsets=subsets, embeddings=wanted)
 
@@ -307,8 +310,8 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
     subsets: dict[str, dict[str, Any]] = {}
     for key, values in arrays.items():
         if key.startswith("subset."):
-            _, modality, task = key.split(".")
-            subsets.setdefault(modality, {})[task] = values
+            _, modalities, task = key.split(".")
+            subsets.setdefault(modalities, {})[task] = values
     threads = measured["threads"]
     return ModelEntry(
         name=name,

@@ -225,7 +225,7 @@ def cache_key(work: Workspace) -> dict[str, Any]:
 
 
 def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Cut the teacher's vocabulary to the size of the student's."""
+    """Cut the teacher's vocabulary, or that which was learnt, to the size of the student's."""
     config, data = work.recipe.student, work.data()
     if not work.takers(config):
         return {}

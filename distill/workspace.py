@@ -139,7 +139,7 @@ class Workspace:
 
     def _given(self, config: ModelConfig, name: str) -> dict[str, dict[str, Any]]:
         """Encoder parameters that the pipeline adds: of the data, and the tokenizer that a student takes over."""
-        stage = "vocabulary" if name == BASELINE else "inherit"
+        stage = {TEACHER: "data", BASELINE: "vocabulary"}.get(name, "inherit")
         given = told_by_data(config, self.encoders, self.recipe.data)
         return given | {taker: {"tokenizer_file": self.path(stage) / TOKENIZER_FILE} for taker in self.takers(config)}
 
@@ -237,7 +237,9 @@ class Workspace:
         return partial(evaluate.validation_accuracy, batches=batches, total=self.ranks.sum), evaluate.ACCURACY
 
     def teachers_tokenizer(self) -> Path:
-        """The ``tokenizer.json`` of the teacher's text tower."""
+        """The ``tokenizer.json`` of the teacher's text tower, or of the words that were learnt."""
+        if self.recipe.learnt_words is not None:
+            return self.path("data") / TOKENIZER_FILE
         tower: Any = build_part(self.encoders, self.recipe.teacher.encoders[TEXT], "teacher.encoders.text")
         return Path(tower.tokenizer_file)
 

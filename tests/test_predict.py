@@ -91,12 +91,12 @@ def test_softmax_is_stable() -> None:
 
 
 def test_images_and_texts(bundle: Path, image: Path) -> None:
-    both = predict_rows(bundle, [image, image], ["red", "blue"])
+    both = predict_rows(bundle, {"image": [image, image], "text": ["red", "blue"]})
     assert [row["text"] for row in both] == ["red", "blue"]
     assert both[0]["image"] == str(image)
-    assert predict_rows(bundle, [image])[0]["text"] is None
+    assert predict_rows(bundle, {"image": [image]})[0]["text"] is None
     alone = load(bundle).predict([{"text": "cat"}], top_k=1)[0]
-    assert predict_rows(bundle, texts=["cat"], top_k=1) == [{"image": None, "text": "cat", "predictions": alone}]
+    assert predict_rows(bundle, {"text": ["cat"]}, top_k=1) == [{"image": None, "text": "cat", "predictions": alone}]
 
 
 def test_a_table(bundle: Path, image: Path) -> None:
@@ -108,21 +108,23 @@ def test_a_table(bundle: Path, image: Path) -> None:
         (None, "blue"),
         (str(image), None),
     ]
-    assert found[0]["predictions"] == predict_rows(bundle, [image], ["red cat"])[0]["predictions"]
+    assert found[0]["predictions"] == predict_rows(bundle, {"image": [image], "text": ["red cat"]})[0]["predictions"]
 
 
 def test_wrong_requests(bundle: Path, image: Path, tmp_path: Path) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("picture\na.png\n")
-    with pytest.raises(UserError, match="neither a column 'image' nor 'text'"):
+    with pytest.raises(UserError, match="has no column image or text"):
         predict_rows(bundle, table=table)
     table.write_text("text\n")
     with pytest.raises(UserError, match="nothing to classify"):
         predict_rows(bundle, table=table)
     with pytest.raises(UserError, match="not both"):
-        predict_rows(bundle, [image], table=table)
-    with pytest.raises(UserError, match="2 images and 1 texts"):
-        predict_rows(bundle, [image, image], ["red"])
+        predict_rows(bundle, {"image": [image]}, table=table)
+    with pytest.raises(UserError, match="2 of image and 1 of text"):
+        predict_rows(bundle, {"image": [image, image], "text": ["red"]})
+    with pytest.raises(UserError, match="reads no audio; it reads image, text"):
+        predict_rows(bundle, {"audio": [image]})
     with pytest.raises(UserError, match="not a readable CSV"):
         predict_rows(bundle, table=tmp_path / "none.csv")
 
@@ -172,7 +174,7 @@ def test_no_torch_is_imported(bundle: Path, image: Path) -> None:
     code = (
         "import sys\n"
         "from distill.predict import predict_rows\n"
-        f"print(predict_rows({str(bundle)!r}, [{str(image)!r}], ['red'])[0]['predictions']['category']['label'])\n"
+        f"print(predict_rows({str(bundle)!r}, {{'image': [{str(image)!r}], 'text': ['red']}})[0]['predictions']['category']['label'])\n"
         "assert not {'torch', 'onnx', 'transformers', 'pandas'} & set(sys.modules)\n"
     )
     root = str(Path(__file__).resolve().parent.parent)

@@ -83,7 +83,7 @@ class TaskEvidence:
         return dict(zip(keys, (agrees["value"], agrees["ci95"], kl, ratio, _interval(ratios)), strict=True))
 
     def subset(self, name: str, modality: str) -> dict[str, Any] | None:
-        """Return the accuracy of a model that is given one modality alone, or None where it was not tried."""
+        """Return the accuracy of a model that is given some modalities alone, or None where it was not tried."""
         if ("right", name, modality) not in self.means:
             return None
         right = self.mean("right", name, modality)
