@@ -30,6 +30,7 @@ from distill.losses.terms import (
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import check_teachers
+from distill.prune import default_modules
 from distill.sharding import check_sharding
 from distill.tasks import check_reused
 from distill.trackers import check_trackers
@@ -86,11 +87,13 @@ def check_pruning(recipe: Recipe, encoders: Registry) -> None:
         UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names.
     """
     student = recipe.student
-    tables = takers(student, encoders)
-    able = [f"encoders.{name}" for name in student.encoders if name not in tables]
-    able += [] if student.fusion is None or FUSIONS[student.fusion.type].plain else ["fusion"]
-    hint = f"set it to [{', '.join(able)}]" if able else "it has no channels to prune; end with 'distill train'"
-    for path in recipe.prune.modules or ():
+    prunable = {name: getattr(encoders[part.type], "prunable", True) for name, part in student.encoders.items()}
+    fused = student.fusion is not None and not FUSIONS[student.fusion.type].plain
+    able = [*(f"encoders.{name}" for name, has in prunable.items() if has), *(["fusion"] if fused else [])]
+    hint = f"set it to [{', '.join(able)}]"
+    if not able:
+        raise UserError("prune.modules: the student has no channels to prune; end with 'distill train'")
+    for path in recipe.prune.modules or default_modules(prunable, fusion=fused):
         owner, *inner = path.split(".")
         foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
         if foreign or (student.fusion is None and owner in ("fusion", "necks")):

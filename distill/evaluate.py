@@ -2,8 +2,8 @@
 
 ``NAME.safetensors`` holds ``ids`` [N], ``logits.TASK`` [N, C] and ``subset.MODALITIES.TASK`` [N, C] (the logits with
 only these present, such as ``image+text``), ``embedding.MODALITY`` [N, D] where retrieval is measured;
-``targets.safetensors`` holds ``ids``, ``group``, ``target.TASK``, and the fields of :class:`~distill.retrieval.Pairs` as
-``FIELD.MODALITY`` where retrieval is measured.
+``targets.safetensors`` holds ``ids``, ``group``, ``target.TASK``, and the fields of :class:`~distill.retrieval.Pairs`
+as ``FIELD.MODALITY`` where retrieval is measured.
 """
 
 from __future__ import annotations

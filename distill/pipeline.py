@@ -15,15 +15,12 @@ import teachers
 from distill import results, stages
 from distill.check import check_pruning, check_recipe
 from distill.config import Recipe, nearest
-from distill.contracts import TRAIN, Artifact, UserError
+from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
-from distill.data.prepared import PreparedData
-from distill.data.vocabulary import learn_vocabulary
 from distill.data_config import LabelledConfig
 from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
 from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
-from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
@@ -95,9 +92,7 @@ def _transfer(recipe: Recipe) -> dict[str, Any]:
 
 def _data(recipe: Recipe) -> dict[str, Any]:
     fields = {name: value for name, value in _identity(recipe)["data"].items() if name != "augment"}
-    source: dict[str, Any] = {"files": source_fingerprint(recipe.data, Path.cwd())}
-    if recipe.learnt_words is not None:
-        source["vocab_size"] = recipe.learnt_words
+    source = {"files": source_fingerprint(recipe.data, Path.cwd()), "words": recipe.learnt_words}
     if recipe.data.labelled in (None, LabelledConfig()):  # hides nothing, so there is nothing to choose
         return {"data": fields | {"labelled": None}, "source": source}
     return {"data": fields, "source": source, "seed": recipe.seed}
@@ -128,12 +123,7 @@ def _pruned(recipe: Recipe) -> dict[str, Any]:
 def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
     recipe = work.recipe
     with progress("read data", quiet=work.quiet) as report:
-        info = prepare(recipe.data, folder, Path.cwd(), report, seed=recipe.seed)
-    if recipe.learnt_words is not None:
-        data = PreparedData.open(folder, recipe.data)
-        texts = (data.texts[row] for row in data.rows(TRAIN))
-        info["vocabulary"] = learn_vocabulary(texts, recipe.learnt_words, folder / TOKENIZER_FILE)
-    return info
+        return prepare(recipe.data, folder, Path.cwd(), report, seed=recipe.seed, words=recipe.learnt_words)
 
 
 STAGES = (

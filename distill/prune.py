@@ -112,10 +112,18 @@ def apply(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 
 @torch.enable_grad()
-def default_modules(model: nn.Module) -> list[str]:
-    """The paths of all encoders but that of text, or of that one where there is no other."""
-    encoders = [path for path, module in model.named_modules() if isinstance(module, Encoder)]
-    return [path for path in encoders if path != f"encoders.{TEXT}"] or encoders
+def default_modules(prunable: Mapping[str, bool], *, fusion: bool) -> list[str]:
+    """Return what is pruned where a recipe names nothing: all encoders that have channels, but that of text.
+
+    Where there are none that is the text's, and where this has no channels either, the fusion.
+
+    Args:
+        prunable: modality -> whether its encoder has channels.
+        fusion: whether there is a fusion with channels.
+    """
+    able = [name for name, has in prunable.items() if has]
+    chosen = [f"encoders.{name}" for name in able if name != TEXT] or [f"encoders.{name}" for name in able]
+    return chosen or (["fusion"] if fusion else [])
 
 
 def plan(
@@ -149,7 +157,7 @@ def plan(
     original = copy.deepcopy(model).cpu().eval()
     example = _on_cpu(example)
     twin = copy.deepcopy(original).requires_grad_(True)
-    modules = config.modules or default_modules(twin)
+    modules = config.modules or _default_modules(twin)
     groups = channel_groups(twin, example, modules)
     judged = importance(groups, config.importance, twin, example, loss, seed)
     scored = [(group, score) for group, score in zip(groups, judged, strict=True) if score is not None]
@@ -287,6 +295,12 @@ def _run(model: nn.Module, example: Batch) -> tuple[Outputs, int, dict[str, int]
         for hook in hooks:
             hook.remove()
     return outputs, counter.get_total_flops(), widths
+
+
+def _default_modules(model: nn.Module) -> list[str]:
+    parts = {path: module for path, module in model.named_modules() if isinstance(module, Encoder)}
+    names = {path.removeprefix("encoders."): module.prunable for path, module in parts.items()}
+    return default_modules(names, fusion=hasattr(model, "fusion"))
 
 
 def _on_cpu(batch: Batch) -> Batch:

@@ -24,6 +24,7 @@ class StaticEmbeddings(Encoder):
         dropout: probability of dropping a feature in training.
     """
 
+    prunable = False
     reduce_vocabulary = staticmethod(reduce_vocabulary)  # makes the tokenizer file, from the teacher's
 
     def __init__(

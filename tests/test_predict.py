@@ -174,7 +174,8 @@ def test_no_torch_is_imported(bundle: Path, image: Path) -> None:
     code = (
         "import sys\n"
         "from distill.predict import predict_rows\n"
-        f"print(predict_rows({str(bundle)!r}, {{'image': [{str(image)!r}], 'text': ['red']}})[0]['predictions']['category']['label'])\n"
+        f"rows = predict_rows({str(bundle)!r}, {{'image': [{str(image)!r}], 'text': ['red']}})\n"
+        "print(rows[0]['predictions']['category']['label'])\n"
         "assert not {'torch', 'onnx', 'transformers', 'pandas'} & set(sys.modules)\n"
     )
     root = str(Path(__file__).resolve().parent.parent)

@@ -332,7 +332,8 @@ def test_applying_a_plan_needs_no_torch_pruning() -> None:
 @pytest.mark.parametrize(
     ("student", "modules", "sentence"),
     [
-        ("{text: {type: static_embeddings, vocab_size: 64, dim: 8}}", None, "'encoders.image'; set it to [fusion]"),
+        ("{text: {type: static_embeddings, vocab_size: 64, dim: 8}}", None, None),
+        ("{image: {type: convnet, widths: [8], blocks: [0]}}", None, None),
         (
             "{text: {type: static_embeddings, vocab_size: 64, dim: 8}}",
             "[necks.image]",

@@ -35,9 +35,11 @@ from distill.data.rows import EMPTY, NO_TARGET, Keys, Rows, number_classes, read
 from distill.data.scratch import chunks, dense_codes, first_rows, positions_where, scratch, take
 from distill.data.sources import open_source
 from distill.data.texts import TextWriter
+from distill.data.vocabulary import learn_vocabulary
 from distill.data_config import DataConfig
 from distill.formats import MEDIA, TABULAR, Format, formats_of, to_json
 from distill.formats.series import SeriesFormat
+from distill.preprocess import TOKENIZER_FILE
 
 REPORT_FILE = "data_report.json"
 NUM_EXAMPLES = 10
@@ -62,7 +64,13 @@ def source_fingerprint(config: DataConfig, base: Path) -> str:
 
 
 def prepare(
-    config: DataConfig, folder: Path, base: Path, progress: Callable[[int, int], None] | None = None, *, seed: int = 0
+    config: DataConfig,
+    folder: Path,
+    base: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    seed: int = 0,
+    words: int | None = None,
 ) -> dict[str, Any]:
     """Read, check and write the data of a recipe.
 
@@ -76,6 +84,7 @@ def prepare(
         base: folder that relative paths of the recipe start from.
         progress: called with (rows done, rows in all) while media are decoded.
         seed: of the choice of the rows that keep their labels, where the recipe hides some.
+        words: most tokens of a vocabulary that is learnt from the training texts; None for none.
 
     Returns:
         Row counts a split, of all rows and of those with a label; how many labels were hidden; number of classes a
@@ -111,6 +120,8 @@ def prepare(
     runs.write_json(folder / FORMATS_FILE, to_json(_fitted(formats, rows, kept, folder)))
     runs.write_json(folder / LABELS_FILE, labels)
     data = PreparedData.open(folder)
+    if words is not None:
+        learn_vocabulary((data.texts[row] for row in data.rows(TRAIN)), words, folder / TOKENIZER_FILE)
     report |= {**_describe(data), "hidden_labels": hidden}
     for name, found in keys.items():
         report[f"duplicate_{PLURALS[name]}_across_splits"] = _across_splits(data, found)
