@@ -15,7 +15,6 @@ from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.decision import check_decision
 from distill.fitted import Fitted
-from distill.fusion import FUSIONS
 from distill.layouts import modality_of
 from distill.losses.scales import own_name
 from distill.losses.terms import (
@@ -30,7 +29,6 @@ from distill.losses.terms import (
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import check_teachers
-from distill.prune import default_modules
 from distill.sharding import check_sharding
 from distill.tasks import check_reused
 from distill.trackers import check_trackers
@@ -78,26 +76,6 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     check_decision(recipe.teacher, {"teacher.objective": recipe.teacher.objective}, tasks)
     trained = {"student.baseline": recipe.student.baseline, "student.objective": recipe.student.objective}
     check_decision(recipe.student, trained, tasks)
-
-
-def check_pruning(recipe: Recipe, encoders: Registry) -> None:
-    """Check that the student has what may be pruned, as far as its config tells.
-
-    Raises:
-        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names.
-    """
-    student = recipe.student
-    prunable = {name: getattr(encoders[part.type], "prunable", True) for name, part in student.encoders.items()}
-    fused = student.fusion is not None and not FUSIONS[student.fusion.type].plain
-    able = [*(f"encoders.{name}" for name, has in prunable.items() if has), *(["fusion"] if fused else [])]
-    hint = f"set it to [{', '.join(able)}]"
-    if not able:
-        raise UserError("prune.modules: the student has no channels to prune; end with 'distill train'")
-    for path in recipe.prune.modules or default_modules(prunable, fusion=fused):
-        owner, *inner = path.split(".")
-        foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
-        if foreign or (student.fusion is None and owner in ("fusion", "necks")):
-            raise UserError(f"prune.modules: the student has no module {path!r}; {hint}")
 
 
 def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Recipe, tasks: Sequence[str]) -> None:

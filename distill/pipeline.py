@@ -13,7 +13,7 @@ from typing import Any
 import students
 import teachers
 from distill import results, stages
-from distill.check import check_pruning, check_recipe
+from distill.check import check_recipe
 from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
 from distill.data.prepare import prepare, source_fingerprint
@@ -22,6 +22,7 @@ from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
 from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
+from distill.prune import check_pruning
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory

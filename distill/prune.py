@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.channels import channel_groups, importance
-from distill.config import PruneConfig
+from distill.config import PruneConfig, Recipe
 from distill.contracts import Batch, Outputs, UserError
 from distill.formats import TEXT
+from distill.fusion import FUSIONS
 from distill.multimodal import Encoded, Encoder
 from distill.runs import read_json, write_json
 
@@ -111,7 +112,6 @@ def apply(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return model
 
 
-@torch.enable_grad()
 def default_modules(prunable: Mapping[str, bool], *, fusion: bool) -> list[str]:
     """Return what is pruned where a recipe names nothing: all encoders that have channels, but that of text.
 
@@ -126,6 +126,27 @@ def default_modules(prunable: Mapping[str, bool], *, fusion: bool) -> list[str]:
     return chosen or (["fusion"] if fusion else [])
 
 
+def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
+    """Check that the student has what may be pruned, as far as its config tells.
+
+    Raises:
+        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names.
+    """
+    student = recipe.student
+    prunable = {name: getattr(encoders[part.type], "prunable", True) for name, part in student.encoders.items()}
+    fused = student.fusion is not None and not FUSIONS[student.fusion.type].plain
+    able = [*(f"encoders.{name}" for name, has in prunable.items() if has), *(["fusion"] if fused else [])]
+    hint = f"set it to [{', '.join(able)}]"
+    if not able:
+        raise UserError("prune.modules: the student has no channels to prune; end with 'distill train'")
+    for path in recipe.prune.modules or default_modules(prunable, fusion=fused):
+        owner, *inner = path.split(".")
+        foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
+        if foreign or (student.fusion is None and owner in ("fusion", "necks")):
+            raise UserError(f"prune.modules: the student has no module {path!r}; {hint}")
+
+
+@torch.enable_grad()
 def plan(
     model: nn.Module,
     example: Batch,

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from distill import checkpoint, pipeline
-from distill.check import check_pruning
 from distill.config import PruneConfig
 from distill.contracts import IGNORE, Batch, Outputs, UserError
 from distill.fusion import ConcatFusion, CrossAttentionFusion
 from distill.multimodal import MultimodalModel
-from distill.prune import PrunePlan, apply, choose, plan, prune
+from distill.prune import PrunePlan, apply, check_pruning, choose, plan, prune
 from distill.recipe import load_recipe
 from distill.tasks import ClassificationHead
 from students.text import StaticEmbeddings
