@@ -1,23 +1,25 @@
-"""A vocabulary learnt from the training texts, for encoders that bring none."""
+"""A vocabulary of the training texts' words, for encoders that bring none."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from distill.contracts import UserError
 from distill.runs import read_json, write_json
 
 PAD, UNKNOWN, FIRST, LAST = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+CONTINUES = "##"
 LONGEST = 100  # characters of a word; a longer one is unknown
 
 
 def learn_vocabulary(texts: Iterable[str], size: int, target: Path) -> int:
-    """Write the ``tokenizer.json`` of a WordPiece vocabulary (Schuster and Nakajima 2012), in lower case.
+    """Write the ``tokenizer.json`` of a vocabulary in lower case: frequent words, and characters to spell the others.
 
-    Frequent words are tokens, and others are spelled from their parts, the last of which are single characters.
+    The library's own trainers number tokens in another order in each process, so words are counted here.
 
     Args:
         texts: of the training rows.
@@ -30,21 +32,24 @@ def learn_vocabulary(texts: Iterable[str], size: int, target: Path) -> int:
     Raises:
         UserError: there is no text, or ``size`` cannot hold the characters that occur.
     """
-    known = sorted({text for text in texts if text})
-    if not known:
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    if not counts:
         raise UserError("no training row has a text, so no vocabulary can be learnt; leave the text encoder out")
-    tokenizer = Tokenizer(models.WordPiece({UNKNOWN: 0}, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator(known, trainer)
-    learnt = tokenizer.get_vocab_size()
-    if learnt > size:
-        raise UserError(f"vocab_size is {size}, and the characters of the training texts alone are {learnt}; raise it")
-    ids = tokenizer.get_vocab()
-    tokenizer.post_processor = processors.BertProcessing((LAST, ids[LAST]), (FIRST, ids[FIRST]))
-    write_json(target, {})  # the library makes no folder
+    characters = sorted({character for word in counts for character in word})
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    needed = [*SPECIAL, *characters, *(f"{CONTINUES}{character}" for character in characters)]
+    if len(needed) > size:
+        raise UserError(
+            f"vocab_size is {size}, and the characters of the training texts alone take {len(needed)}; raise it"
+        )
+    vocabulary = {token: number for number, token in enumerate([*needed, *words[: size - len(needed)]])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
+    tokenizer.post_processor = processors.BertProcessing((LAST, vocabulary[LAST]), (FIRST, vocabulary[FIRST]))
+    tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(target))
-    write_json(target, read_json(target))
-    return learnt
+    write_json(target, read_json(target))  # in one order
+    return len(vocabulary)

@@ -85,9 +85,10 @@ class SeriesFormat(Format):
         return np.where(there[:, :, None], self._standardised(series), np.float32(0))
 
     def _standardised(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        stored = values.astype(np.float32)  # as training has them before it knows the mean
         if not self.mean:
-            return values.astype(np.float32)
-        return ((values - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
+            return stored
+        return ((stored - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
 
 
 def _numbers(value: Any) -> NDArray[np.float64]:
