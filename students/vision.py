@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.dropout import Dropout
 from distill.multimodal import Encoded, Encoder
+from students.sizes import check_stages
 
 
 def conv_bn(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Sequential:
@@ -31,6 +32,30 @@ class ResidualBlock(nn.Module):
         return self.activation(x + self.conv2(self.activation(self.conv1(x))))
 
 
+def convnet_stages(widths: Sequence[int], blocks: Sequence[int]) -> nn.Sequential:
+    """Stages that halve the resolution and then refine it: [B, 3, H, W] to [B, widths[-1], H / 2^stages, W / 2^stages].
+
+    Args:
+        widths: channels of each stage.
+        blocks: residual blocks in each stage.
+
+    Raises:
+        ValueError: the lists differ in length, or hold a size that is too small.
+    """
+    check_stages(widths, blocks)
+    stages = []
+    for before, width, count in zip([3, *widths], widths, blocks, strict=False):
+        stages.append(
+            nn.Sequential(conv_bn(before, width, stride=2), nn.ReLU(), *(ResidualBlock(width) for _ in range(count)))
+        )
+    return nn.Sequential(*stages).to(memory_format=torch.channels_last)  # 20 % faster steps on CPUs
+
+
+def centred(pixels: Tensor) -> Tensor:
+    """Bytes [B, 3, H, W] as floats from -1 to 1, in the stages' memory format."""
+    return pixels.to(torch.float32, memory_format=torch.channels_last) * (2 / 255) - 1
+
+
 class ConvNet(Encoder):
     """Stages that halve the resolution and then refine it; tokens are the positions of the last map.
 
@@ -42,23 +67,13 @@ class ConvNet(Encoder):
 
     def __init__(self, *, widths: Sequence[int], blocks: Sequence[int], dropout: float = 0.0) -> None:
         super().__init__()
-        if len(widths) != len(blocks):
-            raise ValueError(f"widths has {len(widths)} stages and blocks has {len(blocks)}; give as many of each")
-        stages = []
-        for before, width, count in zip([3, *widths], widths, blocks, strict=False):
-            stages.append(
-                nn.Sequential(
-                    conv_bn(before, width, stride=2), nn.ReLU(), *(ResidualBlock(width) for _ in range(count))
-                )
-            )
-        self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)  # 20 % faster steps on CPUs
+        self.stages = convnet_stages(widths, blocks)
         self.dropout = Dropout(dropout)
         self.out_dim = widths[-1]
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode ``image`` uint8 [B, 3, H, W]; tokens [B, T, D] with T = H·W / 4^stages, pooled their mean."""
-        pixels = inputs["image"].to(torch.float32, memory_format=torch.channels_last) * (2 / 255) - 1
-        features = self.stages(pixels)
+        features = self.stages(centred(inputs["image"]))
         tokens = features.flatten(2).transpose(1, 2)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Encoded(tokens, mask, self.dropout(features.mean(dim=(2, 3))))
