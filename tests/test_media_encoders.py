@@ -130,7 +130,7 @@ def test_shapes_and_ends_of_rows(name: str) -> None:
         size = rows[case.modality].shape[1]
         expected = (rows[f"{case.modality}_length"] / size * case.tokens).ceil()
         assert (encoded.mask.sum(1) - expected).abs().max() <= 1
-        assert not encoded.mask[0].any() and encoded.mask[1].all()
+        assert not encoded.mask[0].any() and encoded.mask[1].all() and not encoded.pooled[0].any()
         assert (encoded.mask.int().diff(dim=1) <= 0).all()
     else:
         assert encoded.mask.all()
@@ -416,6 +416,11 @@ def test_the_order_of_frames_matters_where_it_should(name: str, matters: bool) -
     with torch.no_grad():
         one, other = encoder({"video": video}), encoder({"video": video.flip(1)})
     assert torch.allclose(one.pooled, other.pooled, atol=1e-6) != matters
+    for frame in range(FRAMES):
+        changed = video.clone()
+        changed[:, frame] = 255 - changed[:, frame]
+        with torch.no_grad():
+            assert not torch.allclose(encoder({"video": changed}).pooled, one.pooled, atol=1e-6)
     if name != "video_gru":
         torch.testing.assert_close(one.tokens, other.tokens.flip(1))
 
