@@ -86,6 +86,8 @@ class SeriesRecurrent(Encoder):
         ValueError: a size below 1, or another cell or pooling.
     """
 
+    prunable = False
+
     def __init__(
         self,
         *,
