@@ -16,6 +16,7 @@ from distill.data.sources import GIVEN, SOURCES
 from distill.decision import check_decision
 from distill.fitted import Fitted
 from distill.fusion import FUSIONS
+from distill.inheritance import check_inheritance
 from distill.layouts import modality_of
 from distill.losses.scales import own_name
 from distill.losses.terms import (
@@ -33,11 +34,9 @@ from distill.other_teachers import check_teachers
 from distill.sharding import check_sharding
 from distill.tasks import check_reused
 from distill.trackers import check_trackers
-from distill.workspace import takers, takes_tokens
+from distill.workspace import takers
 
 Registry = Mapping[str, Callable[..., Any]]
-CUTS = "tower_weights"
-"""The inheritance for whose sake a student's encoder may be smaller than the teacher's."""
 
 
 def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
@@ -62,7 +61,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
         check_parts(model, where, encoders, recipe, list(recipe.data.targets))
     _check_retrieval(recipe)
     others = check_teachers(recipe)
-    _check_inheritance(recipe, encoders, inheritances)
+    check_inheritance(recipe, encoders, inheritances)
     check_reused(recipe)
     _check_transfer(recipe, others)
     _check_fit(recipe.teacher)
@@ -83,11 +82,12 @@ def check_pruning(recipe: Recipe, encoders: Registry) -> None:
     """Check that the student has what may be pruned, as far as its config tells.
 
     Raises:
-        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names.
+        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names, or that encoder has no
+            channels to remove.
     """
     student = recipe.student
-    tables = takers(student, encoders)
-    able = [f"encoders.{name}" for name in student.encoders if name not in tables]
+    whole = {name: getattr(encoders[part.type], "unprunable", "") for name, part in student.encoders.items()}
+    able = [f"encoders.{name}" for name, reason in whole.items() if not reason]
     able += [] if student.fusion is None or FUSIONS[student.fusion.type].plain else ["fusion"]
     hint = f"set it to [{', '.join(able)}]" if able else "it has no channels to prune; end with 'distill train'"
     for path in recipe.prune.modules:
@@ -95,6 +95,8 @@ def check_pruning(recipe: Recipe, encoders: Registry) -> None:
         foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
         if foreign or (student.fusion is None and owner in ("fusion", "necks")):
             raise UserError(f"prune.modules: the student has no module {path!r}; {hint}")
+        if owner == "encoders" and inner and whole[inner[0]]:
+            raise UserError(f"prune.modules: {path!r} has no channels to remove: {whole[inner[0]]}; {hint}")
 
 
 def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Recipe, tasks: Sequence[str]) -> None:
@@ -138,47 +140,6 @@ def _check_retrieval(recipe: Recipe) -> None:
             raise UserError(f"{place}: the data has no task {task!r}; {nearest(task, recipe.data.targets)}")
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise UserError(f"{place}: give texts in which '{{}}' stands once for the name of a class")
-
-
-def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
-    """A vocabulary or an embedding comes from the teacher's text encoder, which then has to have its own."""
-    if takers(recipe.teacher, encoders):
-        kind = recipe.teacher.encoders["text"].type
-        raise UserError(f"teacher.encoders.text: {kind} takes its vocabulary from a teacher; a teacher brings its own")
-    given = takers(recipe.student, encoders)
-    if given and "text" not in recipe.teacher.encoders:
-        kind = recipe.student.encoders[given[0]].type
-        raise UserError(
-            f"student.encoders.{given[0]}: {kind} takes its vocabulary from the teacher, which has no text encoder; "
-            "add one to teacher.encoders"
-        )
-    for name, part in recipe.student.inherit.items():
-        check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "project", "student", "token_ids"))
-        if not takes_tokens(inheritances[part.type]):
-            _check_alike(recipe, name, part.type)
-        elif name not in given:
-            raise UserError(
-                f"student.inherit.{name}: {part.type} fills an encoder that takes its vocabulary from the teacher; "
-                f"{nearest(name, given)}"
-            )
-
-
-def _check_alike(recipe: Recipe, name: str, inheritance: str) -> None:
-    """Weights fit an encoder that is built as the teacher's, or cut from such a one; dropout has none."""
-    where = f"student.inherit.{name}: {inheritance}"
-    for model, encoders in (("student", recipe.student.encoders), ("teacher", recipe.teacher.encoders)):
-        if name not in encoders:
-            raise UserError(f"{where}: the {model} has no such encoder; {nearest(name, encoders)}")
-    ours, theirs = (
-        {"type": part.type, **part.params} for part in (recipe.student.encoders[name], recipe.teacher.encoders[name])
-    )
-    free = {"dropout", "freeze", "cut", "weights", "sha256"} if inheritance == CUTS else {"dropout"}
-    for key in sorted({*ours, *theirs} - free):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{where}: {key} is {ours.get(key)} in student.encoders.{name} and {theirs.get(key)} in "
-                f"teacher.encoders.{name}; weights need equal ones"
-            )
 
 
 def _check_transfer(recipe: Recipe, others: Mapping[str, Fitted]) -> None:

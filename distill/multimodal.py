@@ -49,12 +49,14 @@ class Encoder(nn.Module):
         out_dim: D, the width of tokens and pooled vector.
         frozen: whether its parameters are fixed; its outputs may then be computed once and kept.
         projected: whether its pooled vector lies in an embedding space that it shares with another encoder.
+        unprunable: why it has no channels that pruning could remove; empty where it has some.
         own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
     """
 
     out_dim: int
     frozen: bool = False
     projected: bool = False
+    unprunable: str = ""
     own_scale: Mapping[str, float] = {}
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:

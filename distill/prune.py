@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.channels import channel_groups, importance
 from distill.config import PruneConfig
 from distill.contracts import Batch, Outputs, UserError
 from distill.multimodal import Encoded, Encoder
+from distill.operations import flop_counter
 from distill.runs import read_json, write_json
 
 LEAST_KEPT = 0.1
@@ -272,7 +272,7 @@ def _run(model: nn.Module, example: Batch) -> tuple[Outputs, int, dict[str, int]
     encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, Encoder)]
     hooks = [module.register_forward_hook(reader(path)) for path, module in encoders]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             outputs = model(example)
     finally:
         for hook in hooks:

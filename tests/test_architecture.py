@@ -29,6 +29,7 @@ LEVELS = {
         "distill.records",
         "distill.resources",
         "distill.channels",
+        "distill.operations",
         "distill.build",
         "distill.averaging",
         "distill.batch_parts",
@@ -71,6 +72,7 @@ LEVELS = {
     5: {
         "distill.workspace",
         "distill.fitted",
+        "distill.inheritance",
         "distill.other_teachers",
         "distill.planning",
         "distill.stages",
