@@ -116,10 +116,11 @@ def flops(model: nn.Module, example: Batch) -> int:
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from distill.operations import flop_counter
 
     modes = {module: module.training for module in model.modules()}
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     try:
         # the counter knows no fused CPU attention kernel, but the matrix products of the plain one
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

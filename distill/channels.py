@@ -140,9 +140,20 @@ def _label_loss(outputs: Outputs, example: Batch) -> Tensor:
 
 
 def _differentiable_outputs(model: nn.Module, example: Batch) -> list[Tensor]:
-    tensors = [tensor for part in model(example) for tensor in part.values()]
+    whole = [module for module in model.modules() if getattr(module, "unprunable", "")]
+    hooks = [module.register_forward_hook(_detached) for module in whole]  # it cannot follow recurrences
+    try:
+        tensors = [tensor for part in model(example) for tensor in part.values()]
+    finally:
+        for hook in hooks:
+            hook.remove()
     # the product hides the last layer, so that the graph's end is an output, whose width is fixed
     return [tensor * 1.0 for tensor in tensors if tensor.requires_grad]
+
+
+def _detached(module: nn.Module, args: object, encoded: Any) -> Any:
+    """What an encoder gave, as if it were an input."""
+    return encoded._make(part.detach() for part in encoded)
 
 
 def _fixed_layers(names: Mapping[str, nn.Module], prefixes: Sequence[str]) -> Iterator[nn.Module]:

@@ -15,6 +15,7 @@ from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.decision import check_decision
 from distill.fitted import Fitted
+from distill.inheritance import check_inheritance
 from distill.layouts import modality_of
 from distill.losses.scales import own_name
 from distill.losses.terms import (
@@ -32,11 +33,9 @@ from distill.other_teachers import check_teachers
 from distill.sharding import check_sharding
 from distill.tasks import check_reused
 from distill.trackers import check_trackers
-from distill.workspace import takers, takes_tokens
+from distill.workspace import takers
 
 Registry = Mapping[str, Callable[..., Any]]
-CUTS = "tower_weights"
-"""The inheritance for whose sake a student's encoder may be smaller than the teacher's."""
 
 
 def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
@@ -61,7 +60,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
         check_parts(model, where, encoders, recipe, list(recipe.data.targets))
     _check_retrieval(recipe)
     others = check_teachers(recipe)
-    _check_inheritance(recipe, encoders, inheritances)
+    check_inheritance(recipe, encoders, inheritances)
     check_reused(recipe)
     _check_transfer(recipe, others)
     _check_fit(recipe.teacher)
@@ -121,45 +120,6 @@ def _check_retrieval(recipe: Recipe) -> None:
             raise UserError(f"{place}: the data has no task {task!r}; {nearest(task, recipe.data.targets)}")
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise UserError(f"{place}: give texts in which '{{}}' stands once for the name of a class")
-
-
-def _check_inheritance(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
-    """A vocabulary or an embedding comes from the teacher's text encoder."""
-    given = takers(recipe.student, encoders)
-    if given and takers(recipe.teacher, encoders):
-        sizes = [int(model.encoders["text"].params["vocab_size"]) for model in (recipe.teacher, recipe.student)]
-        if sizes[1] > sizes[0]:
-            raise UserError(
-                f"student.encoders.text.vocab_size is {sizes[1]}, and is cut from the teacher's, which has {sizes[0]}; "
-                "give at most that"
-            )
-    for name, part in recipe.student.inherit.items():
-        check_part(inheritances, part, f"student.inherit.{name}", ("encoder", "project", "student", "token_ids"))
-        if not takes_tokens(inheritances[part.type]):
-            _check_alike(recipe, name, part.type)
-        elif name not in given:
-            raise UserError(
-                f"student.inherit.{name}: {part.type} fills an encoder that takes its vocabulary from the teacher; "
-                f"{nearest(name, given)}"
-            )
-
-
-def _check_alike(recipe: Recipe, name: str, inheritance: str) -> None:
-    """Weights fit an encoder that is built as the teacher's, or cut from such a one; dropout has none."""
-    where = f"student.inherit.{name}: {inheritance}"
-    for model, encoders in (("student", recipe.student.encoders), ("teacher", recipe.teacher.encoders)):
-        if name not in encoders:
-            raise UserError(f"{where}: the {model} has no such encoder; {nearest(name, encoders)}")
-    ours, theirs = (
-        {"type": part.type, **part.params} for part in (recipe.student.encoders[name], recipe.teacher.encoders[name])
-    )
-    free = {"dropout", "freeze", "cut", "weights", "sha256"} if inheritance == CUTS else {"dropout"}
-    for key in sorted({*ours, *theirs} - free):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{where}: {key} is {ours.get(key)} in student.encoders.{name} and {theirs.get(key)} in "
-                f"teacher.encoders.{name}; weights need equal ones"
-            )
 
 
 def _check_transfer(recipe: Recipe, others: Mapping[str, Fitted]) -> None:

@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         out_dim: D, the width of tokens and pooled vector.
         frozen: whether its parameters are fixed; its outputs may then be computed once and kept.
         projected: whether its pooled vector lies in an embedding space that it shares with another encoder.
-        prunable: whether it has channels that can be removed.
+        unprunable: why it has no channels that pruning could remove; empty where it has some.
         keep_float: its modules that int8 would spoil, such as a spectrogram.
         own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
     """
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
     out_dim: int
     frozen: bool = False
     projected: bool = False
-    prunable: bool = True
+    unprunable: str = ""
     keep_float: tuple[str, ...] = ()
     own_scale: Mapping[str, float] = {}
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from distill.channels import channel_groups, importance
 from distill.config import PruneConfig, Recipe
@@ -25,6 +24,7 @@ from distill.contracts import Batch, Outputs, UserError
 from distill.formats import TEXT
 from distill.fusion import FUSIONS
 from distill.multimodal import Encoded, Encoder
+from distill.operations import flop_counter
 from distill.runs import read_json, write_json
 
 LEAST_KEPT = 0.1
@@ -112,16 +112,15 @@ def apply(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return model
 
 
-def default_modules(prunable: Mapping[str, bool], *, fusion: bool) -> list[str]:
+def default_modules(able: Sequence[str], *, fusion: bool) -> list[str]:
     """Return what is pruned where a recipe names nothing: all encoders that have channels, but that of text.
 
     Where there are none that is the text's, and where this has no channels either, the fusion.
 
     Args:
-        prunable: modality -> whether its encoder has channels.
+        able: modalities whose encoders have channels.
         fusion: whether there is a fusion with channels.
     """
-    able = [name for name, has in prunable.items() if has]
     chosen = [f"encoders.{name}" for name in able if name != TEXT] or [f"encoders.{name}" for name in able]
     return chosen or (["fusion"] if fusion else [])
 
@@ -130,12 +129,14 @@ def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
     """Check that the student has what may be pruned, as far as its config tells.
 
     Raises:
-        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names.
+        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules`` names, or that encoder has no
+            channels to remove.
     """
     student = recipe.student
-    prunable = {name: getattr(encoders[part.type], "prunable", True) for name, part in student.encoders.items()}
+    whole = {name: getattr(encoders[part.type], "unprunable", "") for name, part in student.encoders.items()}
+    prunable = [name for name, reason in whole.items() if not reason]
     fused = student.fusion is not None and not FUSIONS[student.fusion.type].plain
-    able = [*(f"encoders.{name}" for name, has in prunable.items() if has), *(["fusion"] if fused else [])]
+    able = [*(f"encoders.{name}" for name in prunable), *(["fusion"] if fused else [])]
     hint = f"set it to [{', '.join(able)}]"
     if not able:
         raise UserError("prune.modules: the student has no channels to prune; end with 'distill train'")
@@ -144,6 +145,8 @@ def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
         foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
         if foreign or (student.fusion is None and owner in ("fusion", "necks")):
             raise UserError(f"prune.modules: the student has no module {path!r}; {hint}")
+        if owner == "encoders" and inner and whole[inner[0]]:
+            raise UserError(f"prune.modules: {path!r} has no channels to remove: {whole[inner[0]]}; {hint}")
 
 
 @torch.enable_grad()
@@ -310,7 +313,7 @@ def _run(model: nn.Module, example: Batch) -> tuple[Outputs, int, dict[str, int]
     encoders = [(path, module) for path, module in model.named_modules() if isinstance(module, Encoder)]
     hooks = [module.register_forward_hook(reader(path)) for path, module in encoders]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             outputs = model(example)
     finally:
         for hook in hooks:
@@ -320,8 +323,8 @@ def _run(model: nn.Module, example: Batch) -> tuple[Outputs, int, dict[str, int]
 
 def _default_modules(model: nn.Module) -> list[str]:
     parts = {path: module for path, module in model.named_modules() if isinstance(module, Encoder)}
-    names = {path.removeprefix("encoders."): module.prunable for path, module in parts.items()}
-    return default_modules(names, fusion=hasattr(model, "fusion"))
+    able = [path.removeprefix("encoders.") for path, module in parts.items() if not module.unprunable]
+    return default_modules(able, fusion=hasattr(model, "fusion"))
 
 
 def _on_cpu(batch: Batch) -> Batch:

@@ -29,6 +29,7 @@ from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
 from distill.fitted import ORIGIN, origin
 from distill.formats import TEXT
+from distill.inheritance import freeze_inherited, takes_encoder
 from distill.inventory import TRANSFER as TRANSFER_PART
 from distill.losses.objective import Objective
 from distill.losses.scales import with_own
@@ -47,7 +48,7 @@ from distill.other_teachers import Teachers, cache_parts, modalities_read, own_t
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.runs import read_array, seed_everything, write_json
-from distill.tasks import keep_classifiers, reuse_classifiers, reuses
+from distill.tasks import reuse_classifiers, reuses
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
     BASELINE,
@@ -239,7 +240,7 @@ def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Make the student as it is before training, with what its encoders and heads inherit from the teacher."""
+    """Make the student as it is before training, with what its encoders and heads inherit."""
     config = work.recipe.student
     if work.takers(config):
         shutil.copyfile(work.path("vocabulary") / TOKENIZER_FILE, folder / TOKENIZER_FILE)
@@ -247,7 +248,9 @@ def inherit(work: Workspace, folder: Path) -> dict[str, Any]:
     teacher: Any = work.teacher() if config.inherit or reuses(work.recipe) else None
     reuse_classifiers(model, teacher)
     for name, part in config.inherit.items():
-        given: dict[str, Any] = {"encoder": teacher.encoders[name], "student": model.encoders[name]}
+        given: dict[str, Any] = {"student": model.encoders[name]}
+        if takes_encoder(work.inheritances[part.type]):
+            given["encoder"] = teacher.encoders[name]
         if takes_tokens(work.inheritances[part.type]):
             token_ids = read_array(work.path("vocabulary") / TOKENS_FILE)
             given |= {"project": partial(teacher.project, name), "token_ids": token_ids}
@@ -284,7 +287,7 @@ def student_job(work: Workspace, folder: Path) -> engine.Job:
     """What the engine is given to distil the student."""
     model = work.blank(STUDENT)
     load_weights(model, work.path("inherit") / WEIGHTS_FILE)
-    _freeze_inherited(work.recipe, model)
+    freeze_inherited(work, model)
     return _distillation(work, folder, model, work.recipe.student.train)
 
 
@@ -297,17 +300,8 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
     if work.ranks.first:
         plan.save(folder / "plan.json")
     smaller: Any = prune.apply(work.model(STUDENT), plan)
-    _freeze_inherited(recipe, smaller)
+    freeze_inherited(work, smaller)
     return _fit_model(work, _distillation(work, folder, smaller, recipe.prune.train), "recover pruned", PRUNED)
-
-
-def _freeze_inherited(recipe: Recipe, model: Model) -> None:
-    """Fix the inherited tables that the recipe keeps, and the teacher's classifiers."""
-    keep_classifiers(model)
-    for name, part in recipe.student.inherit.items():
-        table: Any = getattr(model.encoders[name], "table", None)
-        if table is not None and part.params.get("freeze", True):
-            table.requires_grad_(False)
 
 
 def _distillation(work: Workspace, folder: Path, model: Model, train: TrainConfig) -> engine.Job:

@@ -1,4 +1,4 @@
-"""What a student's encoders inherit from the teacher's: a static embedding for each token, all weights, or some.
+"""What a student's encoders inherit: of the teacher's, a static embedding a token or weights; or vectors of a file.
 
 The teacher's text tower is run over its own vocabulary, one token at a time, and the outputs are reduced by PCA (as in
 Model2Vec, Tulkens & van Dongen 2024). A table with fewer rows than the teacher has tokens is shared: every token stays,
@@ -7,8 +7,10 @@ and those that mean nearly the same to the teacher have one row (Model2Vec's voc
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.contracts import UserError
-from students.vocabulary import frame_ids, renumber, special_tokens, word_pieces
+from students.vectors import read_vectors
+from students.vocabulary import frame_ids, renumber, special_tokens, word_beginnings, word_pieces
 
+log = logging.getLogger(__name__)
 LAYER = re.compile(r"(\blayers?\.)(\d+)\.")  # of a weight's name in transformers
 ROUNDS = 1  # of k-means; it starts from the tokens that were kept, and more rounds gave no more accuracy
 CHUNK = 1024  # tokens whose distances to all centres are held at once
@@ -189,3 +193,28 @@ def encoder_weights(*, encoder: Any, student: Any) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"the student's encoder is not built as the teacher's: {reason}") from error
+
+
+def word_vectors(*, student: Any, file: str, freeze: bool = False) -> None:
+    """Start rows of a student's table with the word vectors of a file; it then trains on, unless it is frozen.
+
+    GloVe's (Pennington et al. 2014) and word2vec's (Mikolov et al. 2013, arXiv 1301.3781) text files are read. Special
+    tokens, continuations of words (``##s``) and words that the file lacks keep their initial rows.
+
+    Args:
+        student: the student's text encoder, whose ``table`` is written and whose ``tokenizer_file`` names the rows.
+        file: the file, relative to the working directory; gzip is unpacked.
+        freeze: keep the table fixed in training, the rows that were not found too.
+
+    Raises:
+        UserError: the file cannot be read (:func:`~students.vectors.read_vectors`), or has none of the words.
+    """
+    rows = word_beginnings(student.tokenizer_file)
+    found = read_vectors(Path(file), rows, student.table.embedding_dim)
+    if not found:
+        raise UserError(f"{file}: none of its words is one of the {len(rows)} in the student's vocabulary; give others")
+    with torch.no_grad():
+        places = torch.tensor([rows[word] for word in found])
+        student.table.weight[places] = torch.from_numpy(np.stack([*found.values()])).to(student.table.weight)
+    student.table.weight.requires_grad_(not freeze)
+    log.info("%s: vectors of %d of the student's %d words", file, len(found), len(rows))

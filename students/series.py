@@ -86,7 +86,7 @@ class SeriesRecurrent(Encoder):
         ValueError: a size below 1, or another cell or pooling.
     """
 
-    prunable = False
+    unprunable = "it is a recurrent network, whose states pruning cannot follow"
 
     def __init__(
         self,

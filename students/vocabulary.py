@@ -25,6 +25,13 @@ def word_pieces(tokenizer_file: Path) -> dict[str, int]:
     return dict(sorted(kept.items(), key=lambda item: item[1]))
 
 
+def word_beginnings(tokenizer_file: Path) -> dict[str, int]:
+    """Those of :func:`word_pieces` that begin a word: neither special tokens nor continuations such as ``##s``."""
+    prefix, special = _continuation(tokenizer_file), special_tokens(tokenizer_file)
+    pieces = word_pieces(tokenizer_file).items()
+    return {token: code for token, code in pieces if token not in special and not token.startswith(prefix)}
+
+
 def special_tokens(tokenizer_file: Path) -> list[str]:
     """Added tokens, the unknown token and those around a text, of a WordPiece ``tokenizer.json``."""
     tree = _wordpiece(tokenizer_file)
@@ -52,7 +59,7 @@ def reduce_vocabulary(tokenizer_file: Path, texts: Iterable[str], size: int, tar
     """
     vocab, special = word_pieces(tokenizer_file), special_tokens(tokenizer_file)
     full = Tokenizer.from_file(str(tokenizer_file))
-    prefix = _wordpiece(tokenizer_file)["model"]["continuing_subword_prefix"]
+    prefix = _continuation(tokenizer_file)
     characters = [token for token in vocab if len(token.removeprefix(prefix)) == 1]
     counts: dict[str, int] = {}
     for encoding in full.encode_batch(list(texts)):
@@ -101,6 +108,11 @@ def _wordpiece(tokenizer_file: Path) -> dict[str, Any]:
             f"{tokenizer_file}: only WordPiece vocabularies can be reduced, this is {tree['model']['type']}"
         )
     return tree
+
+
+def _continuation(tokenizer_file: Path) -> str:
+    """What tokens begin with that continue a word."""
+    return _wordpiece(tokenizer_file)["model"]["continuing_subword_prefix"]
 
 
 def _frame_tokens(node: object) -> list[str]:

@@ -30,6 +30,7 @@ LEVELS = {
         "distill.records",
         "distill.resources",
         "distill.channels",
+        "distill.operations",
         "distill.build",
         "distill.averaging",
         "distill.batch_parts",
@@ -73,6 +74,7 @@ LEVELS = {
     5: {
         "distill.workspace",
         "distill.fitted",
+        "distill.inheritance",
         "distill.other_teachers",
         "distill.planning",
         "distill.stages",
