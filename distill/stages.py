@@ -47,7 +47,7 @@ from distill.optimize import as_many_steps
 from distill.other_teachers import Teachers, cache_parts, modalities_read, own_taps
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
-from distill.runs import read_array, seed_everything, write_json
+from distill.runs import read_array, read_json, seed_everything, write_json
 from distill.tasks import reuse_classifiers, reuses
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
@@ -233,8 +233,10 @@ def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
     part = config.encoders[TEXT]
     builder: Any = work.encoders[part.type]
     texts = [data.texts[row] for row in data.rows(TRAIN)]
-    size = int(part.params["vocab_size"])
-    ids = builder.reduce_vocabulary(work.teachers_tokenizer(), texts, size, folder / TOKENIZER_FILE)
+    whole, size = work.teachers_tokenizer(), int(part.params["vocab_size"])
+    if work.recipe.learnt_words is not None:  # of few texts there are fewer words than asked for
+        size = min(size, len(read_json(whole)["model"]["vocab"]))
+    ids = builder.reduce_vocabulary(whole, texts, size, folder / TOKENIZER_FILE)
     np.save(folder / TOKENS_FILE, ids, allow_pickle=False)
     return {"vocab_size": len(ids)}
 

@@ -18,15 +18,15 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from distill import pipeline
 from distill.bench import flops
 from distill.builders import build_part
-from distill.check import check_pruning
 from distill.checkpoint import load_weights, save_weights
-from distill.config import Part, PruneConfig
+from distill.config import PruneConfig
 from distill.contracts import Batch, Outputs, UserError
+from distill.data_config import Part
 from distill.export.onnx import export_onnx
 from distill.fusion import ConcatFusion
 from distill.multimodal import Encoder, MultimodalModel
 from distill.predict import open_session
-from distill.prune import PrunePlan, apply, plan, prune
+from distill.prune import PrunePlan, apply, check_pruning, plan, prune
 from distill.recipe import load_recipe
 from distill.tasks import ClassificationHead
 from students import ENCODERS, RecurrentText, TextCNN
