@@ -42,14 +42,15 @@ def resolve_weights(weights: str | Sequence[str], sha256: str | None = None, bas
     raise UserError("pretrained weights are not there: " + "; ".join(problems))
 
 
-def weights_identity(weights: str | Sequence[str]) -> list[str]:
-    """What tells weights apart in a fingerprint: sources by name, local folders by the content of their files."""
-    sources = [weights] if isinstance(weights, str) else weights
+def weights_identity(weights: str | Sequence[str] | None) -> list[str]:
+    """What tells weights apart in a fingerprint: sources by name, local files and folders by their content."""
+    sources = [weights] if isinstance(weights, str) else weights or ()
     return [_content(Path(source.removeprefix("path:"))) or source for source in sources]
 
 
-def _content(folder: Path) -> str | None:
-    files = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+def _content(place: Path) -> str | None:
+    names = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
+    files = [place, *(place / name for name in names)]
     hashes = [_hash(file, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return f"content:{fingerprint(hashes)}" if hashes else None
 
