@@ -13,6 +13,7 @@ from distill.config import nearest
 from distill.contracts import UserError
 from distill.multimodal import Encoded, Encoder
 from distill.runs import read_json
+from teachers.lora import adapt
 from teachers.pretrained import checkpoint_config, load_checkpoint, own_scale, refuse_missing
 from teachers.spectrograms import AstMel, ClapMel, Normalized, WhisperMel, convolved
 from teachers.weights import resolve_weights
@@ -61,6 +62,7 @@ class PretrainedAudio(Encoder):
         sha256: pinned hash of ``model.safetensors``.
         freeze: fix the tower's parameters; its outputs are then computed once for each distinct input.
         projected: give the checkpoint's own audio embedding, as its one token and pooled vector: CLAP.
+        lora: see :func:`teachers.lora.adapt`.
         sample_rate: samples a second of the data.
         num_samples: S, samples of the data's longest clip.
 
@@ -76,6 +78,7 @@ class PretrainedAudio(Encoder):
         sha256: str | None = None,
         freeze: bool = True,
         projected: bool = False,
+        lora: dict[str, Any] | None = None,
         sample_rate: int,
         num_samples: int,
     ) -> None:
@@ -100,7 +103,7 @@ class PretrainedAudio(Encoder):
             self.front_end = KINDS[self.kind].front_end(extractor, num_samples)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
-        self.tower = load_audio_tower(folder, self.kind, projected=projected)
+        self.tower = adapt(load_audio_tower(folder, self.kind, projected=projected), lora, freeze=freeze)
         self.projected, self.own_scale = projected, own_scale(folder) if projected else {}
         self.frozen, self.masked = freeze, bool(extractor.return_attention_mask)
         config: Any = self.tower.config

@@ -19,6 +19,7 @@ from distill.contracts import UserError
 from distill.dropout import Dropout
 from distill.multimodal import Encoded, Encoder
 from distill.runs import read_json
+from teachers.lora import adapt
 from teachers.weights import resolve_weights
 
 
@@ -202,6 +203,7 @@ class PretrainedText(Encoder):
         dropout: probability of dropping a feature of the pooled vector in training.
         projected: give the checkpoint's own text embedding, as its one token and pooled vector: CLIP and SigLIP.
         cut: see :func:`cut_tower`.
+        lora: see :func:`teachers.lora.adapt`.
     """
 
     def __init__(
@@ -215,10 +217,12 @@ class PretrainedText(Encoder):
         dropout: float = 0.0,
         projected: bool = False,
         cut: dict[str, int] | None = None,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         folder = resolve_weights(weights, sha256)
-        self.tower = cut_tower(load_tower(folder, "text", projected=projected), cut, freeze=freeze)
+        tower = cut_tower(load_tower(folder, "text", projected=projected), cut, freeze=freeze)
+        self.tower = adapt(tower, lora, freeze=freeze, cut=bool(cut))
         self.projected, self.own_scale = projected, own_scale(folder) if projected else {}
         self.frozen, self.max_length = freeze, max_length
         self.dropout = Dropout(dropout)
@@ -289,6 +293,7 @@ class PretrainedVision(Encoder):
         freeze: fix the tower's parameters.
         projected: give the checkpoint's own image embedding, as its one token and pooled vector: CLIP and SigLIP.
         cut: see :func:`cut_tower`.
+        lora: see :func:`teachers.lora.adapt`.
     """
 
     mean: Tensor
@@ -302,10 +307,12 @@ class PretrainedVision(Encoder):
         freeze: bool = True,
         projected: bool = False,
         cut: dict[str, int] | None = None,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         folder = resolve_weights(weights, sha256)
-        self.tower = cut_tower(load_tower(folder, "vision", projected=projected), cut, freeze=freeze)
+        tower = cut_tower(load_tower(folder, "vision", projected=projected), cut, freeze=freeze)
+        self.tower = adapt(tower, lora, freeze=freeze, cut=bool(cut))
         self.projected, self.own_scale = projected, own_scale(folder) if projected else {}
         self.frozen = freeze
         config: Any = self.tower.config

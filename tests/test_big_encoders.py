@@ -333,6 +333,25 @@ def test_masks_say_which_tokens_hold_sound(build, kind, counts, total):
     assert nothing.tokens.isfinite().all() and nothing.pooled.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "length", "count"),
+    [
+        ("wav2vec2", 79, 0),
+        ("wav2vec2", 80, 1),
+        ("wav2vec2", 160, 2),
+        ("whisper", 320, 1),
+        ("whisper", 321, 2),
+        ("ast", 399, 2),
+        ("ast", 400, 4),
+        ("ast", 400 + 10 * 160 - 1, 4),
+        ("ast", 400 + 10 * 160, 6),
+    ],
+)
+def test_a_token_begins_where_its_first_sample_does(build, kind, length, count):
+    inputs = {"audio": sound(lengths=torch.tensor([length])), "audio_length": torch.tensor([length])}
+    assert int(build(kind)(inputs).mask.sum()) == count
+
+
 @pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm", "whisper", "ast", "clap"])
 def test_rows_do_not_depend_on_each_other_and_real_sound_counts(build, kind):
     encoder = build(kind).eval()
