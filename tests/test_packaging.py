@@ -58,7 +58,8 @@ def test_dependencies_are_what_the_code_imports():
     own = {"distill", "teachers", "students"}
     found = set().union(*map(imported, own)) - own - set(sys.stdlib_module_names)
     needed = {MODULES.get(name, name).replace("_", "-") for name in found}
-    optional = {requirement_name(entry) for name in OPTIONAL for entry in PROJECT["optional-dependencies"][name]}
+    entries = [entry for name in OPTIONAL for entry in PROJECT["optional-dependencies"][name]]
+    optional = {requirement_name(entry).replace("_", "-") for entry in entries}
     assert needed - optional | NOT_IMPORTED == {requirement_name(entry) for entry in PROJECT["dependencies"]}
 
 
