@@ -49,15 +49,15 @@ class RecurrentLayer(nn.Module):
         order = GATES[self.cell]
         modules = [self.ahead] if self.back is None else [self.ahead, self.back]
         weights, recurrent, biases = zip(*(_of_gates(module, order) for module in modules), strict=True)
-        attributes: dict[str, Any] = {
-            "hidden_size": self.hidden,
-            "direction": "forward" if self.back is None else "bidirectional",
-        }
+        direction = "forward" if self.back is None else "bidirectional"
+        attributes: dict[str, Any] = {"hidden_size": self.hidden, "direction": direction}
+        if self.cell == "gru":
+            attributes["linear_before_reset"] = 1
         rows, length, directions = x.shape[0], x.shape[1], len(modules)
         states = torch.onnx.ops.symbolic(
             self.cell.upper(),
             [x.transpose(0, 1), *map(torch.stack, (weights, recurrent, biases)), lengths.clamp(min=1).int()],
-            attributes | ({"linear_before_reset": 1} if self.cell == "gru" else {}),
+            attributes,
             dtype=x.dtype,
             shape=(length, directions, rows, self.hidden),
             version=14,

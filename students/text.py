@@ -20,12 +20,16 @@ class TextEncoder(Encoder):
         vocab_size: rows of the table.
         dim: width of the table.
         max_length: tokens a text is cut to, closing token included.
+
+    Raises:
+        ValueError: a size is not positive.
     """
 
     reduce_vocabulary = staticmethod(reduce_vocabulary)  # makes the tokenizer file, from the teacher's
 
     def __init__(self, tokenizer_file: str | Path, vocab_size: int, dim: int, max_length: int) -> None:
         super().__init__()
+        check_sizes(vocab_size=vocab_size, dim=dim, max_length=max_length)
         self.tokenizer_file, self.max_length, self.pad_id = Path(tokenizer_file), max_length, 0
         self.table = nn.Embedding(vocab_size, dim)
         nn.init.normal_(self.table.weight, std=dim**-0.5)

@@ -60,12 +60,7 @@ class TextCNN(TextEncoder):
         """Read ``text`` int64 [B, L] under ``text_mask`` bool [B, L]; tokens [B, L, D], pooled [B, D]."""
         mask = inputs["text_mask"]
         x = cleared(self.table(inputs["text"]), mask).transpose(1, 2)
-        pairs = zip(self.convolutions, self.widths, strict=True)
-        maps = [convolve(F.pad(x, _around(width))) for convolve, width in pairs]
+        padded = [F.pad(x, ((width - 1) // 2, width // 2)) for width in self.widths]
+        maps = [convolve(each) for convolve, each in zip(self.convolutions, padded, strict=True)]
         states = cleared(self.activation(torch.cat(maps, dim=1)).transpose(1, 2), mask)
         return Encoded(states, mask, self.dropout(states.amax(1)))
-
-
-def _around(width: int) -> tuple[int, int]:
-    """Positions before and behind a text, with which a window of this width has a place at each token."""
-    return (width - 1) // 2, width // 2

@@ -28,6 +28,7 @@ from distill.multimodal import Encoder, MultimodalModel
 from distill.predict import open_session
 from distill.prune import PrunePlan, apply, check_pruning, plan, prune
 from distill.recipe import load_recipe
+from distill.taps import list_taps
 from distill.tasks import ClassificationHead
 from students import ENCODERS, RecurrentText, TextCNN
 
@@ -237,6 +238,8 @@ def test_a_few_steps_learn_which_of_two_words_comes_first(kind: str) -> None:
         ("lstm", {"cell": "rnn"}, "student.encoders.text.cell is 'rnn'"),
         ("lstm", {"pooling": "max"}, "student.encoders.text.pooling is 'max'"),
         ("lstm", {"layers": 0}, "recurrent_text cannot be built: layers is 0, expected more than 0"),
+        ("lstm", {"dim": 0}, "dim is 0, expected more than 0"),
+        ("cnn", {"max_length": 0}, "max_length is 0, expected more than 0"),
         ("gru", {"hidden": 0}, "hidden is 0, expected more than 0"),
         ("cnn", {"widths": []}, "widths is empty; give the tokens of at least one window"),
         ("cnn", {"widths": [3, 0]}, "widths is 0, expected more than 0"),
@@ -248,6 +251,24 @@ def test_a_few_steps_learn_which_of_two_words_comes_first(kind: str) -> None:
 def test_sizes_that_cannot_be_are_refused(kind: str, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         build(kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_parts_can_be_tapped(kind: str) -> None:
+    taps = {tap.path: tap.shape for tap in list_taps(around(build(kind)), as_batch(texts([6, 4, 2], 6)))}
+    assert taps["encoders.text"] == [6, WIDTHS[kind]] and taps["encoders.text.table"] == [6, 8]
+    inner = {"cnn": "convolutions.0", "transformer": "blocks.1"}.get(kind, "layers.0")
+    assert taps[f"encoders.text.{inner}"] == ([8, 6] if kind == "cnn" else [6, WIDTHS[kind]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_learns_too(kind: str) -> None:
+    encoder = build(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = encoder(texts([6, 0, 2], 6)).pooled
+    pooled.float().square().sum().backward()
+    torch.testing.assert_close(pooled.float(), encoder(texts([6, 0, 2], 6)).pooled, rtol=0.1, atol=0.05)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
 
 
 @pytest.mark.parametrize(("kind", "modules"), [("cnn", "encoders.text"), ("transformer", "encoders.text.blocks")])
