@@ -97,6 +97,7 @@ def load_tower(folder: Path, tower: Literal["text", "vision"], *, projected: boo
             a checkpoint that lacks some of its weights (which transformers would fill with random ones).
     """
     from transformers import AutoModel, SiglipTextModel, SiglipVisionModel
+    from transformers import ClapTextModelWithProjection  # isort: skip
     from transformers import CLIPTextModel, CLIPTextModelWithProjection  # isort: skip
     from transformers import CLIPVisionModel, CLIPVisionModelWithProjection  # isort: skip
 
@@ -108,7 +109,9 @@ def load_tower(folder: Path, tower: Literal["text", "vision"], *, projected: boo
         ("siglip", "text"): SiglipTextModel,
         ("siglip", "vision"): SiglipVisionModel,
     }
-    if projected and kind not in ("clip", "siglip"):
+    if projected and (kind, tower) == ("clap", "text"):
+        classes["clap", "text"] = ClapTextModelWithProjection
+    elif projected and kind not in ("clip", "siglip"):
         raise UserError(
             f"{folder}: a {kind!r} shares no embedding space with another tower; leave 'projected' out, or name a CLIP "
             "or SigLIP checkpoint"
@@ -201,7 +204,8 @@ class PretrainedText(Encoder):
         max_length: tokens a text is cut to, closing token included.
         layers: whose outputs the tokens are, joined along D; 0 is the embedding layer. The last one alone if left out.
         dropout: probability of dropping a feature of the pooled vector in training.
-        projected: give the checkpoint's own text embedding, as its one token and pooled vector: CLIP and SigLIP.
+        projected: give the checkpoint's own text embedding, as its one token and pooled vector: CLIP, SigLIP and
+            CLAP.
         cut: see :func:`cut_tower`.
         lora: see :func:`teachers.lora.adapt`.
     """
@@ -232,10 +236,11 @@ class PretrainedText(Encoder):
         config: Any = self.tower.config
         self.pad_id = int(config.pad_token_id or 0)
         self.causal, self.whole_length = config.model_type.startswith("clip"), 0
+        siglip = config.model_type.startswith("siglip")
         if projected:
             if layers:
                 raise UserError(f"{folder}: 'projected' reads the last layer; leave 'layers' out")
-            if not self.causal:
+            if siglip:
                 self.whole_length = int(config.max_position_embeddings)  # SigLIP learnt from texts padded to this
                 if max_length > self.whole_length:
                     raise UserError(
@@ -246,7 +251,7 @@ class PretrainedText(Encoder):
             raise UserError(f"{folder}: layers is {list(layers)}, this tower has the layers 0 to {depth}")
         self.out_dim = int(config.hidden_size) * (len(self.layers) or 1)
         if projected:
-            self.out_dim = int(getattr(config, "projection_dim" if self.causal else "projection_size"))
+            self.out_dim = int(getattr(config, "projection_size" if siglip else "projection_dim"))
         if freeze:
             self.tower.requires_grad_(False)
 

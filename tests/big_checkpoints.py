@@ -36,7 +36,13 @@ SWIN = {
     "depths": [1, 1],
     "num_attention_heads": [2, 2],
 }
-CLAP_TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+CLAP_TEXT = {
+    "pad_token_id": 1,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def write_audio(folder: Path, kind: str) -> Path:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from big_checkpoints import RATE, write_audio
 from tiny import SIZE, write_bert
 from tiny_project import distill as call
 from tiny_project import make_project, refusal
@@ -15,7 +16,7 @@ from distill import pipeline
 from distill.contracts import UserError
 from distill.recipe import load_recipe
 from students import tower_weights
-from teachers import PretrainedText, PretrainedVision
+from teachers import PretrainedAudio, PretrainedText, PretrainedVision
 
 TEXTS = torch.tensor([[7, 9, 11, 2], [8, 6, 2, 0]])
 MASK = torch.tensor([[True] * 4, [True, True, True, False]])
@@ -230,3 +231,21 @@ def test_a_checkpoint_is_a_teacher_as_it_is(project):
 def test_a_frozen_teacher_with_an_objective_has_nothing_to_learn(project):
     terms = "teacher.objective=[{loss: clip_infonce, embedding: 'image,text'}]"
     assert "set it to []" in refusal(call("validate", "kept.yaml", terms))
+
+
+@torch.no_grad()
+def test_a_claps_text_embeddings_are_its_own(tmp_path):
+    from transformers import ClapModel
+
+    folder = write_audio(tmp_path, "clap")
+    write_bert(folder / "bert")
+    shutil.copy(folder / "bert" / "tokenizer.json", folder)
+    encoder = PretrainedText(weights=f"path:{folder}", projected=True, max_length=10).eval()
+    texts = torch.tensor([[7, 9, 11, 2], [8, 6, 2, 1]])
+    encoded = encoder({"text": texts, "text_mask": MASK})
+    whole = ClapModel.from_pretrained(folder).eval()
+    wanted = whole.text_projection(whole.text_model(texts, attention_mask=MASK.long()).pooler_output)
+    torch.testing.assert_close(encoded.pooled, wanted)
+    assert encoder.pad_id == 1 and encoder.out_dim == 8 and not encoder.whole_length
+    audio = PretrainedAudio(weights=f"path:{folder}", projected=True, sample_rate=RATE, num_samples=8000)
+    assert audio.own_scale == encoder.own_scale == {"logit_scale": pytest.approx(1 / 0.07, rel=1e-3)}
