@@ -181,7 +181,7 @@ class Preprocessor:
     @staticmethod
     def _read(number: int, name: str, format: Format, value: Any) -> dict[str, NDArray[Any]] | None:
         try:
-            return None if value is None else format.read(value)
+            return None if format.lacks(value) else format.read(value)
         except BadInput as error:
             raise BadInput(f"row {number}: {error}") from error
 

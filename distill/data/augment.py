@@ -82,7 +82,7 @@ def _audio(inputs: Inputs, rows: Rows, config: AudioChanges) -> Inputs:
     size = waves.shape[1]
     if config.shift:
         offsets = ((2 * _uniform(rows, "shift") - 1) * config.shift * size).astype(np.int64)
-        waves, lengths = _shifted(waves, lengths, np.maximum(offsets, -lengths // 2))
+        waves, lengths = _shifted(waves, lengths, np.maximum(offsets, -(lengths // 2)))
     there = np.arange(size) < lengths[:, None]
     if config.noise:
         loudness = np.sqrt((waves**2).sum(1) / np.maximum(1, lengths))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +21,8 @@ from distill.data.scratch import chunks, scratch
 from distill.formats import BadInput, Format
 from distill.formats.base import Arrays
 
-CHUNK = 256  # rows in flight, so that memory does not grow with the data
+AHEAD = 16  # rows a thread decodes before they are needed: what is decoded waits in memory
+SHOWN = 256  # rows after which progress is told
 WHOLE = 2**26  # bytes of a file that is read whole; of a larger one only what is needed
 STREAMED = ("image", "audio", "video")
 """Modalities that may be decoded when they are read instead."""
@@ -99,7 +100,7 @@ def write_media(
                     for name, (dtype, shape) in media[modality].format.arrays.items():
                         if name in write:
                             write[name](np.zeros(shape, dtype) if item is None else item[0][name])
-            if progress and (done % CHUNK == 0 or done == to_do):
+            if progress and (done % SHOWN == 0 or done == to_do):
                 progress(done, to_do)
     return digests
 
@@ -145,14 +146,20 @@ def _decoded(source: Source, media: dict[str, Medium], rows: Iterator[int]) -> I
         except BadInput as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while chunk := list(islice(rows, CHUNK)):
-            found = {
-                modality: pool.map(_decode, [read(row, item.column) for row in chunk], [item.format] * len(chunk))
-                for modality, item in media.items()
-            }
-            for row, *each in zip(chunk, *found.values(), strict=True):
-                yield row, dict(zip(media, each, strict=True))
+    def decode(cells: list[Cell | BadInput]) -> dict[str, Decoded]:
+        return {name: _decode(cell, item.format) for (name, item), cell in zip(media.items(), cells, strict=True)}
+
+    workers = os.cpu_count() or 1
+    waiting: deque[tuple[int, Future[dict[str, Decoded]]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for row in rows:
+            waiting.append((row, pool.submit(decode, [read(row, item.column) for item in media.values()])))
+            if len(waiting) > AHEAD * workers:
+                first, found = waiting.popleft()
+                yield first, found.result()
+        while waiting:
+            first, found = waiting.popleft()
+            yield first, found.result()
 
 
 def _decode(value: Cell | BadInput, format: Format) -> Decoded:

@@ -148,7 +148,8 @@ def _fitted(formats: dict[str, Format], rows: Rows, kept: NDArray[np.int64], fol
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(kept), fitted.width)}
             np.lib.format.write_array_header_1_0(file, header)
             for piece in pieces:
-                file.write(rows.table.encode(fitted, piece).tobytes())
+                there = rows.present[TABULAR][piece]
+                file.write((rows.table.encode(fitted, piece) * there[:, None]).tobytes())
     return found
 
 
@@ -162,7 +163,7 @@ def _describe_bad(config: DataConfig, source: Source, rows: Rows) -> dict[str, A
     def where(row: int, reason: str, column: str | None) -> str:
         if column is None and media and reason not in (NO_TARGET, EMPTY):
             column = media[0]
-        return f"row {row}" if column is None else source.where(row, column)
+        return source.where(row, column) if column else f"row {row}"
 
     listed = [
         {"id": int(rows.ids[row]), "where": where(row, reason, column), "reason": reason}

@@ -55,7 +55,7 @@ class TableSource:
             self._groups = [group for file in self._files for group in _read_groups(file)]
         self._ends = list(accumulate(group.num_rows for group in self._groups))
         self.columns = self._common_columns()
-        self._cached: tuple[int, str, pa.ChunkedArray] | None = None
+        self._cached: dict[str, tuple[int, pa.ChunkedArray]] = {}  # column -> row group, and it
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -76,12 +76,16 @@ class TableSource:
         """
         check_columns(self, [column])
         number = bisect_right(self._ends, row)
-        cached = self._cached
-        if cached is None or cached[:2] != (number, column):
+        cached = self._cached.get(column)
+        if cached is None or cached[0] != number:
             with self._reading():
-                cached = self._cached = (number, column, self._groups[number].column(column))
+                cached = self._cached[column] = (number, self._groups[number].column(column))
         start = self._ends[number] - self._groups[number].num_rows
-        return media_cell(cached[2][row - start].as_py(), self._root)
+        try:
+            value = cached[1][row - start].as_py()
+        except UnicodeDecodeError as error:
+            raise BadInput("the cell is a path that is not UTF-8") from error
+        return media_cell(value, self._root)
 
     def where(self, row: int, column: str) -> str:
         """Return a file's path, or its column and row."""

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from distill.contracts import UserError
 from distill.data.cells import Cells, encoded
 from distill.data.scratch import scratch
-from distill.formats.tabular import TabularFormat, text_of
+from distill.formats.tabular import LARGEST, TabularFormat, text_of
 
 MISSING = -1
+LEAST_STD = 1e-9  # share of a column's mean, below which it is constant
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,14 @@ class Table:
         bad: dict[int, str] = {}
         for place, name in enumerate(self.format.numbers):
             found = _numbers(cells, name)
-            bad |= {row: f"column {name!r} holds {found[row]}" for row in np.flatnonzero(np.isinf(found)).tolist()}
+            beyond = np.flatnonzero(np.abs(found) > LARGEST).tolist()
+            bad |= {row: f"column {name!r} holds {found[row]:g}, which is beyond 32 bits" for row in beyond}
             self.numbers[cells.rows, place] = found
         for place, name in enumerate(self.format.categories):
-            values, numbers = encoded(cells.plain(name))
+            array = cells.plain(name)
+            if pa.types.is_nested(array.type):
+                raise UserError(f"{cells.source}: column {name!r} holds {array.type}; categories are names or numbers")
+            values, numbers = encoded(array)
             known, texts = self.values[place], [text_of(value) for value in values]
             codes = [MISSING if text == "" else known.setdefault(text, len(known)) for text in texts]
             self.codes[cells.rows, place] = np.array([*codes, MISSING], np.int32)[numbers]
@@ -85,7 +90,7 @@ class Table:
         return replace(
             self.format,
             mean=tuple(mean.tolist()),
-            std=tuple(np.where(std > 0, std, 1.0).tolist()),
+            std=tuple(np.where(std > LEAST_STD * np.abs(mean), std, 1.0).tolist()),
             values=tuple(self._frequent(known, counts) for known, counts in zip(self.values, seen, strict=True)),
         )
 

@@ -69,7 +69,7 @@ class AudioFormat(Format):
     def _decoded(self, content: Any) -> NDArray[np.float32]:
         soundfile = _needed("soundfile")
         try:
-            with soundfile.SoundFile(opened(content)) as file:
+            with opened(content) as source, soundfile.SoundFile(source) as file:
                 rate, channels = int(file.samplerate), int(file.channels)
                 if not RATES[0] <= rate <= RATES[1] or channels > MAX_CHANNELS:
                     raise BadInput(f"audio claims {rate} samples a second in {channels} channels; it is damaged")
@@ -83,7 +83,10 @@ class AudioFormat(Format):
             raise BadInput("audio holds samples that are no finite numbers")
         if rate == self.sample_rate or not len(samples):
             return np.asarray(samples, np.float32)
-        return np.asarray(_needed("soxr").resample(samples, rate, self.sample_rate), np.float32)
+        found = np.asarray(_needed("soxr").resample(samples, rate, self.sample_rate), np.float32)
+        if not len(found):
+            raise BadInput(f"audio of {len(samples)} samples at {rate} Hz is shorter than one at {self.sample_rate} Hz")
+        return found
 
 
 def to_int16(samples: NDArray[np.float32]) -> NDArray[np.int16]:

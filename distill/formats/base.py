@@ -6,7 +6,7 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from numpy.typing import NDArray
 
@@ -33,6 +33,10 @@ class Format:
         """Input of models -> dtype and shape of a row, as :data:`~distill.contracts.INPUTS` has them."""
         raise NotImplementedError
 
+    def lacks(self, value: Any) -> bool:
+        """Whether a row's value stands for an absent modality."""
+        return value is None
+
     @property
     def parameters(self) -> dict[str, int]:
         """What encoders of the modality may ask for as arguments."""
@@ -42,7 +46,7 @@ class Format:
         """Return a row's arrays.
 
         Args:
-            value: what the modality's row holds, not None.
+            value: what the modality's row holds, not absent.
 
         Raises:
             BadInput: the value cannot be used.
@@ -51,9 +55,9 @@ class Format:
         raise NotImplementedError
 
 
-def opened(source: Content) -> io.BytesIO | str:
-    """A file as most libraries take it."""
-    return io.BytesIO(source) if isinstance(source, bytes) else str(source)
+def opened(source: Content) -> IO[bytes]:
+    """A file to read from; libraries are not told its name, from which some would guess what it holds."""
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
 def check_content(value: Any, what: str) -> Content:
@@ -64,8 +68,11 @@ def check_content(value: Any, what: str) -> Content:
     """
     if not isinstance(value, bytes | str | Path):
         raise BadInput(f"{what} is a {type(value).__name__}; give file bytes, a path or an array")
-    if not isinstance(value, bytes) and not Path(value).exists():
-        raise BadInput(f"no such {what} file: {value!s}")
+    try:
+        if not isinstance(value, bytes) and not Path(value).is_file():
+            raise BadInput(f"no such {what} file: {value!s}")
+    except OSError as error:
+        raise BadInput(f"no such {what} file: {error.strerror}") from error
     return value
 
 

@@ -70,7 +70,7 @@ def decode_image(source: Content, size: int, *, crop: bool = False) -> NDArray[n
         BadInput: the image is missing, damaged, of a type not in ``FILE_TYPES``, or larger than ``MAX_PIXELS``.
     """
     try:
-        with Image.open(opened(source), formats=FILE_TYPES) as image:
+        with opened(source) as file, Image.open(file, formats=FILE_TYPES) as image:
             check_size(*image.size, "image")
             image.draft("RGB", (2 * size, 2 * size))  # lets a JPEG decode at a fraction of its size
             return fitted(ImageOps.exif_transpose(image), size, crop=crop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,26 @@ from numpy.typing import NDArray
 
 from distill.formats.base import Arrays, BadInput, Format
 
+LARGEST = float(np.finfo(np.float32).max)
+WHOLE = 2**53  # beyond which floats skip whole numbers
+BOOLEANS = {"true": 1.0, "false": 0.0}
+MISSING_WORDS = {
+    "",
+    "na",
+    "n/a",
+    "#na",
+    "#n/a",
+    "#n/a n/a",
+    "nan",
+    "-nan",
+    "null",
+    "none",
+    "1.#ind",
+    "-1.#ind",
+    "1.#qnan",
+    "-1.#qnan",
+}
+"""What stands for a missing number, as where pyarrow reads a CSV file."""
 OTHER = 0
 """Code of a category that is missing, or was too rare in training to have one."""
 
@@ -51,6 +72,13 @@ class TabularFormat(Format):
         """As :attr:`Format.parameters`."""
         return {"num_numbers": len(self.numbers), "num_codes": len(self.categories), "code_size": self.code_size}
 
+    def lacks(self, value: Any) -> bool:
+        """As :meth:`Format.lacks`: all its columns are missing."""
+        if not isinstance(value, Mapping):
+            return value is None
+        numbers = (number_of(value.get(name), name) for name in self.numbers)
+        return all(map(math.isnan, numbers)) and not any(text_of(value.get(name)) for name in self.categories)
+
     def read(self, value: Any) -> Arrays:
         """Take a mapping of columns to values; those that lack, are None, NaN or an empty text are missing."""
         if not isinstance(value, Mapping):
@@ -70,22 +98,46 @@ class TabularFormat(Format):
 
 
 def number_of(value: Any, column: str) -> float:
-    """A cell as a number, NaN where missing; BadInput if it is none, or infinite."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    """A cell as a number, NaN where missing; BadInput if it is none, or beyond what 32 bits hold."""
+    if value is None:
         return math.nan
     try:
-        number = float(value)
+        text = value.strip().lower() if isinstance(value, str) else None
+        number = math.nan if text in MISSING_WORDS else float(BOOLEANS.get(text, value) if text else value)
     except (TypeError, ValueError):
         raise BadInput(f"column {column!r} holds {value!r}, which is no number") from None
-    if math.isinf(number):
-        raise BadInput(f"column {column!r} holds {number}, which is not finite")
+    except OverflowError:
+        number = math.inf
+    if abs(number) > LARGEST:
+        raise BadInput(f"column {column!r} holds {number:g}, which is beyond 32 bits")
     return number
 
 
 def text_of(value: Any) -> str:
-    """A category as a text, the same for the number 3 and the text "3"; empty where missing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """A category as a text: the same for the number 3, the text "3.0" and a file that reads either as the other.
+
+    Numbers have seven digits at most, which those of 32 bits keep; dates are as ISO 8601 has them, with a space.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None:
         return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = value.decode("utf-8", "replace").strip() if isinstance(value, bytes) else str(value).strip()
+    if text.lower() in BOOLEANS:
+        return text.lower()
+    try:
+        number = float(text)
+    except ValueError:
+        return _date(text)
+    if math.isnan(number):
+        return ""
+    return f"{int(number)}" if number.is_integer() and abs(number) < WHOLE else f"{number:.7g}"
+
+
+def _date(text: str) -> str:
+    try:
+        return str(datetime.fromisoformat(text)).removesuffix(" 00:00:00") if text[:4].isdigit() else text
+    except ValueError:
+        return text

@@ -12,7 +12,14 @@ from PIL import Image, UnidentifiedImageError
 
 from distill.contracts import UserError
 from distill.formats.base import Arrays, BadInput, Content, Format, check_content, opened, reason
-from distill.formats.image import FILE_TYPES, check_pixels, check_size, fitted
+from distill.formats.image import FILE_TYPES, MAX_PIXELS, check_pixels, check_size, fitted
+
+MAX_ANIMATED = 4 * MAX_PIXELS
+"""Most pixels of all frames of an animated image, which have to be decoded one after the other."""
+MAX_DECODED = 36_000
+"""Most frames of a video file that are decoded: those wanted, and those before them from a key frame on."""
+OPTIONS = {"format_whitelist": "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,flv,ogg,asf,ivf"}
+"""Containers that are read: others begin with a network, or take any text for pictures."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,11 @@ class VideoFormat(Format):
             return {"video": check_pixels(value, self._shape, "video")}
         content = check_content(value, "video")
         try:
-            with Image.open(opened(content), formats=FILE_TYPES) as animation:
+            with opened(content) as file, Image.open(file, formats=FILE_TYPES) as animation:
                 check_size(*animation.size, "video")
+                pixels = animation.width * animation.height * getattr(animation, "n_frames", 1)
+                if pixels > MAX_ANIMATED:
+                    raise BadInput(f"animation of {pixels} pixels is above the limit of {MAX_ANIMATED} pixels")
                 return {"video": np.stack([self._fitted(frame) for frame in _animated(animation, self.frames)])}
         except BadInput:
             raise
@@ -84,29 +94,57 @@ def _animated(animation: Any, frames: int) -> Iterator[Image.Image]:
 
 
 def _filmed(content: Content, frames: int) -> Iterator[Image.Image]:
-    """Frames of a video file: before each, the nearest key frame is looked up, so that long ones are not decoded."""
+    """Frames of a video file: the packets say when each is shown, and what lies between key frames is decoded once."""
     try:
         import av
     except ImportError as error:
         raise UserError("video files need the package av; pip install 'multidistill[video]'") from error
     try:
-        with av.open(opened(content)) as container:
-            if not container.streams.video:
-                raise BadInput("the file holds no pictures; it is no video")
-            stream = container.streams.video[0]
-            check_size(stream.width, stream.height, "video")
-            length = stream.duration or 0
-            start, last = stream.start_time or 0, None
-            for time in middles(frames, length):
-                container.seek(start + time, stream=stream)
-                for frame in container.decode(stream):
-                    last = frame.to_image()
-                    if frame.pts is None or frame.pts + (frame.duration or 1) > start + time:
-                        break
-                if last is None:
-                    raise BadInput("video without a frame that can be decoded")
-                yield last
+        with opened(content) as file:
+            with av.open(file, options=OPTIONS) as container:
+                times, keys = _packet_times(container)
+            file.seek(0)
+            with av.open(file, options=OPTIONS) as container:
+                targets = [times[number] for number in middles(frames, len(times))]
+                yield from _shown(container, targets, keys)
     except BadInput:
         raise
     except Exception as error:  # the library raises types of its own and the file system's
         raise BadInput(f"not a readable video ({type(error).__name__}: {reason(error)})") from error
+
+
+def _packet_times(container: Any) -> tuple[list[int], list[int]]:
+    """When each frame is shown, in order; of those, when key frames are."""
+    if not container.streams.video:
+        raise BadInput("the file holds no pictures; it is no video")
+    stream = container.streams.video[0]
+    check_size(stream.width, stream.height, "video")
+    found = [
+        (packet.pts if packet.pts is not None else packet.dts, packet.is_keyframe) for packet in container.demux(stream)
+    ]
+    times = sorted(time for time, _ in found if time is not None)
+    if not times:
+        raise BadInput("video without a frame")
+    return times, sorted(time for time, key in found if key and time is not None)
+
+
+def _shown(container: Any, targets: list[int], keys: list[int]) -> Iterator[Image.Image]:
+    """The frames that are shown at rising times."""
+    stream = container.streams.video[0]
+    coming, last, decoded = container.decode(stream), None, 0
+    for target in targets:
+        key = max((time for time in keys if time <= target), default=None)
+        if key is not None and key > (keys[0] if last is None else last.pts):
+            container.seek(key, stream=stream)
+            coming = container.decode(stream)
+        while last is None or last.pts < target:
+            frame = next(coming, None)
+            if frame is None:
+                break
+            decoded += 1
+            if decoded > MAX_DECODED:
+                raise BadInput(f"video with more than {MAX_DECODED} frames to decode; cut it, or give it key frames")
+            last = frame if frame.pts is not None else last
+        if last is None:
+            raise BadInput("video without a frame that can be decoded")
+        yield last.to_image()
