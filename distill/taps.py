@@ -5,6 +5,7 @@ Shapes come from one forward of the model, with initial weights where it has no 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -83,7 +84,7 @@ def inspect_models(
         counts, notes = _classes(recipe, config, part=part)
         check_parts(config, name, encoders, recipe, list(counts))
         try:
-            model = untrained(_without_weights(config), name, encoders, counts, recipe.data)
+            model = untrained(_without_weights(config, encoders), name, encoders, counts, recipe.data)
         except UserError as error:
             if len(names) == 1:
                 raise
@@ -102,7 +103,9 @@ def inspect_models(
         inputs = [described[name] for name in spec.media]
         inputs += [f"texts of {batch.inputs[TEXT].shape[1]} tokens"] if spec.tokenizer else []
         notes = [f"shapes are those of {' and '.join(inputs)}", *notes]
-        notes += [f"encoders.{bare} is built without its weights, which change no shape" for bare in _bare(config)]
+        notes += [
+            f"encoders.{bare} is built without its weights, which change no shape" for bare in _bare(config, encoders)
+        ]
         for tower in frozen_towers(model) if name == TEACHER else ():
             notes.append(
                 f"encoders.{tower} is frozen: its outputs are kept and its modules do not run beside a student; tap "
@@ -129,7 +132,7 @@ def check_taps(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> No
         config = getattr(recipe, name)
         try:
             model = untrained(
-                _without_weights(config), name, encoders, _classes(recipe, config, part=False)[0], recipe.data
+                _without_weights(config, encoders), name, encoders, _classes(recipe, config, part=False)[0], recipe.data
             )
         except UserError:
             return  # weights are not here yet
@@ -261,12 +264,24 @@ def _classes(recipe: Recipe, config: ModelConfig, *, part: bool) -> tuple[dict[s
     return dict.fromkeys(tasks, CLASSES), [note]
 
 
-def _without_weights(config: Any) -> Any:
+def _without_weights(config: Any, encoders: Mapping[str, Callable[..., Any]]) -> Any:
     """The same model with initial weights wherever its builder can do without."""
-    parts = {name: Part(type=part.type, **{**part.params, "pretrained": False}) for name, part in _bare(config).items()}
+    bare = _bare(config, encoders)
+    parts = {
+        name: Part(type=part.type, **{**part.params, **bare[name]})
+        for name, part in config.encoders.items()
+        if name in bare
+    }
     return config.model_copy(update={"encoders": {**config.encoders, **parts}})
 
 
-def _bare(config: ModelConfig) -> dict[str, Part]:
-    """Encoders that load weights only if they are told to."""
-    return {name: part for name, part in config.encoders.items() if part.params.get("pretrained")}
+def _bare(config: ModelConfig, encoders: Mapping[str, Callable[..., Any]]) -> dict[str, dict[str, Any]]:
+    """Encoders that load weights only if they are told to, with what tells them not to."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, part in config.encoders.items():
+        weights = inspect.signature(encoders[part.type]).parameters.get("weights")
+        if part.params.get("pretrained"):
+            found[name] = {"pretrained": False}
+        elif part.params.get("weights") and weights is not None and weights.default is None:
+            found[name] = {"weights": None}
+    return found

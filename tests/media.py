@@ -33,14 +33,17 @@ def clip(greys: Sequence[int], size: tuple[int, int] = (8, 8), kind: str = "GIF"
     return buffer.getvalue()
 
 
-def film(path: Path, greys: Sequence[int], size: int = 32, rate: int = 10) -> Path:
-    """A video file whose frames are of one grey each."""
+def film(
+    path: Path, greys: Sequence[int], size: int = 32, rate: int = 10, codec: str = "mpeg4", keys: int = 12
+) -> Path:
+    """A video file whose frames are of one grey each, with a key frame in so many."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream = container.add_stream(codec, rate=rate)
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = keys
         for grey in greys:
             pixels = np.full((size, size, 3), grey, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):

@@ -164,3 +164,10 @@ def test_all_frames_of_a_clip_change_alike():
     config = one("video", {"flip": 0.5, "shift": 3, "brightness": 0.4, "crop": 0.5})
     found = augment("video", inputs, torch.arange(B), torch.ones(B, dtype=torch.int64), 0, config)["video"]
     assert (found == found[:, :1]).all() and not torch.equal(found, inputs["video"])
+
+
+def test_a_sound_keeps_at_least_a_sample():
+    inputs = {"audio": torch.full((50, 10), 9, dtype=torch.int16), "audio_length": torch.ones(50, dtype=torch.int64)}
+    views = torch.arange(50)
+    found = augment("audio", inputs, torch.zeros_like(views), views, 0, one("audio", {"shift": 0.9}))
+    assert (found["audio_length"] >= 1).all() and (found["audio"] != 0).any(1).all()

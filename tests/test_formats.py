@@ -2,7 +2,11 @@
 
 import io
 import json
+import math
 import sys
+import time
+from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -14,11 +18,11 @@ from PIL import Image
 
 from distill.contracts import INPUTS, UserError
 from distill.data_config import DataConfig
-from distill.formats import FORMATS, MODALITIES, BadInput, formats_of, from_json, to_json
+from distill.formats import FORMATS, MODALITIES, BadInput, formats_of, from_json, to_json, video
 from distill.formats.audio import AudioFormat
 from distill.formats.image import ImageFormat
 from distill.formats.series import SeriesFormat
-from distill.formats.tabular import TabularFormat
+from distill.formats.tabular import TabularFormat, number_of, text_of
 from distill.formats.video import VideoFormat, middles
 
 AUDIO = AudioFormat(8000, 0.5)
@@ -193,11 +197,43 @@ def test_animations(kind):
     assert np.abs(found.mean((1, 2, 3)) - [40, 120, 200, 255]).max() < 2
 
 
-def test_films(tmp_path):
-    path = film(tmp_path / "a.mp4", [*range(0, 240, 12)])
+@pytest.mark.parametrize("keys", [1, 5, 100])
+@pytest.mark.parametrize(
+    ("end", "codec"), [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("webm", "libvpx"), ("avi", "mpeg4"), ("ts", "mpeg2video")]
+)
+def test_films(tmp_path, end, codec, keys):
+    path = film(tmp_path / f"a.{end}", [*range(0, 240, 12)], codec=codec, keys=keys, rate=25)
     found = VIDEO.read(path)["video"].mean((1, 2, 3))
     assert np.abs(found - [24, 84, 144, 204]).max() <= 14
     assert np.array_equal(VIDEO.read(path.read_bytes())["video"], VIDEO.read(str(path))["video"])
+
+
+def test_long_films_are_decoded_once_and_no_more_than_they_must(tmp_path, monkeypatch):
+    path = film(tmp_path / "a.mp4", [100] * 300, keys=300)
+    monkeypatch.setattr(video, "MAX_DECODED", 300)
+    VideoFormat(8, 16).read(path)  # one key frame: all are decoded, but once
+    monkeypatch.setattr(video, "MAX_DECODED", 200)
+    with pytest.raises(BadInput, match="more than 200 frames to decode"):
+        VideoFormat(8, 16).read(path)
+    short = film(tmp_path / "b.mp4", [100] * 300, keys=5)
+    monkeypatch.setattr(video, "MAX_DECODED", 16)
+    VideoFormat(8, 4).read(short)
+
+
+def test_what_begins_with_a_network_or_is_text_is_no_film(tmp_path):
+    sdp = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    (tmp_path / "a.nfo").write_bytes(b"hello world " * 50)
+    for value in (sdp, tmp_path / "a.nfo", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"):
+        began = time.perf_counter()
+        with pytest.raises(BadInput, match="not a readable video"):
+            VIDEO.read(value)
+        assert time.perf_counter() - began < 10  # an RTP demuxer waits for 20 seconds
+
+
+def test_a_bomb_of_an_animation_is_refused(monkeypatch):
+    monkeypatch.setattr(video, "MAX_ANIMATED", 150)
+    with pytest.raises(BadInput, match="animation of 192 pixels is above the limit of 150"):
+        VIDEO.read(clip([1, 2, 3]))
 
 
 def test_a_picture_is_a_clip_that_stands_still():
@@ -215,8 +251,8 @@ def test_bad_clips(value, message):
 
 
 def test_sound_alone_is_no_video(tmp_path):
-    path = tmp_path / "a.wav"
-    path.write_bytes(sound(tone(440, 0.1, 8000), 8000))
+    path = tmp_path / "a.mp4"
+    path.write_bytes(sound(tone(440, 0.1, 8000), 8000, "OGG"))
     with pytest.raises(BadInput, match="holds no pictures"):
         VIDEO.read(path)
 
@@ -267,6 +303,63 @@ def test_bad_series(value, message):
         SERIES.read(value)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_arrays_are_bad_input(data):
+    buffer = io.BytesIO()
+    np.save(buffer, np.ones((3, 2)))
+    damaged = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        SERIES.read(bytes(damaged))
+    except BadInput:
+        pass
+
+
+@pytest.mark.parametrize("array", [np.ones((2, 2), complex), np.array(["1"]), np.array(["2024-01-01"], "M8[D]")])
+def test_arrays_of_anything_but_numbers_are_refused(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    for value in (array, buffer.getvalue()):
+        with pytest.raises(BadInput, match="not a series of numbers"):
+            SERIES.read(value)
+
+
+def test_a_header_that_promises_more_than_the_file_holds():
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
+    with pytest.raises(BadInput, match=r"series of shape \[1000000000000\] in a file of"):
+        SERIES.read(buffer.getvalue())
+
+
+def test_of_a_long_table_only_the_first_lines_are_parsed():
+    assert SERIES.read(b"1,2\n" * 6 + b"never read\n")["series_length"] == 6
+
+
+def test_numbers_beyond_32_bits_are_refused():
+    for value in ([[1e300, 1]], [[1, 10**400]]):
+        with pytest.raises(BadInput):
+            SERIES.read(value)
+    for value in (1e39, "1e300", 10**400):
+        with pytest.raises(BadInput, match="beyond 32 bits"):
+            TABULAR.read({"age": value})
+
+
+def test_the_name_of_a_file_says_nothing(tmp_path):
+    content = sound(tone(440, 0.3, 8000), 8000)
+    for name in ("a.raw", "a.mp3", "a"):
+        (tmp_path / name).write_bytes(content)
+        assert np.array_equal(AUDIO.read(tmp_path / name)["audio"], AUDIO.read(content)["audio"])
+
+
+def test_names_that_no_file_can_have():
+    for item in ALL.values():
+        if not isinstance(item, TabularFormat):
+            with pytest.raises(BadInput):
+                item.read("x" * 5000)
+
+
 def test_pickled_arrays_are_never_loaded():
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
@@ -290,6 +383,12 @@ def test_series_are_standardised_by_the_rows_they_were_fitted_on(data):
     assert not standard[lengths == 0].any()
 
 
+def test_small_units_are_no_constant():
+    values = np.random.default_rng(0).normal(0, 1e-7, (4, 6, 2)).astype(np.float32)
+    fitted = SERIES.fit([(values, np.full(4, 6))])
+    assert 0.5 < fitted.standardise(values, np.full(4, 6)).std() < 1.5
+
+
 def test_a_constant_channel_stays_finite():
     fitted = SERIES.fit([(np.full((3, 6, 2), 1e6, np.float32), np.full(3, 6))])
     assert np.abs(fitted.read(np.full((6, 2), 1e6))["series"]).max() == 0
@@ -306,13 +405,35 @@ def test_records():
     ("value", "message"),
     [
         ({"age": "old"}, "column 'age' holds 'old', which is no number"),
-        ({"pay": "inf"}, "column 'pay' holds inf"),
+        ({"pay": "inf"}, "column 'pay' holds inf, which is beyond 32 bits"),
         ([1, 2], "the record is a list"),
     ],
 )
 def test_bad_records(value, message):
     with pytest.raises(BadInput, match=message):
         TABULAR.read(value)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((7, 7.0, "007", "7", "7.0", np.int8(7), np.float32(7)), "7"),
+        ((0.1, np.float32(0.1), "0.10", Decimal("0.1")), "0.1"),
+        ((True, "True", "true", np.bool_(True)), "true"),
+        ((datetime(2024, 1, 2), "2024-01-02", "2024-01-02 00:00:00", "2024-01-02T00:00:00"), "2024-01-02"),
+        ((datetime(2024, 1, 2, 3), "2024-01-02T03:00:00"), "2024-01-02 03:00:00"),
+        (("red ", "red", b"red"), "red"),
+        ((None, "", " ", math.nan, np.float32("nan"), "nan"), ""),
+    ],
+)
+def test_a_category_is_the_same_however_it_is_written(values, text):
+    assert {text_of(value) for value in values} == {text} and text_of(text) == text
+
+
+@pytest.mark.parametrize("word", ["", " ", "NA", "nan", "NULL", "n/a", None])
+def test_words_for_missing_numbers(word):
+    assert math.isnan(number_of(word, "age"))
+    assert number_of("true", "age") == number_of(True, "age") == 1
 
 
 def test_an_image_of_one_pixel_is_an_image():

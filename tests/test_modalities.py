@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pa_parquet
 import pytest
 import torch
 from media import clip, sound, tone
@@ -167,6 +170,72 @@ def test_numbers_that_are_names_are_refused(tmp_path):
     write_rows(tmp_path)
     with pytest.raises(UserError, match=r"column 'kind' holds string and no numbers.*data\.tabular\.categories"):
         opened(tmp_path, tabular={})
+
+
+def test_categories_of_a_table_are_those_of_predict(tmp_path):
+    columns = {
+        "zip": ["007", "12", "1200"],
+        "price": ["1.50", "2", "0.1"],
+        "flag": ["true", "false", "True"],
+        "day": ["2024-01-01", "2024-02-03", "2025-01-01"],
+        "at": ["2024-01-01T10:00:00", "2024-01-02 11:30:00", "2024-01-03 00:00:00"],
+        "mixed": ["NA", "7", "x"],
+    }
+    rows = write_rows(tmp_path)
+    texts = [{name: values[number % 3] for name, values in columns.items()} for number in range(N)]
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, [*rows[0], *columns])
+        table.writeheader()
+        table.writerows([row | text for row, text in zip(rows, texts, strict=True)])
+    changes = {"modalities": {"tabular": ["age", *columns]}, "tabular": {"categories": [*columns]}}
+    _, data = opened(tmp_path, **changes)
+    records = [{"age": str(row["age"])} | text for row, text in zip(rows, texts, strict=True)]
+    feeds = Preprocessor(data.formats)([{"tabular": record} for record in records])
+    assert np.array_equal(feeds["tabular"], data.arrays["tabular"])
+    assert (feeds["tabular"][:, 2:] > 0).all()  # all have a code
+
+
+def test_absent_records_are_zeros_everywhere(tmp_path):
+    write_rows(tmp_path, cells={(name, 4): "" for name in ("age", "pay", "kind")})
+    _, data = opened(tmp_path)
+    empty = {"age": "", "pay": None, "kind": " "}
+    feeds = Preprocessor(data.formats)([{"tabular": empty}, {}])
+    assert not feeds["tabular"].any() and not feeds["tabular_present"].any()
+    assert not data.arrays["tabular"][4].any() and not data.present["tabular"][4]
+
+
+def test_a_huge_number_is_one_bad_row_and_a_constant_column_stays_small(tmp_path):
+    cells = {("age", 3): "1e200", **{("pay", row): 0.1 for row in range(N)}} | {("pay", 21): 0.2}
+    write_rows(tmp_path, cells=cells)
+    info, data = opened(tmp_path, max_bad_fraction=0.5)
+    listed = json.loads((tmp_path / "out/data_report.json").read_text())["bad_rows"]["rows"]
+    assert info["bad_rows"] == 1 and listed[0]["where"] == "row 3" and "beyond 32 bits" in listed[0]["reason"]
+    assert np.abs(data.arrays["tabular"]).max() < 10
+
+
+def test_nested_categories_are_refused(tmp_path):
+    write_rows(tmp_path)
+    table = pa_csv.read_csv(tmp_path / "rows.csv")
+    nested = table.append_column("tags", pa.array([["a"]] * N))
+    pa_parquet.write_table(nested, tmp_path / "rows.parquet")
+    changes = {"source": {"type": "table", "path": "rows.parquet"}, "modalities": {"tabular": ["age", "tags"]}}
+    with pytest.raises(UserError, match="column 'tags' holds list<.*categories are names or numbers"):
+        opened(tmp_path, **changes, tabular={"categories": ["tags"]})
+
+
+def test_each_row_group_is_read_once_for_each_column_of_media(tmp_path, monkeypatch):
+    rows = write_rows(tmp_path)
+    columns = {m: [(tmp_path / row[m]).read_bytes() for row in rows] for m in ("image", "audio")}
+    columns |= {"label": [row["label"] for row in rows], "split": SPLITS}
+    pa_parquet.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=N)
+    asked = []
+    read = pa_parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pa_parquet.ParquetFile, "read_row_group", lambda self, n, **k: asked.append(k["columns"]) or read(self, n, **k)
+    )
+    source = {"type": "table", "path": "rows.parquet"}
+    opened(tmp_path, source=source, modalities={"image": "image", "audio": "audio"})
+    assert sorted(map(tuple, asked)) == [("audio",), ("image",)]
 
 
 def test_a_row_without_anything_is_bad(tmp_path):

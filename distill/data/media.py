@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distill import runs
 from distill.data.columns import Cell, Source
-from distill.data.rows import EMPTY, Keys, Rows, row_keys
+from distill.data.rows import EMPTY, IN_ROW, Keys, Rows, row_keys
 from distill.data.scratch import chunks, scratch
 from distill.formats import BadInput, Format
 from distill.formats.base import Arrays
@@ -91,7 +91,7 @@ def write_media(
             if bad:
                 rows.bad.add(row, bad[0], media[bad[1]].column)
             elif not any(found.values()) and not any(values[row] for values in known):
-                rows.bad.add(row, EMPTY)
+                rows.bad.add(row, EMPTY, IN_ROW)
             else:
                 for modality, item in found.items():
                     assert not isinstance(item, BadInput)

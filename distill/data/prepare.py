@@ -31,7 +31,7 @@ from distill.data.prepared import (
     any_label,
     record_type,
 )
-from distill.data.rows import EMPTY, NO_TARGET, Keys, Rows, number_classes, read_rows, texts_of
+from distill.data.rows import Keys, Rows, number_classes, read_rows, texts_of
 from distill.data.scratch import chunks, dense_codes, first_rows, positions_where, scratch, take
 from distill.data.sources import open_source
 from distill.data.texts import TextWriter
@@ -160,13 +160,13 @@ def _trains(rows: Rows, some: NDArray[np.int64]) -> NDArray[np.bool_]:
 def _describe_bad(config: DataConfig, source: Source, rows: Rows) -> dict[str, Any]:
     media = [column for modality in MEDIA for column in config.columns(modality)]
 
-    def where(row: int, reason: str, column: str | None) -> str:
-        if column is None and media and reason not in (NO_TARGET, EMPTY):
+    def where(row: int, column: str | None) -> str:
+        if column is None and media:
             column = media[0]
         return source.where(row, column) if column else f"row {row}"
 
     listed = [
-        {"id": int(rows.ids[row]), "where": where(row, reason, column), "reason": reason}
+        {"id": int(rows.ids[row]), "where": where(row, column), "reason": reason}
         for row, reason, column in rows.bad.listed
     ]
     return {

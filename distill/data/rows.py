@@ -29,6 +29,7 @@ SPLIT_ALIASES = {"val": "valid", "validation": "valid"}
 NO_TARGET, EMPTY = "no target", "every modality is missing"
 NUM_LISTED = 1000  # bad rows whose reasons are kept; all are counted
 MISSING = -1  # code of a missing label
+IN_ROW = ""  # in place of a column of media: the row itself is at fault
 
 Keys = NDArray[np.uint64]
 
@@ -38,7 +39,8 @@ class BadRows:
 
     Attributes:
         flags: bool [N].
-        listed: the first bad rows with their reasons and the column of media that is at fault, in order.
+        listed: the first bad rows with their reasons, in order, and the column of media that is at fault; None where
+            the source knows, IN_ROW where none is.
     """
 
     def __init__(self, num_rows: int, folder: Path) -> None:
@@ -227,7 +229,8 @@ def _read_piece(config: DataConfig, rows: Rows, cells: Cells) -> None:
     labelled = rows.split[here] == SPLITS.index(TRAIN)
     labelled |= np.any([codes != MISSING for codes in targets], axis=0) if targets else True
     for row in np.flatnonzero(~(usable & labelled) | _marked(unusable, len(labelled))).tolist():
-        rows.bad.add(here.start + row, unusable.get(row) or (EMPTY if labelled[row] else NO_TARGET))
+        reason = unusable.get(row) or (EMPTY if labelled[row] else NO_TARGET)
+        rows.bad.add(here.start + row, reason, None if row in cells.bad else IN_ROW)
 
 
 def _marked(bad: Mapping[int, str], num_rows: int) -> NDArray[np.bool_]:

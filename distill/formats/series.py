@@ -16,7 +16,7 @@ from distill.formats.base import Arrays, BadInput, Content, Format, check_conten
 
 MAX_BYTES = 2**26
 """Largest array that is read: one series of eight million numbers."""
-MAX_LINE = 2**20  # characters of a step
+MAX_LINE = 2**20  # bytes of a step
 NPY = b"\x93NUMPY"
 NUMBERS = "iufb"  # kinds of dtypes
 LEAST_STD = 1e-7  # share of a channel's mean, below which it is constant
@@ -145,10 +145,10 @@ def _from_npy(file: IO[bytes]) -> NDArray[np.float64]:
 def _from_csv(file: IO[bytes], steps: int) -> NDArray[np.float64]:
     """The first lines, each a step; what follows is not read."""
     found: list[list[float]] = []
-    text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    for number, line in enumerate(iter(lambda: text.readline(MAX_LINE), "")):
-        if len(line) == MAX_LINE:
-            raise BadInput(f"not a series of numbers (a line has more than {MAX_LINE} characters)")
+    for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE), b"")):
+        if len(raw) == MAX_LINE:
+            raise BadInput(f"not a series of numbers (a line has more than {MAX_LINE} bytes)")
+        line = raw.decode("utf-8" if number else "utf-8-sig")
         if line.strip():
             cells = line.replace(";", ",").replace("\t", ",").split(",")
             try:

@@ -16,22 +16,7 @@ from distill.formats.base import Arrays, BadInput, Format
 LARGEST = float(np.finfo(np.float32).max)
 WHOLE = 2**53  # beyond which floats skip whole numbers
 BOOLEANS = {"true": 1.0, "false": 0.0}
-MISSING_WORDS = {
-    "",
-    "na",
-    "n/a",
-    "#na",
-    "#n/a",
-    "#n/a n/a",
-    "nan",
-    "-nan",
-    "null",
-    "none",
-    "1.#ind",
-    "-1.#ind",
-    "1.#qnan",
-    "-1.#qnan",
-}
+MISSING_WORDS = frozenset(("", "na", "n/a", "#na", "#n/a", "nan", "-nan", "null", "none"))
 """What stands for a missing number, as where pyarrow reads a CSV file."""
 OTHER = 0
 """Code of a category that is missing, or was too rare in training to have one."""

@@ -119,9 +119,8 @@ def _packet_times(container: Any) -> tuple[list[int], list[int]]:
         raise BadInput("the file holds no pictures; it is no video")
     stream = container.streams.video[0]
     check_size(stream.width, stream.height, "video")
-    found = [
-        (packet.pts if packet.pts is not None else packet.dts, packet.is_keyframe) for packet in container.demux(stream)
-    ]
+    packets = list(container.demux(stream))
+    found = [(packet.dts if packet.pts is None else packet.pts, packet.is_keyframe) for packet in packets]
     times = sorted(time for time, _ in found if time is not None)
     if not times:
         raise BadInput("video without a frame")
