@@ -48,6 +48,12 @@ def weights_identity(weights: str | Sequence[str]) -> list[str]:
     return [_content(Path(source.removeprefix("path:"))) or source for source in sources]
 
 
+def file_identity(file: str) -> str:
+    """What tells a file apart in a fingerprint: its content, or its name where it is not there."""
+    path = Path(file).resolve()
+    return f"content:{_hash(path, path.stat().st_mtime_ns)}" if path.is_file() else file
+
+
 def _content(folder: Path) -> str | None:
     files = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
     hashes = [_hash(file, file.stat().st_mtime_ns) for file in files if file.is_file()]
