@@ -53,6 +53,12 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
         UserError: an unknown type, parameter or task.
     """
     for name, part in config.encoders.items():
+        reads = getattr(registry.get(part.type), "reads", name)
+        if reads != name:
+            able = [kind for kind, builder in registry.items() if getattr(builder, "reads", None) == name]
+            raise UserError(
+                f"{where}.encoders.{name}: {part.type} reads {reads}; for {name} {nearest(part.type, able)}"
+            )
         check_part(registry, part, f"{where}.encoders.{name}", given.get(name, {}))
     if config.fusion is None:
         _check_unfused(config, where)

@@ -192,7 +192,7 @@ def _check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:
     if train.progressive_resizing is None:
         return
     place, model = f"{where}.progressive_resizing", recipe.teacher if where.startswith("teacher") else recipe.student
-    if "image" not in model.encoders or where == "teacher.pretrain.text":
+    if "image" not in model.encoders or (where.startswith("teacher.pretrain.") and not where.endswith(".image")):
         raise UserError(f"{place}: no images are read there; leave it out")
     size, whole = train.progressive_resizing.size, recipe.data.working_size
     if size >= whole:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distill.build import Model, input_spec
 from distill.config import ModelConfig, Recipe
 from distill.contracts import Artifact, UserError
-from distill.data.prepared import LABELS_FILE
-from distill.formats import formats_of, to_json
+from distill.data.prepared import FORMATS_FILE, LABELS_FILE
 from distill.runs import MANIFEST, find, fingerprint, read_json, sha256_file
 from distill.workspace import BASELINE, PRUNED, STUDENT, TEACHER, WEIGHTS_FILE, Registry, Workspace
 
@@ -103,24 +103,25 @@ def _again(stage: str) -> str:
     return f"run its recipe again (`distill {VERBS[stage]} RECIPE`)"
 
 
-def origin(recipe: Recipe, labels: Labels, model: Model, stage: str) -> dict[str, str]:
+def origin(recipe: Recipe, labels: Labels, formats: Mapping[str, Any], model: Model, stage: str) -> dict[str, str]:
     """What the model that a stage has fitted is rebuilt from, beside its weights, as hashes.
 
     The recipe in a run's folder may change while its models stay. Many changes would not fit the weights, but some
     would, in silence.
     """
-    return {**_described(recipe, labels, stage), TOKENIZER: _tokenizer(model)}
+    return {**_described(recipe, labels, formats, stage), TOKENIZER: _tokenizer(model)}
 
 
-def _described(recipe: Recipe, labels: Labels, stage: str) -> dict[str, str]:
+def _described(recipe: Recipe, labels: Labels, formats: Mapping[str, Any], stage: str) -> dict[str, str]:
     unrelated = {"train", "baseline", "objective", "inherit", "pretrain", "class_names"}
     config = _config(recipe, stage)
     model = config.model_dump(exclude=unrelated, exclude_defaults=True)  # later versions add keys
     for part in model["encoders"].values():
         part.pop("weights", None)  # where they lay before the fit; the model's own file has them
-    formats = to_json({name: format for name, format in formats_of(recipe.data).items() if name in config.encoders})
-    parts = [model, list(config.encoders), recipe.data.working_size, formats]
-    return {RESOLVED_FILE: fingerprint(parts), f"data/{LABELS_FILE}": fingerprint(labels)}
+    parts = [model, list(config.encoders), recipe.data.working_size]
+    read = {name: format for name, format in formats.items() if name in config.encoders}
+    files = {f"data/{LABELS_FILE}": fingerprint(labels), f"data/{FORMATS_FILE}": fingerprint(read)}
+    return {RESOLVED_FILE: fingerprint(parts), **files}
 
 
 def _tokenizer(model: Model) -> str:
@@ -161,10 +162,11 @@ def find_fitted(name: str, recipe: Recipe, *, verify: bool = False) -> Fitted:
     try:
         theirs = Recipe.model_validate(read_json(folder / RESOLVED_FILE))
         labels = read_json(folder / "data" / LABELS_FILE)
-        found = _described(theirs, labels, stage)
+        found = _described(theirs, labels, read_json(folder / "data" / FORMATS_FILE), stage)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{where}: {RESOLVED_FILE} or data/{LABELS_FILE} in {folder} is absent or damaged; {_again(stage)}"
+            f"{where}: {RESOLVED_FILE}, data/{LABELS_FILE} or data/{FORMATS_FILE} in {folder} is absent or damaged; "
+            f"{_again(stage)}"
         ) from error
     for file, value in found.items():
         if noted.get(file) != value:

@@ -47,13 +47,14 @@ class Encoder(nn.Module):
 
     Attributes:
         out_dim: D, the width of tokens and pooled vector.
-        frozen: whether its parameters are fixed; its outputs may then be computed once and kept.
+        frozen: whether its parameters are fixed; outputs may then be computed once and kept.
         projected: whether its pooled vector lies in an embedding space that it shares with another encoder.
         unprunable: why it has no channels that pruning could remove; empty where it has some.
         keep_float: its modules that int8 would spoil, such as a spectrogram.
         own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
     """
 
+    reads: str  # its modality
     out_dim: int
     frozen: bool = False
     projected: bool = False

@@ -119,7 +119,7 @@ def check_inputs(work: Workspace) -> None:
     """
     for name in work.recipe.teachers:
         fitted = find_fitted(name, work.recipe)
-        theirs, ours = (read_json(path / FORMATS_FILE) for path in (fitted.folder / "data", work.path("data")))
+        theirs, ours = read_json(fitted.folder / "data" / FORMATS_FILE), work.formats()
         for modality in {"series", TABULAR}.intersection(fitted.modalities):
             if theirs[modality] != ours[modality]:
                 raise UserError(

@@ -30,7 +30,7 @@ from distill.runs import discard, left_there, locked, write_json
 from distill.taps import check_taps
 from distill.trackers import Trackers
 from distill.workspace import Workspace
-from teachers.weights import weights_identity
+from teachers.weights import file_identity, weights_identity
 
 ENCODERS = {**teachers.ENCODERS, **students.ENCODERS}
 
@@ -41,14 +41,14 @@ def _architecture(recipe: Recipe) -> dict[str, Any]:
 
 
 def _student(recipe: Recipe, *fields: str) -> dict[str, Any]:
-    """The student's architecture, and some of its other fields."""
     learnt = recipe.student.model_dump(include=set(fields), exclude={"train": {"shard"}})
+    for part in learnt.get("inherit", {}).values():
+        part |= {"file": file_identity(part["file"])} if "file" in part else {}
     return {"student": _architecture(recipe) | learnt}
 
 
 def _distillation(recipe: Recipe) -> dict[str, Any]:
-    ratio = recipe.transfer.ratio if recipe.transfer.texts else None
-    return {"transfer": {"ratio": ratio}, "seed": recipe.seed}
+    return {"transfer": {"ratio": recipe.transfer.ratio if recipe.transfer.texts else None}, "seed": recipe.seed}
 
 
 def _vocabulary(recipe: Recipe) -> dict[str, Any]:

@@ -243,7 +243,8 @@ def predict_rows(
     else:
         rows = [{name: row.get(name) for name in reads} for row in _together(filled)]
     if not rows:
-        raise UserError(f"nothing to classify; give {' or '.join(reads)}, or a table with rows")
+        files = [name for name in reads if name != TABULAR]
+        raise UserError(f"nothing to classify; give {' or '.join([*files, 'a table with rows'])}")
     predictions = predictor.predict(rows, top_k=top_k)
     return [{**row, "predictions": found} for row, found in zip(rows, predictions, strict=True)]
 

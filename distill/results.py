@@ -23,6 +23,7 @@ from distill.data.loader import InputSpec
 from distill.dual import DualEncoder
 from distill.export.bundle import parity, write_bundle
 from distill.export.onnx import export_onnx, extract_tower
+from distill.formats import Format
 from distill.other_teachers import provenance
 from distill.predict import MODEL_FILE, load
 from distill.progress import progress
@@ -188,20 +189,24 @@ def _bundle_arrays(work: Workspace, name: str) -> evaluate.Arrays:
     batches = evaluate.clean_batches(work.clean_loader(TEST, spec, STUDENT), STUDENT)
     wanted = PAIR if work.recipe.retrieval is not None else ()
     arrays = _bundle_says(model, bundle, batches, wanted)
-    towers, size = _towers(model, bundle), work.recipe.data.working_size
+    towers, formats = _towers(model, bundle), work.preprocessor(spec).formats
     texts = load(towers.get("text", bundle))
 
     def read(batches: Callable[[], Iterator[Batch]]) -> evaluate.Arrays:
-        whole = batches if towers else lambda: (_with_blank_images(batch, size) for batch in batches())
+        whole = batches if towers else lambda: (_with_blanks(batch, formats) for batch in batches())
         return evaluate.predict_bundle(texts, whole, embeddings=["text"])
 
     return arrays | _zero_shot(work, spec, STUDENT, arrays, read)
 
 
-def _with_blank_images(batch: Batch, size: int) -> Batch:
-    """Texts alone, as a graph reads them that has an input for images too."""
-    blank = torch.zeros((len(batch.ids), 3, size, size), dtype=torch.uint8)
-    return batch._replace(inputs={"image": blank, **batch.inputs})
+def _with_blanks(batch: Batch, formats: Mapping[str, Format]) -> Batch:
+    """Texts alone, as a graph reads them that has inputs of other modalities too."""
+    arrays = {name: shape for item in formats.values() for name, shape in item.arrays.items()}
+    blank = {
+        name: torch.zeros((len(batch.ids), *shape), dtype=getattr(torch, kind))
+        for name, (kind, shape) in arrays.items()
+    }
+    return batch._replace(inputs={**blank, **batch.inputs})
 
 
 def _zero_shot(

@@ -21,7 +21,7 @@ from distill.contracts import TRAIN, VALID, Artifact, Batch, UserError
 from distill.data.class_names import class_names, spoken
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import as_data
-from distill.data.prepared import LABELS_FILE, PreparedData
+from distill.data.prepared import FORMATS_FILE, LABELS_FILE, PreparedData
 from distill.data.texts import Texts
 from distill.data_config import DataConfig
 from distill.dual import DualEncoder
@@ -85,6 +85,10 @@ class Workspace:
     def labels(self) -> dict[str, list[str]]:
         """Task -> names of its classes, in order of label."""
         return dict(read_json(self.path("data") / LABELS_FILE))
+
+    def formats(self) -> dict[str, Any]:
+        """Modality -> how its values became arrays, as JSON values."""
+        return dict(read_json(self.path("data") / FORMATS_FILE))
 
     def num_classes(self) -> dict[str, int]:
         """Task -> number of classes."""

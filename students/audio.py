@@ -40,6 +40,7 @@ class AudioConvNet(Encoder):
         ValueError: as :class:`~students.spectrogram.LogMel`, lists of stages that do not fit, or too many stages.
     """
 
+    reads = "audio"
     keep_float = ("spectrogram",)
 
     def __init__(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from distill.dropout import Dropout
 from distill.fusion.base import masked_mean
 from distill.multimodal import Encoded
-from students.text import TextEncoder, check_sizes, cleared
+from students.sizes import check_sizes
+from students.text import TextEncoder, cleared
 
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}

@@ -51,6 +51,7 @@ class CifarResNet(Encoder):
         ValueError: no such depth, or not four widths.
     """
 
+    reads = "image"
     mean: Tensor
     std: Tensor
 

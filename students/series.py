@@ -40,6 +40,8 @@ class SeriesConvNet(Encoder):
         ValueError: a size below 1, an even kernel, lists of stages that do not fit, or too many stages.
     """
 
+    reads = "series"
+
     def __init__(
         self,
         *,
@@ -86,6 +88,7 @@ class SeriesRecurrent(Encoder):
         ValueError: a size below 1, or another cell or pooling.
     """
 
+    reads = "series"
     unprunable = "it is a recurrent network, whose states pruning cannot follow"
 
     def __init__(
@@ -135,6 +138,8 @@ class SeriesTransformer(Encoder):
     Raises:
         ValueError: a size below 1, or ``heads`` does not divide ``dim``.
     """
+
+    reads = "series"
 
     def __init__(
         self,

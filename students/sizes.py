@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: float) -> None:
     """Check that sizes are positive.
 
     Raises:

@@ -36,6 +36,8 @@ class TabularMLP(Encoder):
         ValueError: there is no column, a size is below 1, or another kind of tokens.
     """
 
+    reads = "tabular"
+
     def __init__(
         self,
         *,

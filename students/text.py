@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distill.dropout import Dropout
 from distill.fusion.base import masked_mean
 from distill.multimodal import Encoded, Encoder
+from students.sizes import check_sizes
 from students.vocabulary import reduce_vocabulary
 
 
@@ -25,6 +26,7 @@ class TextEncoder(Encoder):
         ValueError: a size is not positive.
     """
 
+    reads = "text"
     reduce_vocabulary = staticmethod(reduce_vocabulary)  # makes the tokenizer file, from the teacher's
 
     def __init__(self, tokenizer_file: str | Path, vocab_size: int, dim: int, max_length: int) -> None:
@@ -66,14 +68,3 @@ class StaticEmbeddings(TextEncoder):
 def cleared(states: Tensor, mask: Tensor) -> Tensor:
     """States [B, L, D], with zeros where bool [B, L] says that there is no token."""
     return states * mask.to(states.dtype)[..., None]
-
-
-def check_sizes(**sizes: float) -> None:
-    """Check that sizes are positive.
-
-    Raises:
-        ValueError: one is not.
-    """
-    for name, size in sizes.items():
-        if size <= 0:
-            raise ValueError(f"{name} is {size}, expected more than 0")

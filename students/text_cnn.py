@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from distill.dropout import Dropout
 from distill.multimodal import Encoded
-from students.text import TextEncoder, check_sizes, cleared
+from students.sizes import check_sizes
+from students.text import TextEncoder, cleared
 
 
 class TextCNN(TextEncoder):

@@ -11,7 +11,8 @@ from distill.dropout import Dropout
 from distill.fusion.attention import CrossAttention
 from distill.fusion.base import masked_mean
 from distill.multimodal import Encoded
-from students.text import TextEncoder, check_sizes, cleared
+from students.sizes import check_sizes
+from students.text import TextEncoder, cleared
 
 
 class Block(nn.Module):

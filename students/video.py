@@ -37,6 +37,8 @@ class FrameConvNet(Encoder):
         ValueError: lists of stages that do not fit, a size that is too small, or another pooling.
     """
 
+    reads = "video"
+
     def __init__(
         self,
         *,

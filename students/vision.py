@@ -65,6 +65,8 @@ class ConvNet(Encoder):
         dropout: probability of dropping a channel of the pooled vector in training.
     """
 
+    reads = "image"
+
     def __init__(self, *, widths: Sequence[int], blocks: Sequence[int], dropout: float = 0.0) -> None:
         super().__init__()
         self.stages = convnet_stages(widths, blocks)

@@ -71,6 +71,8 @@ class PretrainedAudio(Encoder):
             another sampling rate than the tower's, or clips that it cannot read.
     """
 
+    reads = "audio"
+
     def __init__(
         self,
         *,

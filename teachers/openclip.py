@@ -36,6 +36,7 @@ class OpenClipImage(Encoder):
         UserError: the package or weights are missing, or the tower gives an embedding alone.
     """
 
+    reads = "image"
     mean: Tensor
     std: Tensor
 
@@ -95,6 +96,8 @@ class OpenClipText(Encoder):
         UserError: the package, weights or tokenizer are missing, or the tower finds its embedding in another way than
             by the closing token as the highest id (SigLIP's do).
     """
+
+    reads = "text"
 
     def __init__(
         self,

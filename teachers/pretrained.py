@@ -210,6 +210,8 @@ class PretrainedText(Encoder):
         lora: see :func:`teachers.lora.adapt`.
     """
 
+    reads = "text"
+
     def __init__(
         self,
         *,
@@ -301,6 +303,7 @@ class PretrainedVision(Encoder):
         lora: see :func:`teachers.lora.adapt`.
     """
 
+    reads = "image"
     mean: Tensor
     std: Tensor
 

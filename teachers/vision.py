@@ -33,6 +33,7 @@ class TimmEncoder(Encoder):
         own_classifier: "weight" [C, D] and "bias" [C] of the pretrained classifier, until a head has taken them.
     """
 
+    reads = "image"
     mean: Tensor
     std: Tensor
 
@@ -152,6 +153,7 @@ class TorchvisionEncoder(Encoder):
         UserError: an unknown name, a model of another family, or weights that are not there or do not fit.
     """
 
+    reads = "image"
     mean: Tensor
     std: Tensor
 

@@ -57,6 +57,12 @@ def weights_identity(weights: str | Sequence[str] | None) -> list[str]:
     return [_content(Path(source.removeprefix("path:"))) or source for source in sources]
 
 
+def file_identity(file: str) -> str:
+    """What tells a file apart in a fingerprint: its content, or its name where it is not there."""
+    path = Path(file).resolve()
+    return f"content:{_hash(path, path.stat().st_mtime_ns)}" if path.is_file() else file
+
+
 def _content(place: Path) -> str | None:
     names = (*TRANSFORMERS, "tokenizer.json", "preprocessor_config.json", *OPEN_CLIP)
     files = [place, *(place / name for name in names)]

@@ -190,3 +190,13 @@ def test_what_does_not_fit_is_said_before_any_work(
     monkeypatch.chdir(project)
     with pytest.raises(UserError, match=sentence):
         check_recipe(load_recipe("recipe.yaml", overrides), pipeline.ENCODERS, INHERITANCES)
+
+
+def test_another_content_of_the_file_is_another_inheritance(project: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(project)
+    copies = [write(tmp_path / name, text) for name, text in (("a.txt", LINES), ("b.txt", LINES), ("c.txt", "red 1 2"))]
+    stage = next(stage for stage in pipeline.STAGES if stage.name == "inherit")
+    parts = [
+        stage.config(load_recipe("recipe.yaml", [INHERIT.replace("vectors.txt", str(path)) + "}"])) for path in copies
+    ]
+    assert parts[0] == parts[1] != parts[2]

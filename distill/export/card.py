@@ -8,6 +8,7 @@ from typing import Any
 
 from distill.formats import TEXT
 from distill.formats.image import ImageFormat
+from distill.formats.tabular import TabularFormat
 from distill.predict import LABELS_FILE, MODEL_FILE
 from distill.preprocess import TOKENIZER_FILE, Preprocessor
 
@@ -17,7 +18,6 @@ ARGUMENTS = {
     "audio": "'sound.wav'",
     "video": "'clip.mp4'",
     "series": "'series.csv'",
-    "tabular": "{'column': 1.5}",
 }
 """Modality -> an example of what the predictor takes."""
 LOGITS = (
@@ -45,13 +45,13 @@ def model_card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], 
     ]
     tasks = [f"- `{task}`: {len(names)} classes ({_some(names)})" for task, names in labels.items()]
     facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
-    arguments = ", ".join(f"'{name}': {ARGUMENTS[name]}" for name in _modalities(preprocessor))
+    arguments = ", ".join(f"'{name}': {_argument(preprocessor, name)}" for name in _modalities(preprocessor))
     verb = "predict" if labels else "embed"
     return "\n".join(
         [
             f"# {content['name']}",
             "",
-            "A model distilled with multidistill. It runs on onnxruntime; neither torch nor multidistill is needed.",
+            "A model distilled with multidistill. It runs on onnxruntime, without torch.",
             "",
             *tasks,
             "",
@@ -60,8 +60,6 @@ def model_card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], 
             "## Use",
             "",
             *_alone(preprocessor, list(content["outputs"]) if not labels else []),
-            "With multidistill, which also takes rows that lack a modality, 16-bit greyscale images, and many rows:",
-            "",
             "```python",
             "from distill.predict import load",
             "",
@@ -89,6 +87,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def _argument(preprocessor: Preprocessor, modality: str) -> str:
+    """An example of what the predictor takes."""
+    records = preprocessor.formats.get(modality)
+    if not isinstance(records, TabularFormat):
+        return ARGUMENTS[modality]
+    values = {**dict.fromkeys(records.numbers[:2], 1.5), **dict.fromkeys(records.categories[:1], "name")}
+    return repr(values)
+
+
 def _modalities(preprocessor: Preprocessor) -> list[str]:
     return [*preprocessor.formats, *([TEXT] if preprocessor.tokenizer else [])]
 
@@ -107,27 +114,43 @@ def _alone(preprocessor: Preprocessor, embeddings: Sequence[str]) -> list[str]:
             "(As in training, `draft` decodes a large JPEG at a fraction of its size, and a `centering` just below one",
             "half rounds an odd margin down.)",
         ]
-    size = image.size if isinstance(image, ImageFormat) else None
-    return [*lines, "", "```python", *_example(size, preprocessor.tokenizer is not None, embeddings), "```", ""]
+    assert image is None or isinstance(image, ImageFormat)
+    code = _example(image, preprocessor.tokenizer is not None, embeddings)
+    return [
+        *lines,
+        "",
+        "```python",
+        *code,
+        "```",
+        "",
+        "With multidistill, which also takes 16-bit greyscale images:",
+        "",
+    ]
 
 
-def _example(size: int | None, text: bool, embeddings: Sequence[str]) -> list[str]:
+def _example(image: ImageFormat | None, text: bool, embeddings: Sequence[str]) -> list[str]:
     """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
     lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
     feeds = []
-    if size is not None:
+    if image is not None:
         lines.append("from PIL import Image, ImageOps")
     if text:
         lines.append("from tokenizers import Tokenizer")
-    if size is not None:
-        square = f'ImageOps.pad(image, ({size}, {size}), color="white", centering=(0.4999, 0.4999))'
+    if image is not None:
+        size = image.size
         lines += [
             f'(image := Image.open("photo.png")).draft("RGB", ({2 * size}, {2 * size}))',
             'image = ImageOps.exif_transpose(image).convert("RGBA")',
             'image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")',
-            f"image = image.resize([max(1, round(side * {size} / max(image.size))) for side in image.size])",
-            f"pixels = np.array([{square}.split()])",
         ]
+        if image.crop:
+            lines.append(f"pixels = np.array([ImageOps.fit(image, ({size}, {size})).split()])")
+        else:
+            square = f'ImageOps.pad(image, ({size}, {size}), color="white", centering=(0.4999, 0.4999))'
+            lines += [
+                f"image = image.resize([max(1, round(side * {size} / max(image.size))) for side in image.size])",
+                f"pixels = np.array([{square}.split()])",
+            ]
         feeds.append('"image": pixels, "image_present": [True]')
     if text:
         lines.append(f'ids = np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])')

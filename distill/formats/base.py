@@ -55,9 +55,17 @@ class Format:
         raise NotImplementedError
 
 
+class _Unnamed(io.BufferedReader):
+    """A file that does not tell its name."""
+
+    @property
+    def name(self) -> str:
+        raise AttributeError
+
+
 def opened(source: Content) -> IO[bytes]:
     """A file to read from; libraries are not told its name, from which some would guess what it holds."""
-    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    return io.BytesIO(source) if isinstance(source, bytes) else _Unnamed(io.FileIO(source))
 
 
 def check_content(value: Any, what: str) -> Content:
