@@ -24,7 +24,7 @@ def takes_encoder(inheritance: Callable[..., Any]) -> bool:
     return "encoder" in inspect.signature(inheritance).parameters
 
 
-def _stays(inheritance: Callable[..., Any], part: Part) -> bool:
+def stays(inheritance: Callable[..., Any], part: Part) -> bool:
     """Whether an inherited table is fixed in training: as the part says, or by the inheritance's own default."""
     freeze = inspect.signature(inheritance).parameters.get("freeze")
     return freeze is not None and bool(part.params.get("freeze", freeze.default))
@@ -35,7 +35,7 @@ def freeze_inherited(work: Workspace, model: Any) -> None:
     keep_classifiers(model)
     for name, part in work.recipe.student.inherit.items():
         table = getattr(model.encoders[name], "table", None)
-        if table is not None and _stays(work.inheritances[part.type], part):
+        if table is not None and stays(work.inheritances[part.type], part):
             table.requires_grad_(False)
 
 

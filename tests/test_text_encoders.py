@@ -237,15 +237,15 @@ def test_a_few_steps_learn_which_of_two_words_comes_first(kind: str) -> None:
     [
         ("lstm", {"cell": "rnn"}, "student.encoders.text.cell is 'rnn'"),
         ("lstm", {"pooling": "max"}, "student.encoders.text.pooling is 'max'"),
-        ("lstm", {"layers": 0}, "recurrent_text cannot be built: layers is 0, expected more than 0"),
-        ("lstm", {"dim": 0}, "dim is 0, expected more than 0"),
-        ("cnn", {"max_length": 0}, "max_length is 0, expected more than 0"),
-        ("gru", {"hidden": 0}, "hidden is 0, expected more than 0"),
+        ("lstm", {"layers": 0}, "recurrent_text cannot be built: layers is 0, expected at least 1"),
+        ("lstm", {"dim": 0}, "dim is 0, expected at least 1"),
+        ("cnn", {"max_length": 0}, "max_length is 0, expected at least 1"),
+        ("gru", {"hidden": 0}, "hidden is 0, expected at least 1"),
         ("cnn", {"widths": []}, "widths is empty; give the tokens of at least one window"),
-        ("cnn", {"widths": [3, 0]}, "widths is 0, expected more than 0"),
+        ("cnn", {"widths": [3, 0]}, "widths is 0, expected at least 1"),
         ("transformer", {"heads": 3}, "heads 3 does not divide dim 8"),
-        ("transformer", {"depth": 0}, "depth is 0, expected more than 0"),
-        ("transformer", {"mlp_ratio": 0.01}, "mlp_ratio is 0, expected more than 0"),
+        ("transformer", {"depth": 0}, "depth is 0, expected at least 1"),
+        ("transformer", {"mlp_ratio": 0.01}, "mlp_ratio is 0, expected at least 1"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(kind: str, options: dict[str, Any], sentence: str) -> None:
