@@ -26,6 +26,7 @@ BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json
 BUNDLE_FORMAT, BUNDLE_VERSION = "multidistill-bundle", 1
 
 RUNTIME = "onnxruntime"
+NOTHING = "nothing to classify; give a file, a text or a table with rows"
 EMBEDDING = "embedding_"
 """Begins the name of an output that is no task's."""
 
@@ -230,8 +231,10 @@ def predict_rows(
     Raises:
         UserError: nothing to classify, counts that do not match, or an unreadable table, file or bundle.
     """
-    predictor = load(bundle, threads=threads)
     filled = {name: values for name, values in (given or {}).items() if values}
+    if table is None and not filled:
+        raise UserError(NOTHING)
+    predictor = load(bundle, threads=threads)
     reads = [*predictor.preprocessor.formats, *([TEXT] if predictor.preprocessor.tokenizer else [])]
     for name in filled:
         if name not in reads:
@@ -243,8 +246,7 @@ def predict_rows(
     else:
         rows = [{name: row.get(name) for name in reads} for row in _together(filled)]
     if not rows:
-        files = [name for name in reads if name != TABULAR]
-        raise UserError(f"nothing to classify; give {' or '.join([*files, 'a table with rows'])}")
+        raise UserError(NOTHING)
     predictions = predictor.predict(rows, top_k=top_k)
     return [{**row, "predictions": found} for row, found in zip(rows, predictions, strict=True)]
 

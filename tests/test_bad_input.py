@@ -207,15 +207,26 @@ def test_small_images_have_no_full_maps_to_compare(project):
     assert "student.objective[4] compares them position by position; add ':mean' to its taps" in said
 
 
-def test_a_vocabulary_needs_a_teacher_that_has_one(project):
-    static = "{type: static_embeddings, vocab_size: 64, dim: 8}"
+def test_a_vocabulary_is_cut_from_one_that_is_larger(project):
+    static = "{type: static_embeddings, vocab_size: 40, dim: 8}"
     sentence = refusal(distill("validate", "recipe.yaml", f"teacher.encoders.text={static}"))
-    assert "teacher.encoders.text: static_embeddings takes its vocabulary from a teacher" in sentence
+    assert "student.encoders.text.vocab_size is 64, and is cut from the teacher's, which has 40" in sentence
     (project / "blind.yaml").write_text((project / "recipe.yaml").read_text().replace("    text: {type: pre", "    # "))
-    sentence = refusal(distill("validate", "blind.yaml"))
-    assert (
-        "student.encoders.text: static_embeddings takes its vocabulary from the teacher, which has no text" in sentence
-    )
+    sentence = refusal(distill("validate", "blind.yaml", "teacher.objective=[{loss: cross_entropy, task: colour}]"))
+    assert "student.inherit.text: token_embeddings reads the teacher's text encoder, and it has none" in sentence
+
+
+@pytest.mark.parametrize(
+    ("modality", "encoder", "sentence"),
+    [
+        ("text", "{type: convnet, widths: [4], blocks: [0]}", "convnet reads image; for text choices: open_clip_text,"),
+        ("image", "{type: audio_convnet, widths: [4], blocks: [0]}", "audio_convnet reads audio; for image did you"),
+        ("image", "{type: tabular_mlp, dim: 4}", "tabular_mlp reads tabular; for image choices: convnet,"),
+    ],
+)
+def test_an_encoder_of_another_modality(project, modality, encoder, sentence):
+    said = refusal(distill("validate", "recipe.yaml", f"student.encoders.{modality}={encoder}"))
+    assert f"student.encoders.{modality}: {sentence}" in said
 
 
 def test_recipe_files(project):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = 13  # odd: margins are, too
 LABELS = {"category": ["café", "bird", "chair"]}
 INPUTS = {"image": ["image", "image_present"], "text": ["text", "text_mask", "text_present"]}
-KINDS = {"image and text": ("image", "text"), "image": ("image",), "text": ("text",)}
+KINDS = {"image and text": ("image", "text"), "image": ("image",), "cropped image": ("image",), "text": ("text",)}
 ROW = {"image": "photo.png", "text": "a few words"}
 WITHOUT = "import sys\nsys.modules |= dict.fromkeys(('torch', 'distill', 'onnx', 'transformers'))\n"
 LARGE = ((900, 601), (53, 52), (7, 400))
@@ -44,7 +44,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         folder / "bundle",
         model_path=graph,
         preprocessor=Preprocessor(
-            {"image": ImageFormat(SIZE)} if "image" in modalities else {},
+            {"image": ImageFormat(SIZE, crop="cropped" in request.param)} if "image" in modalities else {},
             other_tokenizer(folder) if "text" in modalities else None,
         ),
         labels=LABELS,

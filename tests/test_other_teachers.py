@@ -414,8 +414,9 @@ def test_many_names_of_classes_are_told_in_part():
         ("teacher/manifest.json", b"[]", "manifest.json is damaged"),
         ("teacher/manifest.json", EARLIER, "was fitted by an earlier version"),
         ("data/labels.json", b'{"colour": ["10", "2", "33"]}', "labels.json has changed since the teacher there was"),
-        ("data/labels.json", None, "recipe.resolved.json or data/labels.json in"),
-        ("recipe.resolved.json", b"{}", "recipe.resolved.json or data/labels.json in"),
+        ("data/labels.json", None, "recipe.resolved.json, data/labels.json or data/formats.json in"),
+        ("recipe.resolved.json", b"{}", "recipe.resolved.json, data/labels.json or data/formats.json in"),
+        ("data/formats.json", b'{"image": {"size": 9}}', "formats.json has changed since the teacher there was"),
     ],
 )
 def test_a_folder_that_changed_behind_its_teacher_is_refused(copied, file, content, sentence):
