@@ -193,13 +193,13 @@ def _bundle_arrays(work: Workspace, name: str) -> evaluate.Arrays:
     texts = load(towers.get("text", bundle))
 
     def read(batches: Callable[[], Iterator[Batch]]) -> evaluate.Arrays:
-        whole = batches if towers else lambda: (_with_blanks(batch, formats) for batch in batches())
+        whole = batches if towers else lambda: (with_blanks(batch, formats) for batch in batches())
         return evaluate.predict_bundle(texts, whole, embeddings=["text"])
 
     return arrays | _zero_shot(work, spec, STUDENT, arrays, read)
 
 
-def _with_blanks(batch: Batch, formats: Mapping[str, Format]) -> Batch:
+def with_blanks(batch: Batch, formats: Mapping[str, Format]) -> Batch:
     """Texts alone, as a graph reads them that has inputs of other modalities too."""
     arrays = {name: shape for item in formats.values() for name, shape in item.arrays.items()}
     blank = {

@@ -16,6 +16,9 @@ from distill.evaluate import (
     predict_torch,
     validation_accuracy,
 )
+from distill.formats.audio import AudioFormat
+from distill.formats.image import ImageFormat
+from distill.results import with_blanks
 
 ROWS = SPLIT_ROWS["test"]
 
@@ -136,3 +139,17 @@ def test_arrays_come_back_from_disk(tmp_path):
         np.testing.assert_array_equal(found[name], values)
         assert found[name].dtype == values.dtype
     assert [path.name for path in tmp_path.iterdir()] == ["teacher.safetensors"]
+
+
+def test_texts_alone_are_read_beside_blanks_of_every_other_modality():
+    formats = {"image": ImageFormat(8), "audio": AudioFormat(8000, 0.5)}
+    ids, text = torch.arange(2), torch.ones(2, 3, dtype=torch.int64)
+    batch = Batch(ids, ids, {"text": text}, {"text": torch.ones(2, dtype=torch.bool)}, {})
+    inputs = with_blanks(batch, formats).inputs
+    assert {name: tuple(value.shape) for name, value in inputs.items()} == {
+        "image": (2, 3, 8, 8),
+        "audio": (2, 4000),
+        "audio_length": (2,),
+        "text": (2, 3),
+    }
+    assert inputs["audio"].dtype == torch.int16 and not inputs["image"].any() and inputs["text"] is text
