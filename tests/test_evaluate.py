@@ -6,7 +6,7 @@ import torch
 from tiny import NO_KIND, NUM_CLASSES, SPLIT_ROWS, make_batch, make_loader, make_model
 
 from distill import evaluate
-from distill.contracts import IGNORE, TEST, UserError
+from distill.contracts import IGNORE, TEST, Batch, UserError
 from distill.evaluate import (
     clean_batches,
     feeds,
