@@ -253,6 +253,24 @@ def test_files_in_several_splits_are_counted_for_each_modality(tmp_path):
     assert info["duplicate_images_across_splits"] == 0
 
 
+def test_what_can_be_read_and_looks_wrong_is_listed_and_kept(tmp_path, caplog):
+    write_rows(tmp_path)
+    Image.new("RGB", (9, 9), (3, 3, 3)).save(tmp_path / "1.png")
+    (tmp_path / "2.wav").write_bytes(sound(0.0005 * tone(300, 0.2, 8000), 8000))
+    (tmp_path / "3.gif").write_bytes(clip([7, 7, 7]))
+    np.savetxt(tmp_path / "4.csv", np.full((5, 2), 3.0), delimiter=",")
+    info, data = opened(tmp_path)
+    found = json.loads((tmp_path / "out/data_report.json").read_text())["looks_wrong"]
+    assert found == {
+        "image: of one colour": {"count": 1, "ids": [1]},
+        "audio: silent": {"count": 1, "ids": [2]},
+        "video: standing still": {"count": 1, "ids": [3]},
+        "series: constant": {"count": 1, "ids": [4]},
+    }
+    assert info["bad_rows"] == 0 and len(data) == N
+    assert "1 rows look wrong and are kept (audio: silent)" in caplog.text
+
+
 @pytest.mark.parametrize("end", ["wav", "gif", "csv"])
 def test_the_fingerprint_follows_every_file(tmp_path, end):
     write_rows(tmp_path)

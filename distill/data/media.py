@@ -60,7 +60,7 @@ def write_media(
     *,
     decode_once: bool,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, Keys]:
+) -> tuple[dict[str, Keys], dict[str, list[int]]]:
     """Decode the media of usable rows, mark rows that are bad and modalities that are present, and write the arrays.
 
     Args:
@@ -72,10 +72,12 @@ def write_media(
         progress: called with (rows done, rows in all).
 
     Returns:
-        modality -> a hash of each row's file, [N, 2]; of absent ones, of their row.
+        modality -> a hash of each row's file, [N, 2]; of absent ones, of their row. What looks wrong, such as
+        "audio: silent" -> the rows.
     """
     total = len(source)
     known = [values for modality, values in rows.present.items() if modality not in media]
+    doubts: dict[str, list[int]] = {}
     digests = {modality: scratch(rows.folder, (total, 2), np.uint64) for modality in media}
     usable = (row for part in chunks(total) for row in (part.start + np.flatnonzero(~rows.bad.flags[part])).tolist())
     to_do = total - rows.bad.count()
@@ -97,12 +99,14 @@ def write_media(
                     assert not isinstance(item, BadInput)
                     rows.present[modality][row] = item is not None
                     digests[modality][row] = row_keys([row])[0] if item is None else item[1]
+                    if item is not None and (doubt := media[modality].format.doubt(item[0])):
+                        doubts.setdefault(f"{modality}: {doubt}", []).append(row)
                     for name, (dtype, shape) in media[modality].format.arrays.items():
                         if name in write:
                             write[name](np.zeros(shape, dtype) if item is None else item[0][name])
             if progress and (done % SHOWN == 0 or done == to_do):
                 progress(done, to_do)
-    return digests
+    return digests, doubts
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -43,6 +43,7 @@ from distill.preprocess import TOKENIZER_FILE
 
 REPORT_FILE = "data_report.json"
 NUM_EXAMPLES = 10
+MANY = 0.01  # share of rows that look wrong above which a warning says so
 SERIES = 1024  # at a time, so that memory does not grow with the data
 PLURALS = {"image": "images", "audio": "sounds", "video": "clips", "series": "series"}
 WARNINGS = {
@@ -103,10 +104,11 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     formats = formats_of(config)
     media = {name: Medium(config.columns(name)[0], formats[name]) for name in formats if name in MEDIA}
-    digests = {}
+    digests: dict[str, Keys] = {}
+    doubts: dict[str, list[int]] = {}
     if media:
         once = config.decode_once
-        digests = write_media(media, source, rows, folder, decode_once=once, progress=progress)
+        digests, doubts = write_media(media, source, rows, folder, decode_once=once, progress=progress)
     report: dict[str, Any] = {"source": Path(source.name).name, "bad_rows": _describe_bad(config, source, rows)}
     runs.write_json(folder / REPORT_FILE, report)
     _check_bad(config, source, report["bad_rows"], folder / REPORT_FILE)
@@ -126,6 +128,10 @@ def prepare(
     for name, found in keys.items():
         report[f"duplicate_{PLURALS[name]}_across_splits"] = _across_splits(data, found)
     report["groups_across_splits"] = _across_splits(data, groups)
+    report["looks_wrong"] = {
+        what: {"count": len(found), "ids": [int(rows.ids[row]) for row in found[:NUM_EXAMPLES]]}
+        for what, found in doubts.items()
+    }
     runs.write_json(folder / REPORT_FILE, report)
     return _summarize(report)
 
@@ -288,6 +294,9 @@ def _summarize(report: dict[str, Any]) -> dict[str, Any]:
     for name, meaning in WARNINGS.items():
         if counts.get(name):
             log.warning("%d %s; examples are in %s", counts[name], meaning, REPORT_FILE)
+    for what, found in report["looks_wrong"].items():
+        if found["count"] > MANY * sum(report["rows"].values()):
+            log.warning("%d rows look wrong and are kept (%s); ids are in %s", found["count"], what, REPORT_FILE)
     if unlabelled := report["rows"][TRAIN] - report["labelled"][TRAIN] - report["hidden_labels"]:
         log.warning("%d training rows have no label: only terms that read a teacher learn from them", unlabelled)
     num_classes = {task: len(splits[TRAIN]) for task, splits in report["classes"].items()}

@@ -17,6 +17,7 @@ RATES = (1_000, 768_000)
 """Sampling rates that are believed, hertz; a file that says another one is damaged."""
 MAX_CHANNELS = 64
 FULL_SCALE = 32767
+SILENCE = 33  # 60 dB below
 MARGIN = 0.1  # seconds that are read behind the end, which the resampling filter needs there
 
 
@@ -46,6 +47,10 @@ class AudioFormat(Format):
     def parameters(self) -> dict[str, int]:
         """As :attr:`Format.parameters`."""
         return {"sample_rate": self.sample_rate, "num_samples": self.num_samples}
+
+    def doubt(self, arrays: Arrays) -> str:
+        """As :meth:`Format.doubt`: nothing in it is as loud as 60 dB below the loudest that a file can hold."""
+        return "silent" if int(np.abs(arrays["audio"].astype(np.int32)).max()) < SILENCE else ""
 
     def read(self, value: Any) -> Arrays:
         """Decode an audio file (WAV, FLAC, OGG, MP3 and what else libsndfile reads), or take int16 samples.

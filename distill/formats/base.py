@@ -37,6 +37,10 @@ class Format:
         """Whether a row's value stands for an absent modality."""
         return value is None
 
+    def doubt(self, arrays: Arrays) -> str:
+        """What makes a row's arrays look wrong though they can be read, such as silence; empty where nothing does."""
+        return ""
+
     @property
     def parameters(self) -> dict[str, int]:
         """What encoders of the modality may ask for as arguments."""

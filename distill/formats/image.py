@@ -37,11 +37,20 @@ class ImageFormat(Format):
         """As :attr:`Format.arrays`."""
         return {"image": ("uint8", (3, self.size, self.size))}
 
+    def doubt(self, arrays: Arrays) -> str:
+        """As :meth:`Format.doubt`: all pixels are alike."""
+        return "of one colour" if one_colour(arrays["image"]) else ""
+
     def read(self, value: Any) -> Arrays:
         """Decode an image file, or take an array of this shape as it is; see :func:`decode_image`."""
         if isinstance(value, np.ndarray):
             return {"image": check_pixels(value, (3, self.size, self.size), "image")}
         return {"image": decode_image(check_content(value, "image"), self.size, crop=self.crop)}
+
+
+def one_colour(pixels: NDArray[np.uint8]) -> bool:
+    """Whether all pixels of a picture, uint8 [3, H, W], are alike."""
+    return bool((pixels == pixels[:, :1, :1]).all())
 
 
 def check_pixels(value: NDArray[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:

@@ -48,6 +48,11 @@ class SeriesFormat(Format):
         """As :attr:`Format.parameters`."""
         return {"channels": self.channels, "num_steps": self.steps}
 
+    def doubt(self, arrays: Arrays) -> str:
+        """As :meth:`Format.doubt`: no channel ever changes."""
+        steps = arrays["series"][: int(arrays["series_length"])]
+        return "constant" if len(steps) > 1 and bool((steps == steps[:1]).all()) else ""
+
     def read(self, value: Any) -> Arrays:
         """Read [T, C] numbers, or [T] of one channel: a list, an array, or a ``.npy`` or ``.csv`` file.
 

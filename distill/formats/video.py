@@ -50,6 +50,11 @@ class VideoFormat(Format):
     def _shape(self) -> tuple[int, ...]:
         return (self.frames, 3, self.size, self.size)
 
+    def doubt(self, arrays: Arrays) -> str:
+        """As :meth:`Format.doubt`: its frames are all the same."""
+        frames = arrays["video"]
+        return "standing still" if len(frames) > 1 and bool((frames == frames[:1]).all()) else ""
+
     def read(self, value: Any) -> Arrays:
         """Decode a clip, or take an array of this shape.
 
