@@ -124,12 +124,15 @@ def _packet_times(container: Any) -> tuple[list[int], list[int]]:
         raise BadInput("the file holds no pictures; it is no video")
     stream = container.streams.video[0]
     check_size(stream.width, stream.height, "video")
-    packets = list(container.demux(stream))
-    found = [(packet.dts if packet.pts is None else packet.pts, packet.is_keyframe) for packet in packets]
-    times = sorted(time for time, _ in found if time is not None)
+    times, keys = [], []
+    for packet in container.demux(stream):
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is not None:
+            times.append(time)
+            keys += [time] if packet.is_keyframe else []
     if not times:
         raise BadInput("video without a frame")
-    return times, sorted(time for time, key in found if key and time is not None)
+    return sorted(times), sorted(keys)
 
 
 def _shown(container: Any, targets: list[int], keys: list[int]) -> Iterator[Image.Image]:
