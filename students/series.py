@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.dropout import Dropout
-from distill.fusion.attention import CrossAttention
 from distill.fusion.base import masked_mean
 from distill.multimodal import Encoded, Encoder
 from students.masked import masked_stages, run_stages, within
 from students.sizes import check_halvings, check_sizes, check_stages
+from students.transformer import Block
 
 CELLS = {"gru": nn.GRU, "lstm": nn.LSTM}
 
@@ -157,7 +157,7 @@ class SeriesTransformer(Encoder):
         self.patch = patch
         self.embed = nn.Linear(patch * channels, dim)
         self.positions = nn.Parameter(torch.randn(-(-num_steps // patch), dim) * 0.02)
-        self.blocks = nn.ModuleList(SelfBlock(dim, heads, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, 2 * dim, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.dropout = Dropout(dropout)
         self.out_dim = dim
@@ -173,24 +173,6 @@ class SeriesTransformer(Encoder):
             tokens = block(tokens, mask)
         tokens = self.norm(tokens)
         return Encoded(tokens, mask, self.dropout(masked_mean(tokens, mask)))
-
-
-class SelfBlock(nn.Module):
-    """Pre-norm self-attention and MLP, both residual."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = CrossAttention(dim, heads, dropout)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 2 * dim), nn.GELU(), Dropout(dropout), nn.Linear(2 * dim, dim), Dropout(dropout)
-        )
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Map [B, T, D] to the same shape; tokens under a False of bool [B, T] are not read."""
-        y = self.norm_attention(x)
-        x = x + self.attention(y, y, mask)
-        return x + self.mlp(self.norm_mlp(x))
 
 
 def _cut(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,27 @@ from distill.contracts import UserError
 from distill.multimodal import Encoded, Encoder, evaluating
 
 
-class TimmEncoder(Encoder):
+class MapEncoder(Encoder):
+    """Base of image models whose tokens are the positions of their last feature map, pooled their mean."""
+
+    reads = "image"
+
+    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
+        """Encode ``image`` uint8 [B, 3, H, W], or take ``image_encoded`` [B, T, D] computed before."""
+        tokens = inputs["image_encoded"] if "image_encoded" in inputs else self.encode(inputs["image"])
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Encoded(tokens, mask, tokens.mean(1))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Resize, normalise and encode: uint8 [B, 3, H, W] -> [B, T, D]."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch mode; a frozen model stays in eval mode, so that BatchNorm keeps its statistics."""
+        return super().train(mode and not self.frozen)
+
+
+class TimmEncoder(MapEncoder):
     """A timm model without its classifier; tokens are the positions of its last feature map.
 
     Args:
@@ -33,7 +53,6 @@ class TimmEncoder(Encoder):
         own_classifier: "weight" [C, D] and "bias" [C] of the pretrained classifier, until a head has taken them.
     """
 
-    reads = "image"
     mean: Tensor
     std: Tensor
 
@@ -90,12 +109,6 @@ class TimmEncoder(Encoder):
             )
         return dict(layer.state_dict())
 
-    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
-        """Encode ``image`` uint8 [B, 3, H, W], or take ``image_encoded`` [B, T, D] computed before."""
-        tokens = inputs["image_encoded"] if "image_encoded" in inputs else self.encode(inputs["image"])
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, tokens.mean(1))
-
     def encode(self, image: Tensor) -> Tensor:
         """Resize, normalise and encode: uint8 [B, 3, H, W] -> [B, T, D]."""
         pixels = image.float() / 255
@@ -108,11 +121,6 @@ class TimmEncoder(Encoder):
             return features
         last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
-
-    def train(self, mode: bool = True) -> TimmEncoder:
-        """Switch mode; a frozen model stays in eval mode, so that BatchNorm keeps its statistics."""
-        super().train(mode and not self.frozen)
-        return self
 
 
 RESNET = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -136,7 +144,7 @@ TORCHVISION: dict[str, tuple[str, ...]] = {
 IMAGENET_SIZE = 224
 
 
-class TorchvisionEncoder(Encoder):
+class TorchvisionEncoder(MapEncoder):
     """A torchvision classification model up to its last feature map, whose positions are the tokens.
 
     VGG, ResNet (ResNeXt and wide ones too), AlexNet, ConvNeXt, DenseNet, EfficientNet, MNASNet, MobileNetV2 and V3,
@@ -153,7 +161,6 @@ class TorchvisionEncoder(Encoder):
         UserError: an unknown name, a model of another family, or weights that are not there or do not fit.
     """
 
-    reads = "image"
     mean: Tensor
     std: Tensor
 
@@ -196,23 +203,12 @@ class TorchvisionEncoder(Encoder):
             raise UserError(f"{where}: {len(other)} weights have another shape than the model's, first {other[0]!r}")
         self.net.load_state_dict({key: state[key] for key in own})
 
-    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
-        """Encode ``image`` uint8 [B, 3, H, W], or take ``image_encoded`` [B, T, D] computed before."""
-        tokens = inputs["image_encoded"] if "image_encoded" in inputs else self.encode(inputs["image"])
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Encoded(tokens, mask, tokens.mean(1))
-
     def encode(self, image: Tensor) -> Tensor:
         """Resize, normalise and encode: uint8 [B, 3, H, W] -> [B, T, D]."""
         pixels = image.float() / 255
         if image.shape[-1] != self.size:
             pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bilinear", align_corners=False)
         return self.net((pixels - self.mean) / self.std).flatten(2).transpose(1, 2)
-
-    def train(self, mode: bool = True) -> TorchvisionEncoder:
-        """Switch mode; a frozen model stays in eval mode, so that BatchNorm keeps its statistics."""
-        super().train(mode and not self.frozen)
-        return self
 
 
 def _up_to_map(model: nn.Module, name: str) -> nn.Sequential:
