@@ -56,6 +56,7 @@ LEVELS = {
         "distill.dual",
         "distill.retrieval",
         "distill.metrics",
+        "distill.shapley",
     },
     3: {"teachers", "students"},
     4: {
