@@ -23,7 +23,7 @@ def shapley_values(worth: Mapping[frozenset[str], Worth], players: Collection[st
     the same everywhere get the same.
 
     Args:
-        worth: subset of the players -> its worth, the empty one and the whole included; numbers, or arrays of one shape.
+        worth: subset of the players -> its worth, numbers or arrays of one shape; the empty one and the whole included.
         players: all of them, n.
 
     Returns:
