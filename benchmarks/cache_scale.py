@@ -138,11 +138,11 @@ def train(folder: Path) -> None:
     from distill.fusion import ConcatFusion
     from distill.losses.objective import Objective
     from distill.multimodal import MultimodalModel, Tapped, evaluating
-    from distill.tasks import ClassificationHead
+    from distill.tasks import LinearHead
     from students import StaticEmbeddings
 
     encoder = StaticEmbeddings(tokenizer_file=folder / "tokenizer.json", vocab_size=1001, dim=32)
-    heads: Any = {"kind": ClassificationHead(32, 2)}
+    heads: Any = {"kind": LinearHead(32, 2)}
     model = MultimodalModel({"text": encoder}, ConcatFusion(["text"], 32), heads, {}, dim=32, embedding_dim=32)
     loader, tapped = train_loader(folder), Tapped(model, [])
     with evaluating(model):

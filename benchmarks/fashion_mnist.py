@@ -17,7 +17,7 @@ from distill.data.prepared import PreparedData, write_prepared
 from distill.formats.image import ImageFormat
 from distill.fusion import ConcatFusion
 from distill.multimodal import MultimodalModel
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 
 SIZE, CLASSES = 28, 10
 TASK = "label"
@@ -79,5 +79,5 @@ def grey_teacher(seed: int = 0) -> MultimodalModel:
 def _image_model(widths: list[int], blocks: list[int], dim: int, seed: int) -> MultimodalModel:
     torch.manual_seed(seed)
     encoders: Any = {"image": students.ConvNet(widths=widths, blocks=blocks)}
-    heads: Any = {TASK: ClassificationHead(dim, CLASSES)}
+    heads: Any = {TASK: LinearHead(dim, CLASSES)}
     return MultimodalModel(encoders, ConcatFusion(["image"], dim), heads, {}, dim=dim, embedding_dim=dim)

@@ -90,7 +90,7 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
     for task, part in config.heads.items():
         if task not in tasks:
             raise UserError(f"{where}.heads: the data has no task {task!r}; {nearest(task, tasks)}")
-        check_part(HEADS, part, f"{where}.heads.{task}", ("in_dim", "num_classes"))
+        check_part(HEADS, part, f"{where}.heads.{task}", ("in_dim", "num_outputs"))
 
 
 def _check_unfused(config: ModelConfig, where: str) -> None:
@@ -116,14 +116,14 @@ def _check_unfused(config: ModelConfig, where: str) -> None:
 
 
 def build_model(
-    config: ModelConfig, registry: Registry, num_classes: Mapping[str, int], where: str, given: Given | None = None
+    config: ModelConfig, registry: Registry, num_outputs: Mapping[str, int], where: str, given: Given | None = None
 ) -> Model:
     """Build a model with its initial weights.
 
     Args:
         config: the model.
         registry: encoder type -> class.
-        num_classes: task -> number of classes.
+        num_outputs: task -> number of classes, labels or numbers.
         where: dotted path of the model in the recipe, for messages.
         given: modality -> encoder parameters that the caller adds.
 
@@ -139,7 +139,7 @@ def build_model(
         return DualEncoder(encoders, config.embedding_dim)
     widths = {name: encoder.out_dim for name, encoder in encoders.items()}
     members = config.members if isinstance(config, TeacherConfig) else 1
-    build = partial(_build_reader, config=config, num_classes=num_classes, widths=widths, where=where)
+    build = partial(_build_reader, config=config, num_outputs=num_outputs, widths=widths, where=where)
     model = build(
         partial(MultimodalModel, encoders, others=[build(partial(Reader, widths)) for _ in range(members - 1)])
     )
@@ -166,7 +166,7 @@ def _take_classifier(encoder: Any, model: MultimodalModel, where: str) -> None:
 def _build_reader(
     make: Callable[..., AReader],
     config: ModelConfig,
-    num_classes: Mapping[str, int],
+    num_outputs: Mapping[str, int],
     widths: Mapping[str, int],
     where: str,
 ) -> AReader:
@@ -175,10 +175,10 @@ def _build_reader(
     modalities = list(config.encoders)
     fusion = build_part(FUSIONS, config.fusion, f"{where}.fusion", modalities=modalities)
     dim = widths[modalities[0]] if fusion.plain else int(config.fusion.params["dim"])
-    parts = config.heads or dict.fromkeys(num_classes, Part(type="classification"))
+    parts = config.heads or dict.fromkeys(num_outputs, Part(type="linear"))
 
     def head(task: str, part: Part) -> Any:
-        return build_part(HEADS, part, f"{where}.heads.{task}", in_dim=dim, num_classes=num_classes[task])
+        return build_part(HEADS, part, f"{where}.heads.{task}", in_dim=dim, num_outputs=num_outputs[task])
 
     unimodal = {task: {name: head(task, part) for name in modalities} for task, part in parts.items()}
     return make(

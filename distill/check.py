@@ -22,8 +22,10 @@ from distill.losses.terms import (
     LEARNED,
     LOSSES,
     OWN,
+    TASKS,
     check_terms,
     learns_unlabelled,
+    mixes,
     needs_teacher,
     reads_text_tokens,
 )
@@ -31,6 +33,7 @@ from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import check_teachers
 from distill.sharding import check_sharding
+from distill.targets import CLASSIFICATION
 from distill.tasks import check_reused
 from distill.trackers import check_trackers
 from distill.workspace import takers
@@ -71,6 +74,8 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
     _check_kept(recipe, encoders)
+    for where, model in models.items():
+        _check_probabilities(model, where, recipe)
     tasks = list(recipe.data.targets)
     check_decision(recipe.teacher, {"teacher.objective": recipe.teacher.objective}, tasks)
     trained = {"student.baseline": recipe.student.baseline, "student.objective": recipe.student.objective}
@@ -99,6 +104,17 @@ def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Reci
     check_model(model, encoders, where, list(tasks), given)
 
 
+def _check_probabilities(model: ModelConfig, where: str, recipe: Recipe) -> None:
+    """Heads can decide together by the probabilities of classes where there are classes."""
+    for task in model.heads or recipe.data.targets:
+        kind = recipe.data.targets[task].kind
+        if model.fusion and model.decision in ("product", "mixture") and kind != CLASSIFICATION:
+            raise UserError(
+                f"{where}.decision: {model.decision} is of the probabilities of classes, and task {task!r} is a "
+                f"{kind}; set it to mean or learned"
+            )
+
+
 def _check_retrieval(recipe: Recipe) -> None:
     """Models without heads are measured by what they retrieve, which takes images and texts."""
     models: dict[str, ModelConfig] = {"teacher": recipe.teacher, "student": recipe.student}
@@ -118,8 +134,16 @@ def _check_retrieval(recipe: Recipe) -> None:
         place = f"retrieval.prompts.{task}"
         if task not in recipe.data.targets:
             raise UserError(f"{place}: the data has no task {task!r}; {nearest(task, recipe.data.targets)}")
+        _check_named(task, recipe, place)
         if not templates or any(template.count("{}") != 1 for template in templates):
             raise UserError(f"{place}: give texts in which '{{}}' stands once for the name of a class")
+
+
+def _check_named(task: str, recipe: Recipe, where: str) -> None:
+    """Rows of other tasks have no one class whose name a text could be."""
+    kind = recipe.data.targets[task].kind
+    if kind != CLASSIFICATION:
+        raise UserError(f"{where}: task {task!r} is a {kind}, whose rows have no one class; leave it out")
 
 
 def _check_transfer(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
@@ -174,6 +198,7 @@ def _check_class_names(recipe: Recipe) -> None:
     for task in recipe.teacher.class_names.tasks:
         if task not in recipe.data.targets:
             raise UserError(f"{where}: the data has no task {task!r}; {nearest(task, recipe.data.targets)}")
+        _check_named(task, recipe, where)
         if "text" not in recipe.teacher.encoders:
             raise UserError(f"{where}: the teacher has no text encoder to read the names of {task!r}; leave it out")
 
@@ -228,11 +253,7 @@ def _check_terms(
     for number, term in enumerate(terms):
         place, ours = f"{where}[{number}]", list(recipe.data.targets)
         _check_names(term, model, ours, f"{place}: no")
-        if LOSSES[term.loss].kind == "teacher+numbers":
-            raise UserError(
-                f"{place}: {term.loss} needs targets that are numbers, and those of {term.task!r} are classes; use kd, "
-                "or mse_logits for the teacher's logits"
-            )
+        _check_kind(term, recipe, place)
         if "group" in term.positives and recipe.data.group is None:
             raise UserError(f"{place}.positives: the data names no group column; set data.group, or leave 'group' out")
         if others is None or not needs_teacher([term]):
@@ -257,6 +278,22 @@ def _check_terms(
                 other, having = others[name], f"{place}: teacher {name!r} has no"
                 _check_names(term, other.config, [task for task in other.tasks if task in ours], having)
                 _check_width(term, recipe.student, other.config, place)
+
+
+def _check_kind(term: TermConfig, recipe: Recipe, place: str) -> None:
+    """A loss on logits is for some kinds of tasks."""
+    loss = LOSSES[term.loss]
+    if loss.kind not in TASKS:
+        return
+    kind = recipe.data.targets[str(term.task).split(".")[0]].kind
+    if kind not in loss.tasks:
+        able = [name for name, other in LOSSES.items() if other.kind in TASKS and kind in other.tasks]
+        raise UserError(
+            f"{place}: {term.loss} is for {' or '.join(loss.tasks)}, and task {term.task!r} is a {kind}; use "
+            f"{', '.join(able)}"
+        )
+    if mixes(term) and kind != CLASSIFICATION and (term.mix is None or term.mix.by == "confidence"):
+        raise UserError(f"{place}.mix: confidence is of classes, and task {term.task!r} is a {kind}; mix by 'weights'")
 
 
 def _check_average(term: TermConfig, recipe: Recipe, place: str) -> None:

@@ -136,7 +136,7 @@ class ModelConfig(Strict):
 
     encoders: dict[str, Part] = Field(min_length=1)
     fusion: Part | None = Part(type="concat")
-    heads: dict[str, Part] = {}  # task -> head; every task of the data gets a classification head if empty
+    heads: dict[str, Part] = {}  # task -> head; every task of the data gets a linear one if empty
     embedding_dim: int = Field(128, ge=1)  # width of the shared image / text / fused embedding space
     unimodal_heads: bool = True  # a task is decided by the fused head and one head a modality
     decision: Literal["mean", "learned", "product", "mixture"] = "mean"  # how: see distill/decision.py

@@ -127,12 +127,33 @@ class RandomSplitConfig(Strict):
         return self
 
 
+class TargetConfig(Strict):
+    """What a task's targets are; a word in a recipe means a column with one class a row."""
+
+    column: str | list[str]  # several of "multilabel" hold 0 or 1, several of "regression" a number each
+    kind: Literal["classification", "multilabel", "regression"] = "classification"
+    separator: str = Field(";", min_length=1)  # between the labels in a text; a column of lists needs none
+
+    @model_validator(mode="after")
+    def _several_columns(self) -> TargetConfig:
+        if self.kind == "classification" and not isinstance(self.column, str):
+            raise ValueError("column is a list; classification has one, several need kind multilabel or regression")
+        if not self.columns or len(set(self.columns)) < len(self.columns):
+            raise ValueError("column names none, or one twice")
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read."""
+        return [self.column] if isinstance(self.column, str) else list(self.column)
+
+
 class DataConfig(Strict):
     """Where rows come from and what their columns mean."""
 
     source: Part
     modalities: dict[str, str | list[str]] = Field(min_length=1)  # modality -> column; those of "tabular" are a list
-    targets: dict[str, str] = {}  # task -> column; a training row may have none of them
+    targets: dict[str, TargetConfig] = {}  # task -> its column; a training row may have none of them
     labelled: LabelledConfig | None = None  # hides the labels of other training rows; a number means its ``groups``
     split: str = "split"  # column holding train / valid / test
     random_split: RandomSplitConfig | None = None  # of rows that have no such column
@@ -151,6 +172,13 @@ class DataConfig(Strict):
     two_level_order: int = Field(10**8, ge=1)  # training rows above which an epoch's order is blocks, then windows
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("targets", mode="before", json_schema_input_type=dict[str, str | TargetConfig])
+    @classmethod
+    def _columns_of_classes(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {task: {"column": given} if isinstance(given, str) else given for task, given in value.items()}
 
     @field_validator("labelled", mode="before", json_schema_input_type=float | LabelledConfig | None)
     @classmethod

@@ -21,7 +21,7 @@ from distill.contracts import TRAIN, Batch, Outputs, UserError
 from distill.data.labelled import keep_labels
 from distill.data.loader import InputSpec
 from distill.data.media import kept_arrays
-from distill.data.rows import count_splits, number_classes, read_rows
+from distill.data.rows import count_splits, read_rows, settle_tasks
 from distill.data.sources import open_source
 from distill.data_config import AugmentConfig
 from distill.formats import TEXT, formats_of
@@ -54,7 +54,7 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         UserError: the data cannot be read, a teacher lacks a tap, or one of another run cannot be rebuilt.
     """
     rows = read_rows(recipe.data, open_source(recipe.data.source, Path.cwd()), Path(tempfile.gettempdir()))
-    _, labels = number_classes(rows)
+    tasks = settle_tasks(rows)
     counts = count_splits(rows)
     labelled = int(np.count_nonzero(keep_labels(rows, recipe.data.labelled, recipe.seed)))
     found: dict[str, Any] = {"rows": counts, "labelled": labelled, "num_params": {}}
@@ -64,15 +64,15 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         for array in kept_arrays(name, format, decode_once=recipe.data.decode_once)
     ]
     found["disk_bytes"] = {"data": len(rows.ids) * sum(kind.itemsize * math.prod(shape) for kind, shape in kept)}
-    num_classes = {task: len(names) for task, names in labels.items()}
-    student = untrained(recipe.student, "student", encoders, num_classes, recipe.data)
+    num_outputs = {name: len(task.names) for name, task in tasks.items()}
+    student = untrained(recipe.student, "student", encoders, num_outputs, recipe.data)
     found["num_params"]["student"] = _num_params(student)
-    check_labels(recipe, labels)
+    check_labels(recipe, tasks)
     try:
-        teacher = untrained(recipe.teacher, "teacher", encoders, num_classes, recipe.data)
+        teacher = untrained(recipe.teacher, "teacher", encoders, num_outputs, recipe.data)
     except UserError as error:
         return {**found, "missing": str(error)}
-    teachers = Teachers(recipe, encoders, labels, teacher.eval())
+    teachers = Teachers(recipe, encoders, tasks, teacher.eval())
     found["num_params"] |= teachers.num_params()
     views, train = (recipe.cache.views if recipe.data.augment != AugmentConfig() else 1), counts[TRAIN]
     fitted, learnt = (

@@ -19,19 +19,21 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from distill.contracts import IGNORE, Batch, Outputs, UserError
+from distill import measures
+from distill.contracts import Batch, Outputs, UserError
 from distill.data.batches import Batches
 from distill.multimodal import evaluating
 from distill.predict import EMBEDDING, Predictor
 from distill.progress import Progress, silent
 from distill.retrieval import Pairs, scores
 from distill.runs import atomic
+from distill.targets import CLASSIFICATION, Task, known
 
 AND = "+"
 ALL_SUBSETS = 4  # modalities of which all subsets are measured
 Arrays = dict[str, NDArray[np.float32]]
-ACCURACY, RECALL = "valid/accuracy", "valid/recall@1"
-"""What the best epoch is chosen by: of models with heads, and of those without."""
+ACCURACY, SCORE, RECALL = "valid/accuracy", "valid/score", "valid/recall@1"
+"""What the best epoch is chosen by: where all tasks have classes, of other models with heads, and of those without."""
 
 
 def final_logits(outputs: Outputs) -> dict[str, torch.Tensor]:
@@ -98,41 +100,50 @@ def feeds(batch: Batch) -> dict[str, NDArray[np.generic]]:
     return {name: tensor.cpu().numpy() for name, tensor in named.items()}
 
 
-def validation_accuracy(
+def validation_scores(
     model: nn.Module,
     batches: Callable[[], Iterator[Batch]],
-    total: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    tasks: Mapping[str, Task],
+    gather: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
 ) -> dict[str, float]:
-    """Accuracy of each task on a split, and their mean: what model selection reads.
+    """The measure of each task on a split, and their mean: what model selection reads.
 
     Args:
         model: ``Batch -> Outputs``.
-        batches: makes the iterator over the split, or over one rank's share of it.
-        total: adds up the counts of all ranks.
+        batches: makes the iterator over the split, or over one rank's share of each batch.
+        tasks: those of the data.
+        gather: joins the rows of all ranks.
 
     Returns:
-        ``valid/TASK_accuracy`` and ``valid/accuracy``, in [0, 1].
+        ``valid/TASK_MEASURE`` (accuracy, map, r2) and their mean as :func:`chosen_by` names it; 1 is perfect.
 
     Raises:
-        UserError: no row has a label.
+        UserError: no row has a target, or none tells anything.
     """
     device = next(model.parameters(), torch.empty(0)).device
-    counts: dict[str, torch.Tensor] = {}
+    parts: dict[str, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
     with evaluating(model):
         for batch in (batch.to(device) for batch in batches()):
-            for task, logits in final_logits(model(batch)).items():
-                if task in batch.targets:
-                    labels = batch.targets[task]
-                    known = labels != IGNORE
-                    right = (logits.argmax(dim=1) == labels) & known
-                    counts[task] = counts.get(task, 0) + torch.stack([right.sum(), known.sum()])
-    sums = total(torch.stack(list(counts.values()))).tolist() if counts else []
-    shares = {
-        f"valid/{task}_accuracy": right / known for task, (right, known) in zip(counts, sums, strict=True) if known
+            for name, outputs in final_logits(model(batch)).items():
+                if name in batch.targets:
+                    said = outputs.argmax(dim=1) if tasks[name].kind == CLASSIFICATION else outputs.float()
+                    rows = (gather(said).cpu().numpy(), gather(batch.targets[name]).cpu().numpy())
+                    parts.setdefault(name, []).append(rows)
+    joined = {name: [np.concatenate(each) for each in zip(*rows, strict=True)] for name, rows in parts.items()}
+    found = {
+        f"valid/{name}_{measures.NAMES[tasks[name].kind]}": measures.score_of(tasks[name].kind, *each)
+        for name, each in joined.items()
+        if known(each[1]).any()
     }
-    if not shares:
+    found = {name: value for name, value in found.items() if np.isfinite(value)}
+    if not found:
         raise UserError("no validation row has a label, so the best weights cannot be chosen; label some of the split")
-    return {**shares, ACCURACY: float(np.mean(list(shares.values())))}
+    return {**found, chosen_by(tasks): float(np.mean(list(found.values())))}
+
+
+def chosen_by(tasks: Mapping[str, Task]) -> str:
+    """The name of the measure by which the best epoch of models with heads is chosen."""
+    return ACCURACY if {task.kind for task in tasks.values()} <= {CLASSIFICATION} else SCORE
 
 
 def validation_recall(

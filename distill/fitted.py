@@ -6,7 +6,7 @@ pruning, or its baseline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from distill.config import ModelConfig, Recipe
 from distill.contracts import Artifact, UserError
 from distill.data.prepared import FORMATS_FILE, LABELS_FILE
 from distill.runs import MANIFEST, find, fingerprint, read_json, sha256_file
+from distill.targets import REGRESSION, Task, tasks_from_json, tasks_to_json
 from distill.workspace import BASELINE, PRUNED, STUDENT, TEACHER, WEIGHTS_FILE, Registry, Workspace
 
-Labels = Mapping[str, Sequence[str]]
-"""Task -> names of its classes, in order of label."""
+Tasks = Mapping[str, Task]
 RESOLVED_FILE, TOKENIZER = "recipe.resolved.json", "tokenizer"
 ORIGIN = "origin"
 """In the info of a stage that fits a model: what :func:`origin` returned."""
@@ -36,7 +36,7 @@ class Fitted:
         folder: that run's.
         stage: of that run, which fitted it.
         recipe: that run's.
-        labels: those of that run's data.
+        answers: the tasks of that run's data.
         fingerprint: of that stage.
         weights_sha256: of its weights.
         tokenizer: hash of the file that it was fitted with; empty if it reads no text.
@@ -46,7 +46,7 @@ class Fitted:
     folder: Path
     stage: str
     recipe: Recipe
-    labels: Labels
+    answers: Tasks
     fingerprint: str
     weights_sha256: str
     tokenizer: str
@@ -64,13 +64,20 @@ class Fitted:
     @property
     def tasks(self) -> list[str]:
         """What it has heads for."""
-        return list(self.config.heads or self.labels) if self.config.fusion else []
+        return list(self.config.heads or self.answers) if self.config.fusion else []
 
-    def columns(self, labels: Labels) -> dict[str, list[int]]:
-        """Each task whose classes have the same names as in ``labels`` -> its column of each class there, in order."""
-        theirs = {task: {name: column for column, name in enumerate(self.labels[task])} for task in self.tasks}
-        shared = [task for task in theirs if theirs[task].keys() == set(labels.get(task, ()))]
-        return {task: [theirs[task][name] for name in labels[task]] for task in shared}
+    def columns(self, ours: Tasks) -> dict[str, list[int]]:
+        """Each task that is the same as in ``ours`` -> its output of each name there, in order.
+
+        Classes and labels may be in another order; numbers are standardised alike.
+        """
+        found = {}
+        for name in self.tasks:
+            theirs, own = self.answers[name], ours.get(name)
+            alike = own and own.kind == theirs.kind and set(own.names) == set(theirs.names)
+            if own and alike and (own.kind != REGRESSION or own == theirs):
+                found[name] = [theirs.names.index(each) for each in own.names]
+        return found
 
     def model(self, encoders: Registry) -> Model:
         """The model with its fitted weights, in eval mode and without gradients.
@@ -103,16 +110,16 @@ def _again(stage: str) -> str:
     return f"run its recipe again (`distill {VERBS[stage]} RECIPE`)"
 
 
-def origin(recipe: Recipe, labels: Labels, formats: Mapping[str, Any], model: Model, stage: str) -> dict[str, str]:
+def origin(recipe: Recipe, tasks: Tasks, formats: Mapping[str, Any], model: Model, stage: str) -> dict[str, str]:
     """What the model that a stage has fitted is rebuilt from, beside its weights, as hashes.
 
     The recipe in a run's folder may change while its models stay. Many changes would not fit the weights, but some
     would, in silence.
     """
-    return {**_described(recipe, labels, formats, stage), TOKENIZER: _tokenizer(model)}
+    return {**_described(recipe, tasks, formats, stage), TOKENIZER: _tokenizer(model)}
 
 
-def _described(recipe: Recipe, labels: Labels, formats: Mapping[str, Any], stage: str) -> dict[str, str]:
+def _described(recipe: Recipe, tasks: Tasks, formats: Mapping[str, Any], stage: str) -> dict[str, str]:
     unrelated = {"train", "baseline", "objective", "inherit", "pretrain", "class_names"}
     config = _config(recipe, stage)
     model = config.model_dump(exclude=unrelated, exclude_defaults=True)  # later versions add keys
@@ -120,7 +127,7 @@ def _described(recipe: Recipe, labels: Labels, formats: Mapping[str, Any], stage
         part.pop("weights", None)  # where they lay before the fit; the model's own file has them
     parts = [model, list(config.encoders), recipe.data.working_size]
     read = {name: format for name, format in formats.items() if name in config.encoders}
-    files = {f"data/{LABELS_FILE}": fingerprint(labels), f"data/{FORMATS_FILE}": fingerprint(read)}
+    files = {f"data/{LABELS_FILE}": fingerprint(tasks_to_json(tasks)), f"data/{FORMATS_FILE}": fingerprint(read)}
     return {RESOLVED_FILE: fingerprint(parts), **files}
 
 
@@ -161,8 +168,8 @@ def find_fitted(name: str, recipe: Recipe, *, verify: bool = False) -> Fitted:
         raise UserError(f"{where}: files in {folder / stage} have changed since they were written; {_again(stage)}")
     try:
         theirs = Recipe.model_validate(read_json(folder / RESOLVED_FILE))
-        labels = read_json(folder / "data" / LABELS_FILE)
-        found = _described(theirs, labels, read_json(folder / "data" / FORMATS_FILE), stage)
+        answers = tasks_from_json(read_json(folder / "data" / LABELS_FILE))
+        found = _described(theirs, answers, read_json(folder / "data" / FORMATS_FILE), stage)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{where}: {RESOLVED_FILE}, data/{LABELS_FILE} or data/{FORMATS_FILE} in {folder} is absent or damaged; "
@@ -173,4 +180,4 @@ def find_fitted(name: str, recipe: Recipe, *, verify: bool = False) -> Fitted:
             raise UserError(
                 f"{where}: {folder / file} has changed since the {_model(stage)} there was fitted; {_again(stage)}"
             )
-    return Fitted(name, folder, stage, theirs, labels, key, weights, noted.get(TOKENIZER, ""))
+    return Fitted(name, folder, stage, theirs, answers, key, weights, noted.get(TOKENIZER, ""))

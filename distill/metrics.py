@@ -151,6 +151,14 @@ def resampled_means(values: Floats, groups: Integers, resamples: int = 2000, see
     return np.concatenate([(w @ sums) / (w @ counts)[:, None] for w in _draws(num_groups, resamples, seed)])
 
 
+def resampled_weights(groups: Integers, resamples: int = 2000, seed: int = 0) -> Iterator[Floats]:
+    """Yield, some replicates at a time, how often each drew each row, [r, N]; the draws of :func:`resampled_means`."""
+    _, codes = np.unique(groups, return_inverse=True)
+    if len(codes):
+        for weights in _draws(int(codes.max()) + 1, resamples, seed, len(codes)):
+            yield weights[:, codes]
+
+
 def interval95(replicates: Floats) -> tuple[float, float]:
     """Return the 2.5 % and 97.5 % quantiles of bootstrap replicates [R]."""
     low, high = np.quantile(replicates, (0.025, 0.975))
@@ -169,10 +177,10 @@ def two_sided_p(replicates: Floats) -> float:
     return min(1.0, 2 * (tail + 1) / (len(replicates) + 1))
 
 
-def _draws(num_groups: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """Yield, in chunks [r, num_groups], how often each replicate drew each group."""
+def _draws(num_groups: int, resamples: int, seed: int, width: int = 0) -> Iterator[Floats]:
+    """Yield, in chunks [r, num_groups] small enough for ``width`` columns, how often each replicate drew each group."""
     generator = np.random.default_rng(seed)
-    chunk = max(1, min(resamples, CHUNK_WEIGHTS // num_groups))
+    chunk = max(1, min(resamples, CHUNK_WEIGHTS // max(num_groups, width)))
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
         drawn = generator.integers(num_groups, size=(rows, num_groups))

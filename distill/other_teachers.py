@@ -22,14 +22,15 @@ from distill.config import EMA, Recipe, nearest, of_teacher
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.loader import InputSpec
 from distill.data.prepared import FORMATS_FILE
-from distill.data.rows import number_classes, read_rows
+from distill.data.rows import read_rows, settle_tasks
 from distill.data.sources import open_source
 from distill.data.transforms import resize_images
-from distill.fitted import Fitted, Labels, find_fitted
+from distill.fitted import Fitted, Tasks, find_fitted
 from distill.formats import TABULAR, formats_of
 from distill.losses.terms import reads_text_tokens, tap_paths
 from distill.multimodal import Tapped
 from distill.runs import fingerprint, read_json, sha256_file
+from distill.targets import tasks_to_json
 from distill.workspace import BASELINE, TEACHER, Registry, Workspace
 
 SHOWN = 5  # names that a message lists
@@ -72,7 +73,7 @@ def check_teachers(recipe: Recipe) -> dict[str, Fitted]:
     return found
 
 
-def check_labels(recipe: Recipe, labels: Labels) -> None:
+def check_labels(recipe: Recipe, tasks: Tasks) -> None:
     """Check that teachers have the classes of each task that a term reads from them; their order may be another.
 
     Raises:
@@ -81,15 +82,26 @@ def check_labels(recipe: Recipe, labels: Labels) -> None:
     for number, term in enumerate(recipe.student.objective):
         for other in term.teachers if term.task else ():
             if other in recipe.teachers:
-                _check_classes(find_fitted(other, recipe), str(term.task).split(".")[0], labels, number)
+                _check_classes(find_fitted(other, recipe), str(term.task).split(".")[0], tasks, number)
 
 
-def _check_classes(fitted: Fitted, task: str, labels: Labels, number: int) -> None:
-    if task in fitted.columns(labels):
+def _check_classes(fitted: Fitted, task: str, tasks: Tasks, number: int) -> None:
+    if task in fitted.columns(tasks):
         return
+    ours, theirs = tasks[task], fitted.answers[task]
+    if ours.kind != theirs.kind:
+        raise UserError(
+            f"student.objective[{number}]: task {task!r} is a {theirs.kind} of teacher {fitted.name!r} and a "
+            f"{ours.kind} of this run's data; read its embeddings or taps instead"
+        )
+    if set(ours.names) == set(theirs.names):
+        raise UserError(
+            f"student.objective[{number}]: teacher {fitted.name!r} learnt {task!r} from numbers of another mean or "
+            "deviation, so its answers mean something else here; fit it on this run's data"
+        )
     differing = {
-        "lacks": set(labels[task]).difference(fitted.labels[task]),
-        "has besides": set(fitted.labels[task]).difference(labels[task]),
+        "lacks": set(ours.names).difference(theirs.names),
+        "has besides": set(theirs.names).difference(ours.names),
     }
     said = " and ".join(f"{verb} {_listed(names)}" for verb, names in differing.items() if names)
     raise UserError(
@@ -152,7 +164,7 @@ def check_source_labels(recipe: Recipe) -> None:
     """As :func:`check_labels`, before the data is prepared: reads the source's columns, if a term needs it."""
     if any(term.teacher and term.task for term in recipe.student.objective):
         source = open_source(recipe.data.source, Path.cwd())
-        check_labels(recipe, number_classes(read_rows(recipe.data, source, Path(tempfile.gettempdir())))[1])
+        check_labels(recipe, settle_tasks(read_rows(recipe.data, source, Path(tempfile.gettempdir()))))
 
 
 def own_taps(recipe: Recipe) -> list[str]:
@@ -169,7 +181,7 @@ def cache_parts(recipe: Recipe) -> dict[str, Any]:
         found = {
             "teacher": fitted.fingerprint,
             "weights": fitted.weights_sha256[:16],
-            "labels": {task: fingerprint(fitted.labels[task]) for task in fitted.tasks},
+            "labels": fingerprint(tasks_to_json({task: fitted.answers[task] for task in fitted.tasks})),
             "outputs": tap_paths(recipe.student.objective, TEACHER, name),
         }
         parts |= {of_teacher(part, name): value for part, value in found.items()}
@@ -197,7 +209,7 @@ class Teachers:
     Args:
         recipe: this run's.
         encoders: encoder type -> class.
-        labels: those of this run's data.
+        tasks: those of this run's data.
         own: the run's own teacher, in eval mode.
 
     Where the memory does not suffice, they read batches in parts, as many as it takes.
@@ -210,14 +222,14 @@ class Teachers:
         UserError: a teacher of another run cannot be rebuilt, or has not the classes that a term reads.
     """
 
-    def __init__(self, recipe: Recipe, encoders: Registry, labels: Labels, own: Model) -> None:
-        check_labels(recipe, labels)
+    def __init__(self, recipe: Recipe, encoders: Registry, tasks: Tasks, own: Model) -> None:
+        check_labels(recipe, tasks)
         self.own = own
         self._own = Tapped(own, own_taps(recipe))
         self._others: dict[str, _Other] = {}
         for name in recipe.teachers:
             fitted, taps = find_fitted(name, recipe, verify=True), tap_paths(recipe.student.objective, TEACHER, name)
-            self._others[of_teacher(TEACHER, name)] = _Other(fitted, fitted.model(encoders), taps, labels)
+            self._others[of_teacher(TEACHER, name)] = _Other(fitted, fitted.model(encoders), taps, tasks)
         self.specs: dict[str, InputSpec] = {TEACHER: input_spec(own)}
         self.specs |= {reads: input_spec(other.model) for reads, other in self._others.items()}
         self._in_parts = InParts()
@@ -256,10 +268,10 @@ class Teachers:
 class _Other:
     """A teacher of another run that answers with this run's classes, under names of its own."""
 
-    def __init__(self, fitted: Fitted, model: Model, taps: Sequence[str], labels: Labels) -> None:
+    def __init__(self, fitted: Fitted, model: Model, taps: Sequence[str], tasks: Tasks) -> None:
         self.model, self._name, self._size = model, fitted.name, fitted.recipe.data.working_size
         self._tapped = Tapped(model, taps)
-        self._columns = {task: torch.tensor(columns) for task, columns in fitted.columns(labels).items()}
+        self._columns = {task: torch.tensor(columns) for task, columns in fitted.columns(tasks).items()}
 
     def __call__(self, batch: Batch) -> Outputs:
         self.model.to(batch.ids.device)

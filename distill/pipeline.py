@@ -128,7 +128,7 @@ def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=5),
+    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=6),
     Stage("vocabulary", "cut the teacher's vocabulary to the student's", stages.cut_vocabulary, ("data",), _vocabulary),
     Stage(
         "pretrain", "let encoders learn alone", stages.pretrain, ("data",), _pretraining, resumes=True, together=True
@@ -386,7 +386,7 @@ def _discard_forced(folder: Path, force: Sequence[str], planned: Sequence[Planne
 def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:
     """Check what a finished stage makes known of the student's teachers, before one is fitted for hours."""
     if finished == "data":
-        check_labels(work.recipe, work.labels())
+        check_labels(work.recipe, work.tasks())
         if waiting.intersection(("teacher", "cache", "student")):
             check_taps(work.recipe, ENCODERS)
         if "cache" in waiting:

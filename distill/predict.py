@@ -20,6 +20,7 @@ from distill.formats import TABULAR, TEXT, BadInput
 from distill.formats.tabular import TabularFormat
 from distill.preprocess import Preprocessor, has_text
 from distill.runs import read_json, sha256_file
+from distill.targets import CLASSIFICATION, REGRESSION, Task, tasks_from_json
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"
 
@@ -88,7 +89,7 @@ class Predictor:
 
     Attributes:
         info: the content of ``bundle.json``.
-        labels: task -> class names, in the order of the logits.
+        tasks: what the outputs say, in their order.
         preprocessor: turns rows into the graph's inputs.
         session: the runtime's session.
         inputs: names of the graph's inputs.
@@ -99,7 +100,7 @@ class Predictor:
         """Verify and load a bundle; see :func:`load`."""
         folder = Path(folder)
         self.info = verify_bundle(folder)
-        self.labels: dict[str, list[str]] = read_json(folder / LABELS_FILE)
+        self.tasks = _read_tasks(folder / LABELS_FILE)
         self.preprocessor = Preprocessor.load(folder)
         self.session = open_session(folder / MODEL_FILE, threads)
         self.inputs = [value.name for value in self.session.get_inputs()]
@@ -129,22 +130,24 @@ class Predictor:
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, top_k: int = 3, batch_size: int = 64
     ) -> list[dict[str, dict[str, Any]]]:
-        """Classify rows.
+        """Answer the tasks for rows.
 
         Args:
             rows: mappings of modalities to values, as :class:`~distill.preprocess.Preprocessor` takes them; any may be
                 absent.
-            top_k: number of classes listed, the most probable first.
+            top_k: number of classes or labels listed, the most probable first.
             batch_size: rows a run of the graph.
 
         Returns:
-            For each row: task -> ``label``, ``probability`` (0 to 1) and ``top``, a list of such pairs.
+            For each row: task -> ``label``, ``probability`` (0 to 1) and ``top``, a list of such pairs; where several
+            labels may hold, ``labels`` (those above one half) and ``top``; where numbers are asked for, ``values``
+            (column -> number, in its own unit).
 
         Raises:
             UserError: a row has no modality that the model reads, or an unreadable one; the row is named. Or the model
                 gives embeddings and no classes.
         """
-        if not self.labels:
+        if not self.tasks:
             raise UserError(
                 f"{self.info['name']} gives embeddings and has no classes to predict; use Predictor.embed and compare "
                 "images with texts"
@@ -152,9 +155,9 @@ class Predictor:
         results: list[dict[str, dict[str, Any]]] = []
         for start in range(0, len(rows), batch_size):
             outputs = self.run(self._feeds(rows[start : start + batch_size], start))
-            tasks = {task: softmax(outputs[task]) for task in self.labels}
             for row in range(len(rows[start : start + batch_size])):
-                results.append({task: _ranked(p[row], self.labels[task], top_k) for task, p in tasks.items()})
+                said = {name: answer(task, outputs[name][row], top_k) for name, task in self.tasks.items()}
+                results.append(said)
         return results
 
     def embed(self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 64) -> dict[str, NDArray[np.float32]]:
@@ -287,10 +290,23 @@ def _cell(table: Path, modality: str, value: str | None) -> str | None:
     return value if modality == TEXT else str(table.parent / str(value))
 
 
-def _ranked(probabilities: NDArray[np.float32], names: Sequence[str], top_k: int) -> dict[str, Any]:
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    top = [{"label": names[index], "probability": float(probabilities[index])} for index in order]
-    return {**top[0], "top": top}
+def answer(task: Task, outputs: NDArray[np.float32], top_k: int) -> dict[str, Any]:
+    """Return what a row's outputs [K] say of a task, as :meth:`Predictor.predict` gives it."""
+    if task.kind == REGRESSION:
+        return {"values": dict(zip(task.names, task.numbers(outputs).tolist(), strict=True))}
+    probabilities = softmax(outputs) if task.kind == CLASSIFICATION else 1 / (1 + np.exp(-outputs.astype(np.float64)))
+    order = np.argsort(-probabilities, kind="stable")
+    ranked = [{"label": task.names[index], "probability": float(probabilities[index])} for index in order]
+    if task.kind == CLASSIFICATION:
+        return {**ranked[0], "top": ranked[:top_k]}
+    return {"labels": [entry["label"] for entry in ranked if entry["probability"] > 0.5], "top": ranked[:top_k]}
+
+
+def _read_tasks(path: Path) -> dict[str, Task]:
+    try:
+        return tasks_from_json(read_json(path))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not say what the model's outputs are: {_line(error)}; export it again") from error
 
 
 def _line(error: Exception) -> str:

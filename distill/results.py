@@ -95,10 +95,10 @@ def _write_gated(work: Workspace, bundle: Path, graph: Path, info: Mapping[str, 
     source = {"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint}
 
     def write(folder: Path, path: Path, reads: InputSpec, info: Mapping[str, Any]) -> None:
-        name, labels = f"{work.recipe.name} {folder.name}", work.data().labels if work.recipe.student.fusion else {}
+        name, tasks = f"{work.recipe.name} {folder.name}", work.tasks() if work.recipe.student.fusion else {}
         preprocessor = work.preprocessor(reads)
         write_bundle(
-            folder, model_path=path, preprocessor=preprocessor, labels=labels, name=name, source=source, info=info
+            folder, model_path=path, preprocessor=preprocessor, tasks=tasks, name=name, source=source, info=info
         )
 
     write(bundle, graph, spec, info)
@@ -116,7 +116,7 @@ def _write_gated(work: Workspace, bundle: Path, graph: Path, info: Mapping[str, 
     batches = evaluate.clean_batches(loader, STUDENT)
     said = evaluate.predict_torch(model, batches, embeddings=_compared(model))
     found = _bundle_says(model, bundle, batches)
-    return parity(said, found, min_agreement=least, ids=loader.data.ids[loader.row_positions])
+    return parity(said, found, min_agreement=least, tasks=work.tasks(), ids=loader.data.ids[loader.row_positions])
 
 
 def _towers(model: Model, bundle: Path) -> dict[str, Path]:
@@ -275,10 +275,10 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
     kept = evaluate.read_arrays(predictions / "targets.safetensors")
     measured = work.done["bench"].info["models"]
     fused = recipe.teacher.fusion is not None or recipe.student.fusion is not None
-    tasks = dict(data.labels) if fused else {}
+    tasks = dict(data.tasks) if fused else {}
     pairs = None
     if recipe.retrieval is not None:
-        tasks |= {f"{task}{ZERO_SHOT}": data.labels[task] for task in recipe.retrieval.prompts}
+        tasks |= {f"{task}{ZERO_SHOT}": data.tasks[task] for task in recipe.retrieval.prompts}
         pairs = Pairs(*({name: kept[f"{part}.{name}"] for name in PAIR} for part in Pairs._fields))
     context = ReportContext(
         name=recipe.name,

@@ -97,7 +97,7 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
         if work.ranks.first:
             save_weights(model, folder / WEIGHTS_FILE)
             (folder / "metrics.jsonl").touch()
-        return {ORIGIN: origin(work.recipe, work.labels(), work.formats(), model, TEACHER), SCALE: scale}
+        return {ORIGIN: origin(work.recipe, work.tasks(), work.formats(), model, TEACHER), SCALE: scale}
     loader = _teachers_rows(work, model, config.train, repeat=any(name != TEXT for name in frozen_towers(model)))
     job = _job(work, folder, model, loader, TEACHER, config.train, config.objective)
     info = _fit_model(work, job, "fit teacher", TEACHER)
@@ -179,7 +179,7 @@ def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
 
 def _teachers(work: Workspace) -> Teachers:
     """All that the student learns from."""
-    return Teachers(work.recipe, work.encoders, work.labels(), work.teacher())
+    return Teachers(work.recipe, work.encoders, work.tasks(), work.teacher())
 
 
 def _fill(
@@ -355,7 +355,7 @@ def _live(work: Workspace, teachers: Teachers) -> engine.Teacher:
 def _fit_model(work: Workspace, job: engine.Job, label: str, stage: str) -> dict[str, Any]:
     """Run the engine for a model that other runs may name as a teacher."""
     model: Any = job.tapped.model
-    return {**_fit(work, job, label), ORIGIN: origin(work.recipe, work.labels(), work.formats(), model, stage)}
+    return {**_fit(work, job, label), ORIGIN: origin(work.recipe, work.tasks(), work.formats(), model, stage)}
 
 
 def _fit(work: Workspace, job: engine.Job, label: str) -> dict[str, Any]:

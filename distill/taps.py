@@ -27,6 +27,7 @@ from distill.losses.projectors import build_projector
 from distill.losses.terms import FEATURES, LOSSES, one_modality, tap_paths
 from distill.multimodal import Tapped, evaluating, tapped_tensor
 from distill.runs import read_json
+from distill.targets import tasks_from_json
 from distill.towers import frozen_towers
 from distill.workspace import STUDENT, TEACHER, untrained
 
@@ -255,7 +256,7 @@ def _classes(recipe: Recipe, config: ModelConfig, *, part: bool) -> tuple[dict[s
         return {}, []
     labels = Path(recipe.output) / recipe.name / "data" / LABELS_FILE
     if not part and labels.is_file():
-        return {task: len(names) for task, names in read_json(labels).items()}, []
+        return {name: len(task.names) for name, task in tasks_from_json(read_json(labels)).items()}, []
     tasks = list(config.heads or ({} if part else recipe.data.targets))
     if not tasks:
         terms = getattr(config, "objective", [])

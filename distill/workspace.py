@@ -31,6 +31,7 @@ from distill.preprocess import TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.ranks import Ranks
 from distill.retrieval import Pairs, pairs_of
 from distill.runs import read_json, seed_everything
+from distill.targets import Task, tasks_from_json
 from distill.towers import TowerOutputs, WithTowers, frozen_towers
 from distill.trackers import Trackers, Tracking, untracked
 
@@ -82,20 +83,20 @@ class Workspace:
         """The prepared data."""
         return PreparedData.open(self.path("data"), self.recipe.data)
 
-    def labels(self) -> dict[str, list[str]]:
-        """Task -> names of its classes, in order of label."""
-        return dict(read_json(self.path("data") / LABELS_FILE))
+    def tasks(self) -> dict[str, Task]:
+        """The tasks of the data."""
+        return tasks_from_json(read_json(self.path("data") / LABELS_FILE))
 
     def formats(self) -> dict[str, Any]:
         """Modality -> how its values became arrays, as JSON values."""
         return dict(read_json(self.path("data") / FORMATS_FILE))
 
-    def num_classes(self) -> dict[str, int]:
-        """Task -> number of classes."""
-        return {task: len(names) for task, names in self.labels().items()}
+    def num_outputs(self) -> dict[str, int]:
+        """Task -> number of its outputs: of classes, labels or numbers."""
+        return {name: len(task.names) for name, task in self.tasks().items()}
 
     def class_counts(self) -> dict[str, Tensor]:
-        """Task -> int64 [C], the training rows of each class."""
+        """Task -> int64 [C], the training rows of each class; [2, K] without and with each label."""
         return {task: torch.from_numpy(counts) for task, counts in self.data().class_counts(TRAIN).items()}
 
     def training_rows(self) -> Batch:
@@ -135,7 +136,7 @@ class Workspace:
         seed_everything(self.recipe.seed)
         where = TEACHER if name == TEACHER else STUDENT
         config: ModelConfig = getattr(self.recipe, where)
-        return build_model(config, self.encoders, self.num_classes(), where, self._given(config, name))
+        return build_model(config, self.encoders, self.num_outputs(), where, self._given(config, name))
 
     def takers(self, config: ModelConfig) -> list[str]:
         """Modalities of a model whose encoder is given its tokenizer."""
@@ -238,7 +239,9 @@ class Workspace:
         if isinstance(model, DualEncoder):
             measure = partial(evaluate.validation_recall, pairs=self.pairs(VALID), gather=self.ranks.gather)
             return partial(measure, batches=batches), evaluate.RECALL
-        return partial(evaluate.validation_accuracy, batches=batches, total=self.ranks.sum), evaluate.ACCURACY
+        tasks = self.tasks()
+        scores = partial(evaluate.validation_scores, batches=batches, tasks=tasks, gather=self.ranks.gather)
+        return scores, evaluate.chosen_by(tasks)
 
     def teachers_tokenizer(self) -> Path:
         """The ``tokenizer.json`` of the teacher's text tower, or of the words that were learnt."""
@@ -291,12 +294,12 @@ class Workspace:
 
 
 def untrained(
-    config: ModelConfig, where: str, encoders: Registry, num_classes: Mapping[str, int], data: DataConfig
+    config: ModelConfig, where: str, encoders: Registry, num_outputs: Mapping[str, int], data: DataConfig
 ) -> Model:
     """A model as it is built, before any stage has run: with a tokenizer's name where it takes one from a teacher."""
     given = told_by_data(config, encoders, data)
     given |= {name: {"tokenizer_file": Path(TOKENIZER_FILE)} for name in takers(config, encoders)}
-    return build_model(config, encoders, num_classes, where, given)
+    return build_model(config, encoders, num_outputs, where, given)
 
 
 def takers(config: ModelConfig, encoders: Registry) -> list[str]:

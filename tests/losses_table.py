@@ -112,9 +112,27 @@ def generation(d):
     return *maps(d), mask.to(d.dtype), d.weight(4, 4, 3, 3), d.weight(4), d.weight(4, 4, 3, 3), d.weight(4)
 
 
+def several(d):
+    """Labels of which some hold; the last is unknown everywhere, and a row's all are where there are rows enough."""
+    found = (torch.arange(d.rows)[:, None] + torch.arange(d.classes)) % 2.0
+    found[:, -1:] = float("nan")
+    found[3:4] = float("nan")
+    return d.own(d.rows, d.classes), found
+
+
+def numbers(d):
+    own, _, given = targets(d)
+    return own, given
+
+
 CALLS = {
     "cross_entropy": lambda d: ((d.own(d.rows, d.classes), d.labels()), {}),
     "logit_adjusted": lambda d: ((d.own(d.rows, d.classes), d.labels(), 3 * torch.arange(d.classes)), {}),
+    "weighted_cross_entropy": lambda d: ((d.own(d.rows, d.classes), d.labels(), 3 * torch.arange(d.classes)), {}),
+    "bce": lambda d: ((*several(d), 1 + torch.arange(2 * d.classes).view(2, -1)), {"positive_weight": "balanced"}),
+    "asymmetric": lambda d: (several(d), {}),
+    "mse": lambda d: (numbers(d), {}),
+    "smooth_l1": lambda d: (numbers(d), {}),
     "kd": lambda d: (logits(d), {}),
     "mse_logits": lambda d: (logits(d), {}),
     "dkd": lambda d: ((*logits(d), d.labels()), {}),

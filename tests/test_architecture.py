@@ -57,6 +57,8 @@ LEVELS = {
         "distill.retrieval",
         "distill.metrics",
         "distill.shapley",
+        "distill.measures",
+        "distill.targets",
     },
     3: {"teachers", "students"},
     4: {

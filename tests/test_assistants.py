@@ -104,7 +104,7 @@ def test_a_teacher_says_what_the_model_of_that_stage_says(project, stage):
     there = pipeline.workspace(first, {item.stage.name: item.artifact for item in planned})
     done, _ = run("assisted", f"teachers.assistant.stage={stage}", until="cache")
     work = pipeline.workspace(load_recipe("assisted", [*COMMON, f"teachers.assistant.stage={stage}"]), done)
-    teachers = Teachers(work.recipe, work.encoders, work.labels(), work.teacher())
+    teachers = Teachers(work.recipe, work.encoders, work.tasks(), work.teacher())
     loader = work.towers(work.train_loader(teachers.specs, work.recipe.student.train), teachers.own)
     batches = loader.batch(loader.row_positions, torch.full((len(loader.row_positions),), 1))
     with torch.no_grad():

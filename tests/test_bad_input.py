@@ -92,7 +92,7 @@ def change_rows(folder, change):
             r"teacher\.fusion: unknown type 'cross_atention'; did you mean 'cross_attention'",
         ),
         ("teacher.fusion.heads=2.5", r"teacher\.fusion\.heads is 2\.5: Input should be a valid integer"),
-        ("student.heads={size: {type: classification}}", r"student\.heads: the data has no task 'size'; choices"),
+        ("student.heads={size: {type: linear}}", r"student\.heads: the data has no task 'size'; choices"),
         (
             "student.objective.0.loss=cros_entropy",
             r"student\.objective\[0\]: unknown loss 'cros_entropy'; did you mean",
@@ -118,7 +118,7 @@ def change_rows(folder, change):
         ("student.objective.3.embedding=fuse", r"student\.objective\[3\]: no embedding 'fuse'; did you mean 'fused'\?"),
         (
             "student.objective.2={loss: regression_kd, task: colour}",
-            r"student\.objective\[2\]: regression_kd needs targets that are numbers, and those of 'colour' are classes",
+            r"student\.objective\[2\]: regression_kd is for regression, and task 'colour' is a classification",
         ),
         ("student.baseline.0.loss=kd", r"student\.baseline: a term reads a teacher, and this stage has none"),
         ("student.inherit.text.type=token", r"student\.inherit\.text: unknown type 'token'; did you mean 'token_embed"),

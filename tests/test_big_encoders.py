@@ -17,7 +17,7 @@ from distill.export.onnx import export_onnx, graph_outputs
 from distill.fusion import FUSIONS
 from distill.multimodal import MultimodalModel, Tapped
 from distill.predict import open_session
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 from teachers import ENCODERS
 from teachers.audio import KINDS, read_extractor
 
@@ -90,7 +90,7 @@ def model_of(encoder):
     """A model of one encoder, and a batch for it whose second row lacks the modality."""
     modality, inputs = inputs_of(encoder)
     torch.manual_seed(0)
-    heads = {"kind": ClassificationHead(8, 3)}
+    heads = {"kind": LinearHead(8, 3)}
     model = MultimodalModel(
         {modality: encoder}, FUSIONS["concat"]([modality], dim=8), heads, {}, dim=8, embedding_dim=4
     )

@@ -16,10 +16,9 @@ CONTRAST = terms({"loss": "clip_infonce", "embedding": "image,text"})
 
 def make_reader(seed, dim=12):
     torch.manual_seed(seed)
-    heads = {task: HEADS["classification"](dim, count) for task, count in NUM_CLASSES.items()}
+    heads = {task: HEADS["linear"](dim, count) for task, count in NUM_CLASSES.items()}
     alone = {
-        task: {name: HEADS["classification"](dim, count) for name in ("image", "text")}
-        for task, count in NUM_CLASSES.items()
+        task: {name: HEADS["linear"](dim, count) for name in ("image", "text")} for task, count in NUM_CLASSES.items()
     }
     widths = {"image": 8, "text": 8}
     return Reader(widths, FUSIONS["concat"](list(widths), dim), heads, alone, dim=dim, embedding_dim=6)

@@ -14,11 +14,12 @@ from distill.evaluate import (
     only,
     predict_bundle,
     predict_torch,
-    validation_accuracy,
+    validation_scores,
 )
 from distill.formats.audio import AudioFormat
 from distill.formats.image import ImageFormat
 from distill.results import with_blanks
+from distill.targets import CLASSIFICATION, Task
 
 ROWS = SPLIT_ROWS["test"]
 
@@ -98,6 +99,9 @@ def test_a_bundle_is_fed_the_same_rows_under_the_graphs_names(model, batches):
     assert set(feeds(make_batch())) == set(bundle.fed[0])
 
 
+TASKS = {"kind": Task(CLASSIFICATION, ("a", "b", "c")), "tone": Task(CLASSIFICATION, ("x", "y"))}
+
+
 class Answers(torch.nn.Module):
     """Says the right kind, and always the first tone."""
 
@@ -108,7 +112,7 @@ class Answers(torch.nn.Module):
 
 
 def test_accuracy_is_the_mean_over_tasks(batches, prepared):
-    scores = validation_accuracy(Answers(), batches)
+    scores = validation_scores(Answers(), batches, TASKS)
     tone = (prepared.targets["tone"][prepared.rows(TEST)] == 0).mean()
     assert scores["valid/kind_accuracy"] == 1 and scores["valid/tone_accuracy"] == pytest.approx(tone)
     assert scores["valid/accuracy"] == pytest.approx((1 + tone) / 2)
@@ -117,17 +121,18 @@ def test_accuracy_is_the_mean_over_tasks(batches, prepared):
 def test_rows_without_a_label_do_not_count(prepared, wordpiece_file):
     loader = make_loader(prepared, wordpiece_file, shuffle=False, augment=None)
     assert prepared.targets["kind"][NO_KIND] == IGNORE
-    assert validation_accuracy(Answers(), clean_batches(loader, "student"))["valid/kind_accuracy"] == 1
+    assert validation_scores(Answers(), clean_batches(loader, "student"), TASKS)["valid/kind_accuracy"] == 1
 
 
 def test_a_task_without_labels_is_left_out_and_none_at_all_is_refused():
     batch = make_batch()
     bare = torch.full((6,), IGNORE)
     some = batch._replace(targets={"kind": batch.targets["kind"], "tone": bare})
-    assert validation_accuracy(Answers(), lambda: iter([some])) == {"valid/kind_accuracy": 1.0, "valid/accuracy": 1.0}
+    scores = validation_scores(Answers(), lambda: iter([some]), TASKS)
+    assert scores == {"valid/kind_accuracy": 1.0, "valid/accuracy": 1.0}
     none = batch._replace(targets={"kind": bare, "tone": bare})
     with pytest.raises(UserError, match="no validation row has a label"):
-        validation_accuracy(Answers(), lambda: iter([none]))
+        validation_scores(Answers(), lambda: iter([none]), TASKS)
 
 
 def test_arrays_come_back_from_disk(tmp_path):

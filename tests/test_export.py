@@ -17,6 +17,7 @@ from distill.contracts import Batch, Outputs, UserError
 from distill.export.bundle import ParityError, parity, verify_bundle, write_bundle
 from distill.export.onnx import export_onnx, graph_outputs
 from distill.predict import open_session
+from distill.targets import tasks_from_json
 
 INPUTS = ["image", "image_present", "text", "text_mask", "text_present"]
 OUTPUTS = ["category", "subcategory", "embedding_fused", "embedding_image", "embedding_text"]
@@ -181,7 +182,7 @@ def bundle(exported: tuple[Path, dict], tmp_path_factory: pytest.TempPathFactory
         folder,
         model_path=exported[0],
         preprocessor=tiny_preprocessor(folder.parent),
-        labels=LABELS,
+        tasks=tasks_from_json(LABELS),
         name="stand-in",
         source={"fingerprint": "0123456789abcdef"},
         info={"precision": "float32", "accuracy": {"category": 0.5}},
@@ -220,7 +221,7 @@ def test_a_changed_or_lost_file_is_found(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [({"colour": ["red"]}, "labels are given for 'colour'"), ({"category": ["a"]}, "has 1 labels")],
+    [({"colour": ["red"]}, "labels are given for 'colour'"), ({"category": ["a"]}, "has 1 names")],
 )
 def test_labels_must_fit(exported: tuple[Path, dict], tmp_path: Path, labels: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -228,7 +229,7 @@ def test_labels_must_fit(exported: tuple[Path, dict], tmp_path: Path, labels: di
             tmp_path / "bundle",
             model_path=exported[0],
             preprocessor=tiny_preprocessor(tmp_path),
-            labels=labels,
+            tasks=tasks_from_json(labels),
             name="x",
             source={},
             info={},

@@ -26,7 +26,7 @@ from distill.predict import EMBEDDING, open_session
 from distill.prune import prune
 from distill.quantize import WEIGHTED_OPERATORS, quantize_static
 from distill.taps import list_taps
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 
 BLOCKS = benchmark.BLOCKS
 PRUNED = {
@@ -56,7 +56,7 @@ def ensemble(tokenizer_file: Path) -> MultimodalModel:
     """Two encoders and a member for each block, whose embeddings lie side by side."""
     encoders = dict(make_model(tokenizer_file).encoders)
     widths = {name: encoder.out_dim for name, encoder in encoders.items()}
-    parts = [(FUSIONS[kind](list(widths), DIM), {"kind": ClassificationHead(DIM, 3)}, {}) for kind in BLOCKS]
+    parts = [(FUSIONS[kind](list(widths), DIM), {"kind": LinearHead(DIM, 3)}, {}) for kind in BLOCKS]
     options = {"dim": DIM, "embedding_dim": EMBEDDED}
     first, *others = parts
     return MultimodalModel(encoders, *first, others=[Reader(widths, *part, **options) for part in others], **options)

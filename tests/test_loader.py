@@ -18,6 +18,7 @@ from distill.data.prepared import PreparedData
 from distill.data_config import AugmentConfig
 from distill.formats.image import ImageFormat
 from distill.preprocess import Preprocessor, Tokenizer
+from distill.targets import CLASSIFICATION, Task
 
 WORDS = ["red", "green", "blue", "cat", "dog", "sun", "moon"]
 AUGMENT = AugmentConfig.model_validate({"image": {"flip": 0.5, "shift": 2}, "text": {"word_dropout": 0.4}})
@@ -53,7 +54,7 @@ def data(tmp_path_factory):
         arrays={"image": images},
         present={"image": np.arange(total) != 4, "text": np.array([text != "" for text in texts])},
         targets={"label": np.where(np.arange(total) == 6, IGNORE, np.arange(total) % 3)},
-        labels={"label": ["a", "b", "c"]},
+        tasks={"label": Task(CLASSIFICATION, ("a", "b", "c"))},
     )
 
 
@@ -140,7 +141,7 @@ def test_order_does_not_depend_on_how_the_source_was_sorted(data, specs):
         arrays={"image": data.arrays["image"][back]},
         present={key: values[back] for key, values in data.present.items()},
         targets={key: values[back] for key, values in data.targets.items()},
-        labels=data.labels,
+        tasks=data.tasks,
     )
     for one, other in zip(make(data, specs).epoch(2), make(turned, specs).epoch(2), strict=True):
         assert_equal(one["student"], other["student"])

@@ -16,7 +16,7 @@ from distill.export.onnx import export_onnx, graph_outputs
 from distill.fusion import FUSIONS
 from distill.multimodal import MultimodalModel
 from distill.predict import open_session
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 from teachers import ENCODERS
 
 SAMPLES = 8000
@@ -100,7 +100,7 @@ def test_adapters_survive_a_file(build, modality, tmp_path):
 @modalities
 def test_a_model_with_adapters_exports(build, modality, tmp_path):
     encoder = taught(adapted(build, modality))
-    fusion, heads = FUSIONS["concat"]([modality], dim=8), {"kind": ClassificationHead(8, 3)}
+    fusion, heads = FUSIONS["concat"]([modality], dim=8), {"kind": LinearHead(8, 3)}
     model = MultimodalModel({modality: encoder}, fusion, heads, {}, dim=8, embedding_dim=4).eval()
     present = {modality: torch.ones(2, dtype=torch.bool)}
     batch = Batch(torch.arange(2), torch.full((2,), CLEAN_VIEW), INPUTS[modality], present, {})

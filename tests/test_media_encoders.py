@@ -22,7 +22,7 @@ from distill.multimodal import Encoder, MultimodalModel, encode_present
 from distill.predict import open_session
 from distill.prune import prune
 from distill.quantize import quantize_static
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 from students import ENCODERS
 from students.spectrogram import LogMel, mel_filters
 
@@ -104,8 +104,8 @@ def batch(modality: str, rows: int, seed: int = 0) -> Batch:
 def made(name: str) -> MultimodalModel:
     """A model of one encoder, with statistics of BatchNorm."""
     case, encoder = CASES[name], built(name)
-    fusion, head = case.fusion([case.modality], 32), ClassificationHead(32, 5)
-    alone = {"kind": {case.modality: ClassificationHead(32, 5)}}
+    fusion, head = case.fusion([case.modality], 32), LinearHead(32, 5)
+    alone = {"kind": {case.modality: LinearHead(32, 5)}}
     model = MultimodalModel({case.modality: encoder}, fusion, {"kind": head}, alone, dim=32, embedding_dim=8)
     model.train()(batch(case.modality, 64))
     return model.eval()

@@ -20,6 +20,7 @@ from distill.export.bundle import write_bundle
 from distill.formats.image import ImageFormat
 from distill.predict import load
 from distill.preprocess import Preprocessor, Tokenizer
+from distill.targets import tasks_from_json
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 13  # odd: margins are, too
@@ -47,7 +48,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             {"image": ImageFormat(SIZE, crop="cropped" in request.param)} if "image" in modalities else {},
             other_tokenizer(folder) if "text" in modalities else None,
         ),
-        labels=LABELS,
+        tasks=tasks_from_json(LABELS),
         name=request.param,
         source={},
         info={},

@@ -216,7 +216,7 @@ def test_a_config_becomes_a_model_that_reads_its_own_example(wordpiece_file):
 
 
 def test_one_modality_and_chosen_heads(wordpiece_file):
-    changed = config(wordpiece_file, heads={"kind": {"type": "classification", "dropout": 0.1}}, unimodal_heads=False)
+    changed = config(wordpiece_file, heads={"kind": {"type": "linear", "dropout": 0.1}}, unimodal_heads=False)
     model = build_model(changed, ENCODERS, NUM_CLASSES, "student")
     assert set(model.eval()(make_batch()).logits) == {"kind"}
     alone = ModelConfig.model_validate(
@@ -238,8 +238,8 @@ def test_one_modality_and_chosen_heads(wordpiece_file):
         ({"encoders": {"image": {"type": "convnet", "widths": [4]}}}, "convnet needs the parameter 'blocks'"),
         ({"fusion": {"type": "concatt", "dim": 3}}, "student.fusion: unknown type 'concatt'; did you mean 'concat'"),
         ({"fusion": {"type": "concat"}}, "student.fusion: concat needs the parameter 'dim'"),
-        ({"heads": {"kid": {"type": "classification"}}}, "the data has no task 'kid'; did you mean 'kind'"),
-        ({"heads": {"kind": {"type": "classification", "drop": 1}}}, "no parameter 'drop'; did you mean 'dropout'"),
+        ({"heads": {"kid": {"type": "linear"}}}, "the data has no task 'kid'; did you mean 'kind'"),
+        ({"heads": {"kind": {"type": "linear", "drop": 1}}}, "no parameter 'drop'; did you mean 'dropout'"),
     ],
 )
 def test_a_part_that_is_wrong_is_refused_before_building(wordpiece_file, changes, message):

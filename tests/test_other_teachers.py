@@ -135,7 +135,7 @@ def to_do(*overrides):
 
 def asked(work):
     """All teachers, and a batch of each for one view of every training row, in order of id."""
-    teachers = Teachers(work.recipe, work.encoders, work.labels(), work.teacher())
+    teachers = Teachers(work.recipe, work.encoders, work.tasks(), work.teacher())
     loader = work.towers(work.train_loader(teachers.specs, work.recipe.student.train), teachers.own)
     rows = loader.row_positions
     return teachers, loader.batch(rows, torch.full((len(rows),), 1))
@@ -200,10 +200,10 @@ def test_each_teacher_reads_inputs_of_its_own(project):
 def test_logits_have_this_runs_order_of_classes_and_images_the_size_of_the_other_run(project):
     work = workspace()
     teachers, batches = asked(work)
-    ours, theirs = work.labels()["colour"], read_json(Path("runs/eye/data/labels.json"))["colour"]
+    ours, theirs = work.tasks()["colour"], read_json(Path("runs/eye/data/labels.json"))["colour"]
     assert ours == ["10", "2", "33"] and theirs == ["2", "10", "33"]
     fitted = find_fitted("eye", work.recipe)
-    assert fitted.columns(work.labels()) == {"colour": [1, 0, 2]}
+    assert fitted.columns(work.tasks()) == {"colour": [1, 0, 2]}
     batch = batches[f"{TEACHER}@eye"]
     assert batch.inputs["image"].shape[-1] == 32
     resized = batch._replace(inputs={"image": resize_images(batch.inputs["image"], 40)})

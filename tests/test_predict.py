@@ -15,6 +15,7 @@ from PIL import Image
 from distill.contracts import UserError
 from distill.export.bundle import write_bundle
 from distill.predict import load, open_session, predict_rows, softmax
+from distill.targets import tasks_from_json
 
 NAMES = ["apple", "bird", "chair"]
 
@@ -26,7 +27,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "bundle",
         model_path=write_tiny_graph(folder / "graph.onnx"),
         preprocessor=tiny_preprocessor(folder, image_size=8),
-        labels={"category": NAMES},
+        tasks=tasks_from_json({"category": NAMES}),
         name="tiny",
         source={},
         info={},

@@ -199,7 +199,8 @@ def test_the_packaged_data_config_fits_its_sample(tmp_path):
     raw = OmegaConf.to_container(OmegaConf.load(packaged_configs() / "data" / "emoji.yaml"))
     emoji = DataConfig.model_validate(raw)
     columns = open_source(emoji.source, tmp_path).columns
-    named = [*emoji.modalities.values(), *emoji.targets.values(), emoji.split, emoji.group, emoji.id]
+    columns_of_targets = [target.column for target in emoji.targets.values()]
+    named = [*emoji.modalities.values(), *columns_of_targets, emoji.split, emoji.group, emoji.id]
     assert set(named) <= set(columns)
 
 
@@ -352,10 +353,10 @@ def test_the_hash_of_a_split_is_that_of_its_rows_alone(prepared):
     assert {data.fingerprint("test") for data in changed(train)} == {own}
     others = [data.fingerprint("test") for data in changed(test)]
     assert own not in others and len(set(others)) == len(others)
-    labels = prepared.labels | {"tone": prepared.labels["tone"][::-1]}
+    tasks = prepared.tasks | {"tone": replace(prepared.tasks["tone"], names=prepared.tasks["tone"].names[::-1])}
     swapped = prepared.targets | {"tone": 1 - prepared.targets["tone"]}
-    assert replace(prepared, labels=labels, targets=swapped).fingerprint("test") == own  # classes count by name
-    assert replace(prepared, labels=labels).fingerprint("test") != own
+    assert replace(prepared, tasks=tasks, targets=swapped).fingerprint("test") == own  # classes count by name
+    assert replace(prepared, tasks=tasks).fingerprint("test") != own
 
 
 def many_rows(count: int = 400) -> list[dict]:

@@ -22,7 +22,7 @@ from distill.fusion import ConcatFusion, CrossAttentionFusion
 from distill.multimodal import MultimodalModel
 from distill.prune import PrunePlan, apply, check_pruning, choose, plan, prune
 from distill.recipe import load_recipe
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 from students.text import StaticEmbeddings
 from students.vision import ConvNet
 
@@ -127,7 +127,7 @@ MODELS = {
 def real(fusion: nn.Module, *, unnormalised: bool = False) -> MultimodalModel:
     image = ConvNet(widths=[16, 32, 64], blocks=[0, 1, 2])
     text = StaticEmbeddings(tokenizer_file="absent.json", vocab_size=50, dim=24)
-    heads = {name: ClassificationHead(32, 5) for name in ("fused", "image", "text")}
+    heads = {name: LinearHead(32, 5) for name in ("fused", "image", "text")}
     unimodal = {"category": {name: heads[name] for name in ("image", "text")}}
     encoders = {"image": image, "text": text}
     model = MultimodalModel(encoders, fusion, {"category": heads["fused"]}, unimodal, dim=32, embedding_dim=8)

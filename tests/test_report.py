@@ -33,6 +33,7 @@ from distill.report.compare import t_interval, t_quantile
 from distill.report.context import shipped
 from distill.report.figures import learning_curves
 from distill.report.svg import Scale, node, slots, spread
+from distill.targets import tasks_from_json
 
 NUM_ROWS, NUM_GROUPS = 300, 60
 HOSTILE = "<script>alert(1)</script> | \"quoted\" & 'more' ![x](http://example.org/x.png)"
@@ -94,7 +95,13 @@ def context(seed: int = 0, names: tuple[str, ...] = tuple(SKILL), **changes: Any
         "examples": lambda row: {"image_png": PNG, "text": HOSTILE},
         "resamples": 200,
     }
-    rows = {"tasks": tasks, "targets": targets, "groups": groups, "ids": np.arange(NUM_ROWS) + 7, "models": models}
+    rows = {
+        "tasks": tasks_from_json(tasks),
+        "targets": targets,
+        "groups": groups,
+        "ids": np.arange(NUM_ROWS) + 7,
+        "models": models,
+    }
     return ReportContext(**rows | filled | changes)
 
 
@@ -212,7 +219,7 @@ def test_regressions_are_lost_rows_of_different_groups(full):
         target = source.targets[task][row]
         assert source.model("teacher").logits[task][row].argmax() == target
         assert source.model("onnx-int8").logits[task][row].argmax() != target
-        assert example["target"] == source.tasks[task][target] == example["teacher"]["class"]
+        assert example["target"] == source.tasks[task].names[target] == example["teacher"]["class"]
         groups.append(source.groups[row])
     assert len(set(groups)) == len(groups)
 
@@ -228,7 +235,9 @@ def test_class_details_add_up(full):
     assert full["confusions"]["subcategory"]["matrix"] is None
     pair = full["confusions"]["category"]["pairs"][0]
     assert pair["count"] == (matrix - np.diag(np.diag(matrix))).max()
-    assert source.tasks["category"].index(pair["target"]) != source.tasks["category"].index(pair["predicted"])
+    assert source.tasks["category"].names.index(pair["target"]) != source.tasks["category"].names.index(
+        pair["predicted"]
+    )
 
 
 def test_headline_says_what_the_numbers_say(full):
@@ -312,7 +321,10 @@ def test_task_without_labels_and_model_without_task():
 
 def test_perfect_models_do_not_break_the_figures():
     source = context()
-    sure = {t: np.eye(len(c), dtype=np.float32)[np.maximum(source.targets[t], 0)] * 50 for t, c in source.tasks.items()}
+    sure = {
+        t: np.eye(len(c.names), dtype=np.float32)[np.maximum(source.targets[t], 0)] * 50
+        for t, c in source.tasks.items()
+    }
     report = build_report(replace(source, models=[replace(m, logits=sure) for m in source.models]))
     render_all(report)
     assert report["regressions"] == []

@@ -11,10 +11,10 @@ from tiny_project import make_project
 from distill import pipeline
 from distill.contracts import UserError
 from distill.recipe import load_recipe
-from distill.tasks import HEADS, ClassificationHead, ReusedHead, keep_classifiers, reuse_classifiers
+from distill.tasks import HEADS, LinearHead, ReusedHead, keep_classifiers, reuse_classifiers
 
 WIDTH = 16
-HEAD = "{colour: {type: reused, width: 16}, shape: {type: classification}}"
+HEAD = "{colour: {type: reused, width: 16}, shape: {type: linear}}"
 SIMKD = [
     {"loss": "simkd", "taps": {"student": "heads.colour.projector", "teacher": "fusion"}},
     {"loss": "simkd", "taps": {"student": "unimodal_heads.colour.image.projector", "teacher": "necks.image"}},
@@ -41,7 +41,7 @@ def recipe(*overrides, heads=HEAD, terms=(*SIMKD, *LABELS)):
 
 def test_a_perfect_projector_gives_the_teachers_logits():
     torch.manual_seed(0)
-    head, classifier = ReusedHead(6, 3, width=WIDTH), ClassificationHead(WIDTH, 3)
+    head, classifier = ReusedHead(6, 3, width=WIDTH), LinearHead(WIDTH, 3)
     reuse_classifiers(torch.nn.ModuleDict({"colour": head}), torch.nn.ModuleDict({"colour": classifier}))
     pooled = torch.randn(5, 6)
     features = head.projector(pooled)
@@ -92,7 +92,7 @@ def test_student_and_pruned_student_of_a_recipe_answer_through_the_teachers_clas
     [
         ([], HEAD.replace("16", "12"), r"student\.heads\.colour\.width is 12, and the teacher's .* reads 16 numbers"),
         (["teacher.members=2"], HEAD, r"student\.heads\.colour: reused takes over one classifier, .* 2 members"),
-        (["teacher.heads={shape: {type: classification}}"], HEAD, r"takes over the teacher's .*, and it has none; cho"),
+        (["teacher.heads={shape: {type: linear}}"], HEAD, r"takes over the teacher's .*, and it has none; cho"),
         (["teacher.unimodal_heads=false"], HEAD, r"has none of 'image'; set student\.unimodal_heads to false"),
         ([f"teacher.heads={HEAD}"], HEAD, r"teacher\.heads\.colour: reused takes over the teacher's classifier; use"),
         ([], "{colour: {type: reused}}", r"student\.heads\.colour: reused needs the parameter 'width'; add it"),

@@ -29,7 +29,7 @@ from distill.predict import open_session
 from distill.prune import PrunePlan, apply, check_pruning, plan, prune
 from distill.recipe import load_recipe
 from distill.taps import list_taps
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 from students import ENCODERS, RecurrentText, TextCNN
 
 VOCAB = 40
@@ -65,7 +65,7 @@ def as_batch(inputs: dict[str, Tensor]) -> Batch:
 def around(encoder: Encoder, *, normalised: bool = True) -> MultimodalModel:
     """A model that reads texts alone."""
     torch.manual_seed(1)
-    head = ClassificationHead(16, 5)
+    head = LinearHead(16, 5)
     fusion = ConcatFusion(["text"], 16)
     model = MultimodalModel({"text": encoder}, fusion, {"kind": head}, {}, dim=16, embedding_dim=8)
     if not normalised:  # LayerNorm sees the zeros of a silenced channel

@@ -20,7 +20,7 @@ from distill.fusion import FUSIONS
 from distill.losses.objective import Objective
 from distill.losses.terms import tap_paths
 from distill.multimodal import MultimodalModel, Tapped, evaluating
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 from students import ConvNet, StaticEmbeddings
 
 SIZE = 16
@@ -155,8 +155,8 @@ def make_model(
 
 def around(encoders, *, fusion: str = "concat", dim: int = 12, **options: float) -> MultimodalModel:
     """Fusion and heads around given encoders."""
-    heads = {task: ClassificationHead(dim, count) for task, count in NUM_CLASSES.items()}
-    alone = {task: {name: ClassificationHead(dim, count) for name in encoders} for task, count in NUM_CLASSES.items()}
+    heads = {task: LinearHead(dim, count) for task, count in NUM_CLASSES.items()}
+    alone = {task: {name: LinearHead(dim, count) for name in encoders} for task, count in NUM_CLASSES.items()}
     block = FUSIONS[fusion](list(encoders), dim)
     return MultimodalModel(encoders, block, heads, alone, dim=dim, embedding_dim=6, **options)
 

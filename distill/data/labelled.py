@@ -7,9 +7,11 @@ from numpy.typing import NDArray
 
 from distill.contracts import SPLITS, TRAIN, UserError
 from distill.data.hashing import mix
-from distill.data.rows import MISSING, Rows
+from distill.data.rows import Rows
 from distill.data.scratch import chunks, positions_where, scratch, take
+from distill.data.targets import MISSING, Labels
 from distill.data_config import LabelledConfig
+from distill.targets import CLASSIFICATION
 
 
 def labelled_rows(rows: Rows) -> NDArray[np.bool_]:
@@ -19,7 +21,7 @@ def labelled_rows(rows: Rows) -> NDArray[np.bool_]:
     """
     found = scratch(rows.folder, len(rows.ids), np.bool_)
     for part in chunks(len(rows.ids)):
-        known = [labels.codes[part] != MISSING for labels in rows.labels.values()]
+        known = [targets.known(part) for targets in rows.targets.values()]
         found[part] = (
             (np.any(known, axis=0) if known else True)
             & (rows.split[part] == SPLITS.index(TRAIN))
@@ -45,7 +47,7 @@ def keep_labels(rows: Rows, wanted: LabelledConfig | None, seed: int) -> NDArray
     kept = labelled_rows(rows)
     if wanted is None:
         return kept
-    if not rows.labels:
+    if not rows.targets:
         raise UserError("data.labelled hides labels, and data.targets names none; leave it out")
     ranks: NDArray[np.uint64] = scratch(rows.folder, len(kept), np.uint64)
     start = mix(np.array([seed], np.uint64))
@@ -76,10 +78,12 @@ def _keep_first(rows: Rows, kept: NDArray[np.bool_], ranks: NDArray[np.uint64], 
 
 
 def _check_classes(rows: Rows, kept: NDArray[np.bool_]) -> None:
-    for task, labels in rows.labels.items():
-        seen = np.zeros(len(labels.values), bool)
+    for task, targets in rows.targets.items():
+        if not isinstance(targets, Labels) or targets.config.kind != CLASSIFICATION:
+            continue
+        seen = np.zeros(len(targets.values), bool)
         for part in chunks(len(kept)):
-            codes = labels.codes[part][kept[part]]
+            codes = targets.codes[part][kept[part]]
             seen[codes[codes != MISSING]] = True
         if seen.sum() < 2:
             raise UserError(

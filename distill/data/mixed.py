@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.contracts import IGNORE, TRAIN, Batch, Outputs
+from distill.contracts import TRAIN, Batch, Outputs
 from distill.data.batches import Batches
 from distill.data.prepared import PreparedData
+from distill.targets import missing_like
 
 LABELLED, TRANSFER = ".labelled", ".transfer"  # behind a model's name: its batch of those rows alone
 
@@ -28,8 +29,8 @@ def as_data(texts: list[str], data: PreparedData) -> PreparedData:
         codes={},
         arrays={},
         present={modality: np.full(count, modality == "text") for modality in data.present},
-        targets={task: np.full(count, IGNORE) for task in data.targets},
-        labels=data.labels,
+        targets={task: missing_like(values, count) for task, values in data.targets.items()},
+        tasks=data.tasks,
     )
 
 

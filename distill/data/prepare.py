@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill import runs
-from distill.contracts import IGNORE, SPLITS, TRAIN, UserError
+from distill.contracts import SPLITS, TRAIN, UserError
 from distill.data.columns import Source
 from distill.data.labelled import keep_labels
 from distill.data.media import Medium, array_file, write_media
@@ -28,10 +28,10 @@ from distill.data.prepared import (
     TARGET,
     TEXT_FILE,
     PreparedData,
-    any_label,
+    any_target,
     record_type,
 )
-from distill.data.rows import Keys, Rows, number_classes, read_rows, texts_of
+from distill.data.rows import Keys, Rows, read_rows, settle_tasks, texts_of
 from distill.data.scratch import chunks, dense_codes, first_rows, positions_where, scratch, take
 from distill.data.sources import open_source
 from distill.data.texts import TextWriter
@@ -40,6 +40,7 @@ from distill.data_config import DataConfig
 from distill.formats import MEDIA, TABULAR, Format, formats_of, to_json
 from distill.formats.series import SeriesFormat
 from distill.preprocess import TOKENIZER_FILE
+from distill.targets import REGRESSION, Task, known, missing_like, tasks_to_json
 
 REPORT_FILE = "data_report.json"
 NUM_EXAMPLES = 10
@@ -99,7 +100,7 @@ def prepare(
     source = open_source(config.source, base, folder)
     disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     rows = read_rows(config, source, disk)
-    number_classes(rows)  # complaints should not wait until all media are decoded
+    settle_tasks(rows)  # complaints should not wait until all media are decoded
     keep_labels(rows, config.labelled, seed)
     folder.mkdir(parents=True, exist_ok=True)
     formats = formats_of(config)
@@ -112,15 +113,15 @@ def prepare(
     report: dict[str, Any] = {"source": Path(source.name).name, "bad_rows": _describe_bad(config, source, rows)}
     runs.write_json(folder / REPORT_FILE, report)
     _check_bad(config, source, report["bad_rows"], folder / REPORT_FILE)
-    classes, labels = number_classes(rows)
+    tasks = settle_tasks(rows)
     kept = positions_where(rows.bad.flags, disk, flag=False)
     groups = None if rows.groups is None else take(rows.groups, kept, disk)
     numbers = _write_texts(folder / TEXT_FILE, config, source, kept, take(rows.texts, kept, disk), disk)
     labelled = keep_labels(rows, config.labelled, seed)
     keys = {name: take(found, kept, disk) for name, found in digests.items()}
-    hidden = _write_rows(folder / ROWS_FILE, rows, kept, numbers, groups, keys, classes, labelled)
+    hidden = _write_rows(folder / ROWS_FILE, rows, kept, numbers, groups, keys, tasks, labelled)
     runs.write_json(folder / FORMATS_FILE, to_json(_fitted(formats, rows, kept, folder)))
-    runs.write_json(folder / LABELS_FILE, labels)
+    runs.write_json(folder / LABELS_FILE, tasks_to_json(tasks))
     data = PreparedData.open(folder)
     if words is not None:
         learn_vocabulary((data.texts[row] for row in data.rows(TRAIN)), words, folder / TOKENIZER_FILE)
@@ -216,14 +217,14 @@ def _write_rows(
     texts: NDArray[np.int64],
     groups: Keys | None,
     media: dict[str, Keys],
-    classes: dict[str, NDArray[np.int64]],
+    tasks: dict[str, Task],
     labelled: NDArray[np.bool_],
 ) -> int:
     """Write a record for each of the kept rows; return how many training rows have labels that are not written.
 
     ``groups`` and ``media`` are hashes; rows without are all different.
     """
-    kind = record_type(rows.present, rows.labels, media)
+    kind = record_type(rows.present, tasks, media)
     keys = {"group": groups, **{f"{CODE}{name}": found for name, found in media.items()}}
     codes = {name: None if found is None else dense_codes(found, rows.folder)[0] for name, found in keys.items()}
     hidden = 0
@@ -239,12 +240,13 @@ def _write_rows(
                 records[name] = np.arange(part.start, part.stop) if own is None else own[part]
             for modality, values in rows.present.items():
                 records[PRESENT + modality] = values[at]
-            for task, labels in rows.labels.items():
-                records[TARGET + task] = classes[task][labels.codes[at]]  # MISSING is -1: the last entry
+            for task, targets in rows.targets.items():
+                records[TARGET + task] = targets.of(at)
             hide = (rows.split[at] == SPLITS.index(TRAIN)) & ~labelled[at]
-            hidden += int((hide & any_label((records[TARGET + task] for task in rows.labels), len(at))).sum())
-            for task in rows.labels:
-                records[TARGET + task][hide] = IGNORE
+            hidden += int((hide & any_target((records[TARGET + task] for task in tasks), len(at))).sum())
+            for task in tasks:
+                values = records[TARGET + task]
+                values[hide] = missing_like(values, int(hide.sum()))
             file.write(records.tobytes())
     return hidden
 
@@ -252,25 +254,30 @@ def _write_rows(
 def _describe(data: PreparedData) -> dict[str, Any]:
     rows, labelled = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     present = {modality: dict.fromkeys(SPLITS, 0) for modality in data.present}
-    counts = {(task, split): np.zeros(len(names), np.int64) for task, names in data.labels.items() for split in SPLITS}
     missing = dict.fromkeys(data.targets, 0)
     for part in chunks(len(data)):
         for split in SPLITS:
             here = data.split[part] == split
             count = int(here.sum())
             rows[split] += count
-            labelled[split] += int(any_label((values[part][here] for values in data.targets.values()), count).sum())
+            labelled[split] += int(any_target((values[part][here] for values in data.targets.values()), count).sum())
             for modality, there in data.present.items():
                 present[modality][split] += int(there[part][here].sum())
             for task, values in data.targets.items():
-                given = values[part][here]
-                missing[task] += int((given == IGNORE).sum())
-                counts[task, split] += np.bincount(given[given != IGNORE], minlength=len(data.labels[task]))
-    classes = {
-        task: {split: dict(zip(names, counts[task, split].tolist(), strict=True)) for split in SPLITS}
-        for task, names in data.labels.items()
+                missing[task] += count - int(known(values[part][here]).sum())
+    counts = {split: data.class_counts(split) for split in SPLITS}
+
+    def named(task: str, found: NDArray[np.int64]) -> dict[str, int]:
+        return dict(zip(data.labels[task], np.atleast_2d(found)[-1].tolist(), strict=True))
+
+    classes = {task: {split: named(task, counts[split][task]) for split in SPLITS} for task in counts[TRAIN]}
+    numbers = {
+        name: {column: {"mean": task.mean[place], "std": task.std[place]} for place, column in enumerate(task.names)}
+        for name, task in data.tasks.items()
+        if task.kind == REGRESSION
     }
-    return {"rows": rows, "labelled": labelled, "present": present, "missing_targets": missing, "classes": classes}
+    found = {"rows": rows, "labelled": labelled, "present": present, "missing_targets": missing, "classes": classes}
+    return found | ({"numbers": numbers} if numbers else {})
 
 
 def _across_splits(data: PreparedData, keys: Keys | None) -> dict[str, Any]:

@@ -25,21 +25,22 @@ from distill.data.sources import open_source
 from distill.data.texts import Texts, TextWriter
 from distill.data_config import DataConfig
 from distill.formats import MEDIA, BadInput, Format, from_json, to_json
+from distill.targets import CLASSIFICATION, MULTILABEL, Task, known, tasks_from_json, tasks_to_json
 
 ROWS_FILE, TEXT_FILE, LABELS_FILE, FORMATS_FILE = "rows.npy", "text.arrow", "labels.json", "formats.json"
 PRESENT, TARGET, CODE = "present.", "target.", "code."
 COUNTED, HASHED = 1 << 20, 1 << 8  # rows at a time
 
 
-def any_label(targets: Iterable[NDArray[np.int64]], num_rows: int) -> NDArray[np.bool_]:
-    """Return which rows have a label of any task, bool [N]; where there is no task, no label is missing.
+def any_target(targets: Iterable[NDArray[Any]], num_rows: int) -> NDArray[np.bool_]:
+    """Return which rows have a target of any task, bool [N]; where there is no task, none is missing.
 
     Args:
-        targets: of each task, int64 [N], IGNORE where missing.
+        targets: of each task, [N, ...].
         num_rows: N.
     """
-    known = [labels != IGNORE for labels in targets]
-    return np.any(known, axis=0) if known else np.ones(num_rows, bool)
+    found = [known(values) for values in targets]
+    return np.any(found, axis=0) if found else np.ones(num_rows, bool)
 
 
 class SourceMedia:
@@ -95,8 +96,8 @@ class PreparedData:
         codes: modality -> int64 [N], dense codes; rows of one code have the same file of it, byte by byte.
         arrays: input of models -> [N, ...], memory-mapped or decoded when read; zeros where absent.
         present: modality -> bool [N].
-        targets: task -> int64 [N], IGNORE where missing.
-        labels: task -> class names, in order of label.
+        targets: task -> [N, ...], as its :class:`~distill.targets.Task` says.
+        tasks: what each task is.
         formats: modality -> how its values became arrays; of all but text.
     """
 
@@ -108,8 +109,8 @@ class PreparedData:
     codes: dict[str, NDArray[np.int64]]
     arrays: dict[str, NDArray[Any] | SourceMedia]
     present: dict[str, NDArray[np.bool_]]
-    targets: dict[str, NDArray[np.int64]]
-    labels: dict[str, list[str]]
+    targets: dict[str, NDArray[Any]]
+    tasks: dict[str, Task]
     formats: dict[str, Format] = field(default_factory=dict)
 
     @classmethod
@@ -137,13 +138,18 @@ class PreparedData:
             arrays=_open_arrays(folder, formats, np.asarray(records["source_row"]), config, base),
             present=_with_prefix(records, PRESENT),
             targets=_with_prefix(records, TARGET),
-            labels=runs.read_json(folder / LABELS_FILE),
+            tasks=tasks_from_json(runs.read_json(folder / LABELS_FILE)),
             formats=formats,
         )
 
     def __len__(self) -> int:
         """Return the number of rows of all splits."""
         return len(self.ids)
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """Task -> names of its outputs, in their order."""
+        return {name: list(task.names) for name, task in self.tasks.items()}
 
     def rows(self, split: str, *, labelled: bool = False) -> NDArray[np.int64]:
         """Return the positions of a split's rows, in order of id: of all, or of those with a label of any task."""
@@ -153,7 +159,7 @@ class PreparedData:
         known: NDArray[np.bool_] = scratch(self.folder, len(positions), np.bool_)
         for part in chunks(len(positions)):
             here = positions[part]
-            known[part] = any_label((values[here] for values in self.targets.values()), len(here))
+            known[part] = any_target((values[here] for values in self.targets.values()), len(here))
         return take(positions, positions_where(known, self.folder), self.folder)
 
     def fingerprint(self, split: str) -> str:
@@ -161,26 +167,41 @@ class PreparedData:
         rows, found = self.rows(split), ""
         for start in range(0, len(rows), HASHED):
             here = rows[start : start + HASHED]
-            classes = {
-                task: [None if label == IGNORE else self.labels[task][label] for label in labels[here].tolist()]
-                for task, labels in self.targets.items()
-            }
+            answers = {task: _answers(self.tasks[task], values[here]) for task, values in self.targets.items()}
             present = {name: flags[here].tolist() for name, flags in self.present.items()}
             arrays = [hashlib.sha256(array[here].tobytes()).hexdigest() for array in self.arrays.values()]
             texts = [self.texts[row] for row in here.tolist()]
-            found = runs.fingerprint(found, self.ids[here].tolist(), classes, present, texts, *(arrays or [""]))
+            found = runs.fingerprint(found, self.ids[here].tolist(), answers, present, texts, *(arrays or [""]))
         return found
 
     def class_counts(self, split: str) -> dict[str, NDArray[np.int64]]:
-        """Return task -> int64 [C], how many of a split's rows each class has."""
-        counts = {task: np.zeros(len(names), np.int64) for task, names in self.labels.items()}
+        """Return how many of a split's rows each class has: task -> int64 [C], or [2, K] without and with each label.
+
+        Numbers have no classes.
+        """
+        shapes = {CLASSIFICATION: (), MULTILABEL: (2,)}
+        counts = {
+            name: np.zeros((*shapes[task.kind], len(task.names)), np.int64)
+            for name, task in self.tasks.items()
+            if task.kind in shapes
+        }
         for start in range(0, len(self), COUNTED):  # the columns may be larger than the memory
             here = slice(start, start + COUNTED)
             rows = self.split[here] == split
-            for task, total in counts.items():
-                labels = self.targets[task][here][rows]
-                total += np.bincount(labels[labels != IGNORE], minlength=len(total))
+            for name, total in counts.items():
+                values = self.targets[name][here][rows]
+                if total.ndim == 1:
+                    total += np.bincount(values[values != IGNORE], minlength=len(total))
+                else:
+                    total += np.stack([(values == 0).sum(0), (values == 1).sum(0)])
         return counts
+
+
+def _answers(task: Task, values: NDArray[Any]) -> Any:
+    """Targets as JSON values by which rows are told apart: names of classes, whatever their numbers."""
+    if task.kind == CLASSIFICATION:
+        return [None if label == IGNORE else task.names[label] for label in values.tolist()]
+    return [task.names, hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()]
 
 
 def _open_arrays(
@@ -204,12 +225,12 @@ def _with_prefix(records: NDArray[Any], prefix: str) -> dict[str, NDArray[Any]]:
     return {name.removeprefix(prefix): np.asarray(records[name]) for name in names}
 
 
-def record_type(modalities: Iterable[str], tasks: Iterable[str], media: Iterable[str]) -> np.dtype[np.void]:
+def record_type(modalities: Iterable[str], tasks: Mapping[str, Task], media: Iterable[str]) -> np.dtype[np.void]:
     """Return the type of a row's record: id, text, group, source_row, codes of media, split, presences and targets."""
-    fields: list[tuple[str, str]] = [(name, "<i8") for name in ("id", "text", "group", "source_row")]
+    fields: list[tuple[Any, ...]] = [(name, "<i8") for name in ("id", "text", "group", "source_row")]
     fields += [
         *((CODE + name, "<i8") for name in media),
-        *((TARGET + task, "<i8") for task in tasks),
+        *((TARGET + name, *task.target_type) for name, task in tasks.items()),
         ("split", "<U5"),
         *((PRESENT + m, "|b1") for m in modalities),
     ]
@@ -223,20 +244,23 @@ def write_prepared(
     split: Sequence[str],
     texts: Sequence[str],
     present: Mapping[str, NDArray[np.bool_]],
-    targets: Mapping[str, NDArray[np.int64]],
-    labels: Mapping[str, Sequence[str]],
+    targets: Mapping[str, NDArray[Any]],
+    labels: Mapping[str, Sequence[str] | Task],
     arrays: Mapping[str, NDArray[Any]] | None = None,
     formats: Mapping[str, Format] | None = None,
     groups: NDArray[np.int64] | None = None,
 ) -> Path:
     """Write rows that are in memory as prepared data: for benchmarks and tests; return the folder, which is made.
 
-    Files count as different ones.
+    Files count as different ones. ``labels`` are names of classes, or a task of another kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoded = Texts.of(texts)
     media = [name for name in formats or {} if name in MEDIA]
-    records = np.zeros(len(ids), record_type(present, targets, media))
+    tasks = {
+        name: given if isinstance(given, Task) else Task(CLASSIFICATION, tuple(given)) for name, given in labels.items()
+    }
+    records = np.zeros(len(ids), record_type(present, {name: tasks[name] for name in targets}, media))
     records["id"], records["split"], records["source_row"] = ids, split, np.arange(len(ids))
     records["text"], records["group"] = encoded.numbers, np.arange(len(ids)) if groups is None else groups
     codes = {name: np.arange(len(ids)) for name in media}
@@ -250,5 +274,5 @@ def write_prepared(
     for name, values in (arrays or {}).items():
         np.save(array_file(folder, name), values, allow_pickle=False)
     runs.write_json(folder / FORMATS_FILE, to_json(formats or {}))
-    runs.write_json(folder / LABELS_FILE, {task: list(names) for task, names in labels.items()})
+    runs.write_json(folder / LABELS_FILE, tasks_to_json(tasks))
     return folder

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from bisect import insort
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from distill.config import nearest
-from distill.contracts import IGNORE, SPLITS, TEST, TRAIN, VALID, UserError
+from distill.contracts import SPLITS, TEST, TRAIN, VALID, UserError
 from distill.data.cells import Cells, encoded, is_text, read_cells
 from distill.data.columns import Source
 from distill.data.hashing import mix
 from distill.data.scratch import chunks, positions_where, repeated, scratch, take
 from distill.data.tabular import Table
+from distill.data.targets import MISSING, Labels, Targets, targets_for
 from distill.data_config import DataConfig
 from distill.formats import MEDIA, MODALITIES, TABULAR, TEXT, formats_of
 from distill.formats.tabular import TabularFormat
 from distill.preprocess import has_text
+from distill.targets import Task
 
 SPLIT_ALIASES = {"val": "valid", "validation": "valid"}
 NO_TARGET, EMPTY = "no target", "every modality is missing"
 NUM_LISTED = 1000  # bad rows whose reasons are kept; all are counted
-MISSING = -1  # code of a missing label
 IN_ROW = ""  # in place of a column of media: the row itself is at fault
 
 Keys = NDArray[np.uint64]
@@ -59,19 +59,6 @@ class BadRows:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """One task's labels as the source has them.
-
-    Attributes:
-        codes: int32 [N], numbers of the values in order of first appearance; MISSING where there is none.
-        values: the distinct values -> their numbers.
-    """
-
-    codes: NDArray[np.int32]
-    values: dict[Any, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Rows:
     """The columns of a source as a recipe reads them, media aside; all of one length N, large ones on disk.
 
@@ -83,7 +70,7 @@ class Rows:
         groups: [N, 2], hashes of the group column's values; None where each row is its own group.
         texts: [N, 2], hashes of the texts.
         present: modality -> bool [N].
-        labels: task -> labels.
+        targets: task -> what the source says of it.
         table: the records; None without any.
         bad: rows to leave out.
     """
@@ -95,7 +82,7 @@ class Rows:
     groups: Keys | None
     texts: Keys
     present: dict[str, NDArray[np.bool_]]
-    labels: dict[str, Labels]
+    targets: dict[str, Targets]
     table: Table | None
     bad: BadRows
 
@@ -127,7 +114,8 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
         )
     optional += [] if config.random_split else [config.split]
     columns = [column for modality in config.modalities for column in config.columns(modality)]
-    named = [*columns, *config.targets.values(), *filter(None, optional)]
+    answers = [column for target in config.targets.values() for column in target.columns]
+    named = [*columns, *answers, *filter(None, optional)]
     for column in named:
         if column not in source.columns:
             hint = "; data.random_split deals the rows where there is none" if column == config.split else ""
@@ -141,7 +129,7 @@ def read_rows(config: DataConfig, source: Source, folder: Path) -> Rows:
         groups=scratch(folder, (total, 2), np.uint64) if config.group else None,
         texts=scratch(folder, (total, 2), np.uint64),
         present={name: scratch(folder, total, np.bool_) for name in config.modalities},
-        labels={task: Labels(scratch(folder, total, np.int32)) for task in config.targets},
+        targets={task: targets_for(task, target, total, folder) for task, target in config.targets.items()},
         table=Table.empty(_tabular(config), total, folder) if TABULAR in config.modalities else None,
         bad=BadRows(total, folder),
     )
@@ -182,11 +170,13 @@ def _deal(shares: Mapping[str, float], rows: Rows) -> None:
 
 def _keep_classes(rows: Rows) -> None:
     """Give train the groups of classes that came to other splits alone: nobody could learn them."""
-    for task, labels in rows.labels.items():
-        counts = count_labels(rows, task)
-        unseen = np.append(counts.any(0) & (counts[SPLITS.index(TRAIN)] == 0), False)
+    for targets in rows.targets.values():
+        if not isinstance(targets, Labels):
+            continue
+        counts = targets.counts(usable(rows))
+        unseen = counts.any(0) & (counts[SPLITS.index(TRAIN)] == 0)
         parts = list(chunks(len(rows.ids))) if unseen.any() else []
-        groups = {group for part in parts for group in _groups(rows, part)[unseen[labels.codes[part]]].tolist()}
+        groups = {group for part in parts for group in _groups(rows, part)[targets.has_any(part, unseen)].tolist()}
         for part in parts:
             back = np.isin(_groups(rows, part), np.fromiter(groups, np.uint64))
             rows.split[part] = np.where(back, SPLITS.index(TRAIN), rows.split[part])
@@ -194,7 +184,7 @@ def _keep_classes(rows: Rows) -> None:
 
 def _labelled(rows: Rows, part: slice) -> NDArray[np.bool_]:
     """Which rows have a target of some task; all, where there are no tasks."""
-    known = [labels.codes[part] != MISSING for labels in rows.labels.values()]
+    known = [targets.known(part) for targets in rows.targets.values()]
     return np.any(known, axis=0) if known else np.ones(part.stop - part.start, bool)
 
 
@@ -212,11 +202,10 @@ def _read_piece(config: DataConfig, rows: Rows, cells: Cells) -> None:
     rows.split[here] = SPLITS.index(TRAIN) if config.random_split else _split_codes(cells, config.split)
     if config.group and rows.groups is not None:
         rows.groups[here] = _group_keys(cells, config.group)
-    targets = [_label_codes(cells, column, rows.labels[task]) for task, column in config.targets.items()]
-    for task, codes in zip(config.targets, targets, strict=True):
-        rows.labels[task].codes[here] = codes
     usable = np.full(here.stop - here.start, any(modality in MEDIA for modality in config.modalities))
     unusable = dict(cells.bad)
+    for targets in rows.targets.values():
+        unusable = targets.read(cells) | unusable
     if TEXT in config.modalities:
         texts = _texts(cells, *config.columns(TEXT))
         rows.texts[here] = hashes(texts)
@@ -227,7 +216,7 @@ def _read_piece(config: DataConfig, rows: Rows, cells: Cells) -> None:
         usable |= rows.present[TABULAR][here]
         unusable = wrong | unusable
     labelled = rows.split[here] == SPLITS.index(TRAIN)
-    labelled |= np.any([codes != MISSING for codes in targets], axis=0) if targets else True
+    labelled |= _labelled(rows, here)
     for row in np.flatnonzero(~(usable & labelled) | _marked(unusable, len(labelled))).tolist():
         reason = unusable.get(row) or (EMPTY if labelled[row] else NO_TARGET)
         rows.bad.add(here.start + row, reason, None if row in cells.bad else IN_ROW)
@@ -303,18 +292,6 @@ def _group_keys(cells: Cells, column: str) -> Keys:
     return keys
 
 
-def _label_codes(cells: Cells, column: str, labels: Labels) -> NDArray[np.int32]:
-    array = cells.plain(column)
-    nested = pa.types.is_nested(array.type)
-    values, numbers = ([array.type], np.zeros(0, np.int64)) if nested else encoded(array)
-    kinds = {type(value) for value in [*values, *list(labels.values)[:1]]}
-    if len(kinds) > 1 or not kinds <= {str, int, bool}:
-        found = str(array.type) if nested else ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise UserError(f"{cells.source}: column {column!r} holds {found}; labels are all strings or all integers")
-    codes = [MISSING if value == "" else labels.values.setdefault(value, len(labels.values)) for value in values]
-    return np.array([*codes, MISSING], np.int32)[numbers]
-
-
 def _check_ids(config: DataConfig, rows: Rows) -> None:
     if config.id is None:
         return
@@ -322,16 +299,6 @@ def _check_ids(config: DataConfig, rows: Rows) -> None:
     if worst := repeated(take(rows.ids, good, rows.folder)):
         value, count = worst
         raise UserError(f"{rows.source}: column {config.id!r} has id {value} {count} times; give each row its own")
-
-
-def count_labels(rows: Rows, task: str) -> NDArray[np.int64]:
-    """Return how many usable rows of each split have each value of a task's labels, int64 [splits, values]."""
-    labels = rows.labels[task]
-    counts = np.zeros((len(SPLITS), len(labels.values)), np.int64)
-    for part in chunks(len(rows.ids)):
-        usable = ~rows.bad.flags[part] & (labels.codes[part] != MISSING)
-        np.add.at(counts, (rows.split[part][usable], labels.codes[part][usable]), 1)
-    return counts
 
 
 def count_splits(rows: Rows) -> dict[str, int]:
@@ -342,33 +309,20 @@ def count_splits(rows: Rows) -> dict[str, int]:
     return dict(zip(SPLITS, counts.tolist(), strict=True))
 
 
-def number_classes(rows: Rows) -> tuple[dict[str, NDArray[np.int64]], dict[str, list[str]]]:
-    """Number each task's classes, in the sorted order of those that the training split has.
+def usable(rows: Rows) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """Yield the positions of rows that are not bad, and the split of each, some at a time."""
+    for part in chunks(len(rows.ids)):
+        found = part.start + np.flatnonzero(~rows.bad.flags[part])
+        yield found, rows.split[found]
 
-    Returns:
-        Task -> label of each of the source's values, IGNORE for MISSING at its end; task -> class names in order of
-        label.
+
+def settle_tasks(rows: Rows) -> dict[str, Task]:
+    """Number each task's classes, and standardise its numbers, by what the training split has.
 
     Raises:
-        UserError: a split is empty, a class occurs in evaluation only, or a task has fewer than two classes.
+        UserError: a split is empty, a class occurs in evaluation only, or there is nothing to tell apart.
     """
     for split, count in count_splits(rows).items():
         if not count:
             raise UserError(f"{rows.source} has no usable row of split {split!r}; train, valid and test each need some")
-    tables, names = {}, {}
-    for task, labels in rows.labels.items():
-        counts = count_labels(rows, task)
-        known = sorted(value for value, code in labels.values.items() if counts[SPLITS.index(TRAIN), code])
-        for value, code in labels.values.items():
-            if counts[:, code].any() and not counts[SPLITS.index(TRAIN), code]:
-                split = SPLITS[int(counts[:, code].argmax())]
-                raise UserError(
-                    f"{rows.source}: task {task!r}: class {str(value)!r} of split {split!r} never occurs in train; "
-                    f"move some of its rows to train, or leave the class out"
-                )
-        if len(known) < 2:
-            raise UserError(f"{rows.source}: task {task!r} has {len(known)} class(es) in train; at least 2 are needed")
-        label = {value: number for number, value in enumerate(known)}
-        tables[task] = np.array([label.get(value, IGNORE) for value in labels.values] + [IGNORE], np.int64)
-        names[task] = [str(value) for value in known]
-    return tables, names
+    return {task: targets.settle(rows.source, usable(rows)) for task, targets in rows.targets.items()}

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from distill.contracts import UserError
 from distill.data.cells import Cells, encoded
+from distill.data.moments import Moments
 from distill.data.scratch import scratch
 from distill.formats.tabular import LARGEST, TabularFormat, text_of
 
 MISSING = -1
-LEAST_STD = 1e-9  # share of a column's mean, below which it is constant
+CATEGORIES = "if its values are names, add it to data.tabular.categories"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Table:
         """
         bad: dict[int, str] = {}
         for place, name in enumerate(self.format.numbers):
-            found = _numbers(cells, name)
+            found = numbers_of(cells, name, CATEGORIES)
             beyond = np.flatnonzero(np.abs(found) > LARGEST).tolist()
             bad |= {row: f"column {name!r} holds {found[row]:g}, which is beyond 32 bits" for row in beyond}
             self.numbers[cells.rows, place] = found
@@ -74,23 +75,16 @@ class Table:
         Args:
             rows: positions of the training rows, some at a time.
         """
-        width = len(self.format.numbers)
-        count, mean, squares = np.zeros(width), np.zeros(width), np.zeros(width)
+        moments = Moments(len(self.format.numbers))
         seen = [np.zeros(len(known), np.int64) for known in self.values]
         for some in rows:
-            numbers = self.numbers[some]
-            new = (~np.isnan(numbers)).sum(0)
-            own = np.nansum(numbers, axis=0) / np.maximum(1, new)
-            far, total = own - mean, np.maximum(1, count + new)
-            squares += np.nansum((numbers - own) ** 2, axis=0) + far**2 * (count * new / total)
-            mean, count = mean + far * (new / total), count + new
+            moments.add(self.numbers[some])
             for counts, codes in zip(seen, self.codes[some].T, strict=True):
                 counts += np.bincount(codes[codes != MISSING], minlength=len(counts))
-        std = np.sqrt(squares / np.maximum(1, count))
         return replace(
             self.format,
-            mean=tuple(mean.tolist()),
-            std=tuple(np.where(std > LEAST_STD * np.abs(mean), std, 1.0).tolist()),
+            mean=tuple(moments.mean.tolist()),
+            std=tuple(moments.std.tolist()),
             values=tuple(self._frequent(known, counts) for known, counts in zip(self.values, seen, strict=True)),
         )
 
@@ -109,14 +103,16 @@ class Table:
         return tuple(order[: self.format.code_size - 1])
 
 
-def _numbers(cells: Cells, column: str) -> NDArray[np.float64]:
+def numbers_of(cells: Cells, column: str, advice: str) -> NDArray[np.float64]:
+    """Return a column of numbers, float64 [B], NaN where there is none.
+
+    Raises:
+        UserError: it holds something else; ``advice`` ends the sentence.
+    """
     array = cells.plain(column)
     kind = array.type
     plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
     if not plain and not pa.types.is_null(kind) and not pa.types.is_decimal(kind):
-        raise UserError(
-            f"{cells.source}: column {column!r} holds {kind} and no numbers; if its values are names, add it to "
-            "data.tabular.categories"
-        )
+        raise UserError(f"{cells.source}: column {column!r} holds {kind} and no numbers; {advice}")
     numbers = array.cast(pa.int8() if pa.types.is_boolean(kind) else kind).cast(pa.float64(), safe=False)
     return np.array(numbers.to_numpy(zero_copy_only=False), np.float64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from distill.contracts import UserError
 from distill.export.card import model_card
 from distill.export.onnx import describe
+from distill.measures import agreement
 from distill.predict import (
     BUNDLE_FILE,
     BUNDLE_FORMAT,
@@ -26,12 +28,20 @@ from distill.predict import (
 )
 from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor
 from distill.runs import atomic, read_json, sha256_file, write_json
+from distill.targets import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task, tasks_to_json
 
 __all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"]
 
 CARD_FILE = "README.md"
-EMBEDDINGS = "embedding."
-"""Begins the name of an output that has no classes."""
+EMBEDDINGS, LOGITS = "embedding.", "logits."
+"""Begin the names of outputs."""
+AGREES = {
+    EMBEDDINGS: ("have a mean cosine of", "{:.4f}"),
+    CLASSIFICATION: ("name the same class on", "{:.2%}"),
+    MULTILABEL: ("give the same labels, counted one by one, on", "{:.2%}"),
+    REGRESSION: ("have an R² of", "{:.4f}"),
+}
+"""Kind of output -> how its agreement is told."""
 
 
 class ParityError(RuntimeError):
@@ -43,7 +53,7 @@ def write_bundle(
     *,
     model_path: Path,
     preprocessor: Preprocessor,
-    labels: Mapping[str, Sequence[str]],
+    tasks: Mapping[str, Task],
     name: str,
     source: Mapping[str, Any],
     info: Mapping[str, Any],
@@ -54,7 +64,7 @@ def write_bundle(
         folder: where to; made if absent, files of an older bundle are replaced.
         model_path: the ONNX file; copied to ``model.onnx`` unless it is that file.
         preprocessor: how rows become the graph's inputs.
-        labels: task -> class names, in the order of the logits.
+        tasks: what the outputs say, in their order.
         name: the model's name, for people.
         source: where the model comes from (such as ``fingerprint`` of its training run), JSON values.
         info: what else is known (such as ``precision`` or measured quality), JSON values; the model card lists them.
@@ -63,18 +73,18 @@ def write_bundle(
         The content of ``bundle.json``: format, version, runtime, inputs, outputs, file hashes, source and info.
 
     Raises:
-        UserError: the labels do not fit the graph's outputs.
+        UserError: the tasks do not fit the graph's outputs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     graph = describe(onnx.load(model_path))
-    _check_labels(labels, graph["outputs"])
+    _check_tasks(tasks, graph["outputs"])
     (folder / BUNDLE_FILE).unlink(missing_ok=True)  # written last: a folder without it is no bundle
     if model_path.resolve() != (folder / MODEL_FILE).resolve():
         shutil.copyfile(model_path, folder / MODEL_FILE)
     preprocessor.save(folder)
     if preprocessor.tokenizer:
         _settle_tokenizer(folder / TOKENIZER_FILE, preprocessor.tokenizer.max_length)
-    write_json(folder / LABELS_FILE, {task: list(names) for task, names in labels.items()})
+    write_json(folder / LABELS_FILE, tasks_to_json(tasks))
     content = {
         "format": BUNDLE_FORMAT,
         "version": BUNDLE_VERSION,
@@ -88,7 +98,7 @@ def write_bundle(
         "info": dict(info),
     }
     with atomic(folder / CARD_FILE) as temporary:
-        temporary.write_text(model_card(content, labels, preprocessor), encoding="utf-8")
+        temporary.write_text(model_card(content, tasks, preprocessor), encoding="utf-8")
     names = [MODEL_FILE, SPEC_FILE, LABELS_FILE, CARD_FILE]
     names += [TOKENIZER_FILE] if preprocessor.tokenizer else []
     files = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256_file(folder / file)} for file in names}
@@ -101,6 +111,7 @@ def parity(
     bundle: Mapping[str, NDArray[np.float32]],
     *,
     min_agreement: float,
+    tasks: Mapping[str, Task] | None = None,
     ids: Sequence[int] | NDArray[np.int64] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compare an exported model with its source on the same rows.
@@ -109,12 +120,14 @@ def parity(
         source: output name -> logits [N, C] of the source model, or ``embedding.MODALITY`` -> [N, E] of length 1, zeros
             where the row lacks it.
         bundle: the same outputs, computed by the exported model on its own runtime.
-        min_agreement: least share of rows (0 to 1) on which both name the same class, or least mean cosine.
+        min_agreement: least agreement: share of rows (0 to 1) on which both name the same class, of labels that both
+            give or both withhold, R² of numbers, or mean cosine.
+        tasks: what the logits are of; classes where it does not say.
         ids: row ids, for messages and the result; row numbers where absent.
 
     Returns:
-        output name -> ``agreement`` (top-1, or the mean cosine), ``rows``, ``max_difference`` (absolute, of any number)
-        and ``row``, the id of the row that has it.
+        output name -> ``agreement``, ``rows``, ``max_difference`` (absolute, of any number) and ``row``, the id of the
+        row that has it.
 
     Raises:
         ParityError: an output is missing, of another shape, not finite, or agrees on too few rows.
@@ -130,18 +143,17 @@ def parity(
         worst = int(np.argmax(difference))  # NaN counts as the largest
         if not np.isfinite(difference[worst]):
             raise ParityError(f"output {name!r} is not finite at row {names[worst]}")
-        cosines = name.startswith(EMBEDDINGS)
+        task = (tasks or {}).get(name.removeprefix(LOGITS))
+        kind = EMBEDDINGS if name.startswith(EMBEDDINGS) else task.kind if task else CLASSIFICATION
         entry = {
-            "agreement": _mean_cosine(found, expected) if cosines else _same_class(found, expected),
+            "agreement": AGREEMENTS[kind](found, expected),
             "rows": len(expected),
             "max_difference": float(difference[worst]),
             "row": int(names[worst]),
         }
         if entry["agreement"] < min_agreement:
-            shown, least = (
-                f"{value:.4f}" if cosines else f"{value:.2%}" for value in (entry["agreement"], min_agreement)
-            )
-            what = "have a mean cosine of" if cosines else "name the same class on"
+            what, form = AGREES[kind]
+            shown, least = (form.format(value) for value in (entry["agreement"], min_agreement))
             raise ParityError(
                 f"output {name!r}: bundle and source {what} {shown} of {len(expected)} rows, {least} are required; the "
                 f"largest difference of a number is {entry['max_difference']:.4g}, at row {entry['row']}"
@@ -150,23 +162,29 @@ def parity(
     return result
 
 
-def _same_class(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    return float(1 - (found.argmax(axis=1) != expected.argmax(axis=1)).mean())
-
-
 def _mean_cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Of the rows whose embedding has a direction in the source; a bundle's is as long as there."""
     there = np.any(expected != 0, axis=1)
     return float((found[there].astype(np.float64) * expected[there]).sum(axis=1).mean()) if there.any() else 1.0
 
 
-def _check_labels(labels: Mapping[str, Sequence[str]], outputs: Mapping[str, Mapping[str, Any]]) -> None:
-    for task, names in labels.items():
-        if task not in outputs:
-            raise UserError(f"labels are given for {task!r}, but the graph's outputs are {', '.join(outputs)}")
-        classes = outputs[task]["shape"][-1]
-        if classes != len(names):
-            raise UserError(f"task {task!r} has {len(names)} labels, but its output has {classes} classes")
+def _agreement(kind: str, found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(agreement(kind, found, expected)[0])
+
+
+AGREEMENTS: dict[str, Callable[[Any, Any], float]] = {
+    EMBEDDINGS: _mean_cosine,
+    **{kind: partial(_agreement, kind) for kind in KINDS},
+}
+
+
+def _check_tasks(tasks: Mapping[str, Task], outputs: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, task in tasks.items():
+        if name not in outputs:
+            raise UserError(f"labels are given for {name!r}, but the graph's outputs are {', '.join(outputs)}")
+        width = outputs[name]["shape"][-1]
+        if width != len(task.names):
+            raise UserError(f"task {name!r} has {len(task.names)} names, but its output has {width} numbers a row")
 
 
 def _settle_tokenizer(path: Path, max_length: int) -> None:

@@ -11,6 +11,7 @@ from distill.formats.image import ImageFormat
 from distill.formats.tabular import TabularFormat
 from distill.predict import LABELS_FILE, MODEL_FILE
 from distill.preprocess import TOKENIZER_FILE, Preprocessor
+from distill.targets import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task
 
 ARGUMENTS = {
     "image": "'photo.png'",
@@ -20,22 +21,26 @@ ARGUMENTS = {
     "series": "'series.csv'",
 }
 """Modality -> an example of what the predictor takes."""
-LOGITS = (
-    "Task outputs are logits: a softmax gives probabilities. An input `..._present` that is false makes the model",
-    "ignore that modality.",
-)
+WHAT = {CLASSIFICATION: "classes", MULTILABEL: "labels", REGRESSION: "numbers"}
+"""Kind of task -> what its outputs are of."""
+SAYS = {
+    CLASSIFICATION: "Outputs of tasks with classes are logits: a softmax gives probabilities.",
+    MULTILABEL: "Outputs of tasks with labels are logits of each: a sigmoid gives the probability that it holds.",
+    REGRESSION: f"Outputs of tasks with numbers are standardised: times `std`, plus `mean`, both in `{LABELS_FILE}`.",
+}
+PRESENT = "An input `..._present` that is false makes the model ignore that modality."
 DIRECTIONS = (
     "Embeddings have length 1: the product of one of an image and one of a text is their cosine. An input",
     "`..._present` that is false gives zeros.",
 )
 
 
-def model_card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], preprocessor: Preprocessor) -> str:
+def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocessor: Preprocessor) -> str:
     """Return a bundle's README: what it is made of, how to run it, what goes in and comes out.
 
     Args:
         content: of ``bundle.json``.
-        labels: task -> class names; empty for a model that gives embeddings alone.
+        tasks: what the outputs say; empty for a model that gives embeddings alone.
         preprocessor: of the bundle.
     """
     tensors = [
@@ -43,23 +48,24 @@ def model_card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], 
         for kind in ("inputs", "outputs")
         for name, value in content[kind].items()
     ]
-    tasks = [f"- `{task}`: {len(names)} classes ({_some(names)})" for task, names in labels.items()]
+    told = [f"- `{name}`: {len(task.names)} {WHAT[task.kind]} ({_some(task.names)})" for name, task in tasks.items()]
     facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
+    kinds = {task.kind for task in tasks.values()}
     arguments = ", ".join(f"'{name}': {_argument(preprocessor, name)}" for name in _modalities(preprocessor))
-    verb = "predict" if labels else "embed"
+    verb = "predict" if tasks else "embed"
     return "\n".join(
         [
             f"# {content['name']}",
             "",
             "A model distilled with multidistill. It runs on onnxruntime, without torch.",
             "",
-            *tasks,
+            *told,
             "",
             *facts,
             "",
             "## Use",
             "",
-            *_alone(preprocessor, list(content["outputs"]) if not labels else []),
+            *_alone(preprocessor, list(content["outputs"]) if not tasks else [], tasks),
             "```python",
             "from distill.predict import load",
             "",
@@ -72,7 +78,7 @@ def model_card(content: Mapping[str, Any], labels: Mapping[str, Sequence[str]], 
             "|---|---|---|---|",
             *tensors,
             "",
-            *(LOGITS if labels else DIRECTIONS),
+            *([*(SAYS[kind] for kind in KINDS if kind in kinds), PRESENT] if tasks else DIRECTIONS),
             "`bundle.json` holds the sha256 of every file.",
             "",
         ]
@@ -100,10 +106,11 @@ def _modalities(preprocessor: Preprocessor) -> list[str]:
     return [*preprocessor.formats, *([TEXT] if preprocessor.tokenizer else [])]
 
 
-def _alone(preprocessor: Preprocessor, embeddings: Sequence[str]) -> list[str]:
-    """How to run the graph with nothing but the runtime and what decodes files; of images and texts alone."""
+def _alone(preprocessor: Preprocessor, embeddings: Sequence[str], tasks: Mapping[str, Task]) -> list[str]:
+    """How to run the graph with nothing but the runtime and what decodes files; of images, texts and classes alone."""
     image = preprocessor.formats.get("image")
-    if not {"image", TEXT}.issuperset(_modalities(preprocessor)):
+    plain = all(task.kind == CLASSIFICATION for task in tasks.values())
+    if not plain or not {"image", TEXT}.issuperset(_modalities(preprocessor)):
         return []
     packages = ["onnxruntime", "numpy"]
     packages += ["pillow"] if image is not None else []

@@ -13,15 +13,36 @@ from distill.losses.contrastive import (
     siglip_relational,
 )
 from distill.losses.features import cosine, fitnet, simkd, srrl
-from distill.losses.logits import cross_entropy, dist, dkd, kd, logit_adjusted, logit_standardized_kd, mse_logits, nkd
+from distill.losses.logits import (
+    cross_entropy,
+    dist,
+    dkd,
+    kd,
+    logit_adjusted,
+    logit_standardized_kd,
+    mse_logits,
+    nkd,
+    weighted_cross_entropy,
+)
 from distill.losses.maps import at, cwd, fsp, hcl, mgd, nst, ofd, review_fusion, vid
-from distill.losses.outputs import ctkd, multilabel_kd, regression_kd, reverse_gradient
+from distill.losses.outputs import (
+    asymmetric,
+    bce,
+    ctkd,
+    mse,
+    multilabel_kd,
+    regression_kd,
+    reverse_gradient,
+    smooth_l1,
+)
 from distill.losses.relations import cckd, crd, crd_constant, pkt, queue_kl, rkd, sp
 from distill.losses.tokens import attention_transfer, minilm_relations, token_mse
 
 __all__ = [
+    "asymmetric",
     "at",
     "attention_transfer",
+    "bce",
     "cckd",
     "clip_afd",
     "clip_ensemble_ce",
@@ -47,6 +68,7 @@ __all__ = [
     "logit_standardized_kd",
     "mgd",
     "minilm_relations",
+    "mse",
     "mse_logits",
     "multilabel_kd",
     "nkd",
@@ -61,8 +83,10 @@ __all__ = [
     "siglip",
     "siglip_relational",
     "simkd",
+    "smooth_l1",
     "sp",
     "srrl",
     "token_mse",
     "vid",
+    "weighted_cross_entropy",
 ]

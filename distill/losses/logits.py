@@ -30,6 +30,41 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, *, label_smoothing: Sh
 
 
 @full_precision
+def weighted_cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    class_counts: Tensor,
+    *,
+    power: AtLeastZero = 1.0,
+    label_smoothing: Share = 0.0,
+) -> Tensor:
+    """Cross-entropy in which rows of rare classes count more.
+
+    The mean over rows of ``w_c · cross_entropy`` with ``w_c ∝ n_c^-power`` and a mean of 1 over the training rows:
+    power 1 gives all classes one weight in sum ("balanced"), 0.5 its square root, 0 is plain cross-entropy. Classes
+    without rows count as one row. A weighted mean that divides by the batch's own weights (torch's) makes a row count
+    by which others it meets; this one does not.
+
+    Args:
+        student_logits: [B, C].
+        labels: int64 [B]; rows with ``IGNORE`` take no part.
+        class_counts: [C], the training rows of each class.
+        power: strength.
+        label_smoothing: as in :func:`cross_entropy`.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) when no row has a label.
+    """
+    counts = class_counts.to(student_logits).clamp(min=1)
+    weights = counts**-power
+    weights = weights * counts.sum() / (weights * counts).sum()
+    each = F.cross_entropy(
+        student_logits, labels, ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing
+    )
+    return _labelled_mean(each * weights[labels.clamp(min=0)], labels)
+
+
+@full_precision
 def logit_adjusted(
     student_logits: Tensor,
     labels: Tensor,

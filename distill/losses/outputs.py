@@ -2,15 +2,137 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.contracts import IGNORE, UserError
-from distill.losses.bounds import AtLeastZero, Temperature
+from distill.losses.bounds import AtLeastOne, AtLeastZero, PartShare, Positive, Temperature
 from distill.losses.numeric import full_precision, need_one_shape
+
+LEAST = 1e-8  # of a probability that is raised to a power: a root of 0 has no gradient
+
+
+@full_precision
+def bce(
+    student_logits: Tensor,
+    labels: Tensor,
+    class_counts: Tensor,
+    *,
+    positive_weight: Literal["one", "balanced"] = "one",
+    most: AtLeastOne = 20.0,
+) -> Tensor:
+    """Binary cross-entropy of several labels a row: the mean over a row's known labels, then over rows.
+
+    ``-w_k y log p - (1 - y) log(1 - p)`` with ``p = sigmoid(z)``; "balanced" weighs a label's positive rows with
+    ``w_k = negatives / positives`` of the training rows, at most ``most``, so that rare labels count as much as the
+    rows without them.
+
+    Args:
+        student_logits: [B, K].
+        labels: [B, K], 0 or 1; NaN entries take no part, and rows of such alone do not count.
+        class_counts: [2, K], the training rows without and with each label.
+        positive_weight: "one" or "balanced".
+        most: largest weight.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) when nothing takes part.
+
+    Raises:
+        UserError: labels and logits have not one shape.
+    """
+    need_one_shape("bce", student=student_logits, labels=labels)
+    known = _known(labels)
+    weight = None
+    if positive_weight == "balanced":
+        without, having = class_counts.to(student_logits).clamp(min=1)
+        weight = (without / having).clamp(max=most)
+    truth = torch.where(known, labels, 0.0).to(student_logits)
+    each = F.binary_cross_entropy_with_logits(student_logits, truth, pos_weight=weight, reduction="none")
+    return _mean_of_known(each, known)
+
+
+@full_precision
+def asymmetric(
+    student_logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma_negative: AtLeastZero = 4.0,
+    gamma_positive: AtLeastZero = 0.0,
+    margin: PartShare = 0.05,
+) -> Tensor:
+    """Asymmetric loss of several labels a row, of which most do not hold (ASL: Ridnik et al. 2021, arXiv 2009.14119).
+
+    ``-(1 - p)^γ+ log p`` where a label holds and ``-q^γ- log(1 - q)`` with ``q = max(p - m, 0)`` where it does not:
+    easy negatives count for little, and very easy ones for nothing. Both γ and m at 0 are :func:`bce`. The authors sum
+    over labels; here a row is the mean over those that are known.
+
+    Args:
+        student_logits: [B, K].
+        labels: [B, K], 0 or 1; NaN entries take no part, and rows of such alone do not count.
+        gamma_negative: γ-.
+        gamma_positive: γ+.
+        margin: m.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) when nothing takes part.
+
+    Raises:
+        UserError: labels and logits have not one shape.
+    """
+    need_one_shape("asymmetric", student=student_logits, labels=labels)
+    known = _known(labels)
+    holds = torch.where(known, labels, 0.0) == 1
+    probability = student_logits.sigmoid()
+    shifted, rest = (value.clamp(min=LEAST) for value in (probability - margin, 1 - probability))
+    missed = -F.logsigmoid(student_logits) * rest**gamma_positive
+    wrong = -torch.log1p(-shifted) if margin else -F.logsigmoid(-student_logits)
+    return _mean_of_known(torch.where(holds, missed, wrong * shifted**gamma_negative), known)
+
+
+@full_precision
+def mse(student_values: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of numbers: the mean over a row's known ones, then over rows.
+
+    Args:
+        student_values: [B, K].
+        targets: [B, K], standardised; NaN entries take no part, and rows of such alone do not count.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) when nothing takes part.
+
+    Raises:
+        UserError: values and targets have not one shape.
+    """
+    need_one_shape("mse", student=student_values, targets=targets)
+    known = _known(targets)
+    return _mean_of_known((student_values - torch.where(known, targets, 0.0)) ** 2, known)
+
+
+@full_precision
+def smooth_l1(student_values: Tensor, targets: Tensor, *, beta: Positive = 1.0) -> Tensor:
+    """Error of numbers, squared where it is small: the mean over a row's known ones, then over rows.
+
+    ``e² / 2β`` below an error of β and ``|e| - β / 2`` beyond it (Girshick 2015, arXiv 1504.08083; Huber's loss divided
+    by β): outliers pull no harder than others. A small β is the absolute error.
+
+    Args:
+        student_values: [B, K].
+        targets: [B, K], standardised; NaN entries take no part, and rows of such alone do not count.
+        beta: β, in standard deviations of the target.
+
+    Returns:
+        A scalar; 0 (with a gradient of 0) when nothing takes part.
+
+    Raises:
+        UserError: values and targets have not one shape.
+    """
+    need_one_shape("smooth_l1", student=student_values, targets=targets)
+    known = _known(targets)
+    filled = torch.where(known, targets, 0.0).to(student_values)
+    return _mean_of_known(F.smooth_l1_loss(student_values, filled, beta=beta, reduction="none"), known)
 
 
 @full_precision
@@ -150,6 +272,13 @@ def _need_numbers(student: Tensor, teacher: Tensor, targets: Tensor) -> None:
             f"regression_kd compares values of one shape, got {shapes[0]} of the student, {shapes[1]} of the teacher "
             f"and targets {shapes[2]}; give each output a target, NaN where it is missing"
         )
+
+
+def _mean_of_known(each: Tensor, known: Tensor) -> Tensor:
+    """Of [B, K] the mean over each row's known entries, and of these over the rows that have any."""
+    counts = known.sum(dim=-1)
+    rows = each.masked_fill(~known, 0.0).sum(dim=-1) / counts.clamp(min=1)
+    return rows.sum() / (counts > 0).sum().clamp(min=1)
 
 
 def _known(labels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from distill.losses import contrastive, features, logits, maps, outputs, parts, 
 from distill.losses.bounds import AtLeastZero, Bias, Scale
 from distill.losses.memories import Crd, QueueKl
 from distill.schedules import Schedule
+from distill.targets import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION
 
 Kind = Literal[
     "labels",
@@ -58,6 +59,7 @@ class Loss:
         raw: True where a number added to all logits of a row changes the loss.
         stages: of "stages", how many a side; None for any number.
         keys: True where rows may be told to be no negatives of each other, by keys of theirs.
+        tasks: kinds of tasks that a loss on logits is for.
     """
 
     function: Callable[..., Tensor] | type[parts.Part]
@@ -69,6 +71,7 @@ class Loss:
     arrangement: Arrangement = "as_is"
     stages: int | None = None
     keys: bool = False
+    tasks: tuple[str, ...] = (CLASSIFICATION,)
 
     @property
     def part(self) -> type[parts.Part] | None:
@@ -80,14 +83,19 @@ LOSSES = {
     "cross_entropy": Loss(logits.cross_entropy, "labels"),
     "logit_adjusted": Loss(logits.logit_adjusted, "labels+counts"),
     "kd": Loss(logits.kd, "teacher"),
-    "mse_logits": Loss(logits.mse_logits, "teacher", raw=True),
+    "weighted_cross_entropy": Loss(logits.weighted_cross_entropy, "labels+counts"),
+    "bce": Loss(outputs.bce, "labels+counts", tasks=(MULTILABEL,)),
+    "asymmetric": Loss(outputs.asymmetric, "labels", tasks=(MULTILABEL,)),
+    "mse": Loss(outputs.mse, "labels", tasks=(REGRESSION,)),
+    "smooth_l1": Loss(outputs.smooth_l1, "labels", tasks=(REGRESSION,)),
+    "mse_logits": Loss(logits.mse_logits, "teacher", raw=True, tasks=KINDS),
     "logit_standardized_kd": Loss(logits.logit_standardized_kd, "teacher"),
     "ctkd": Loss(parts.Ctkd, "teacher"),
-    "multilabel_kd": Loss(outputs.multilabel_kd, "teacher", raw=True),
+    "multilabel_kd": Loss(outputs.multilabel_kd, "teacher", raw=True, tasks=(MULTILABEL,)),
     "dist": Loss(logits.dist, "teacher", relational=True),
     "dkd": Loss(logits.dkd, "teacher+labels"),
     "nkd": Loss(logits.nkd, "teacher+labels"),
-    "regression_kd": Loss(outputs.regression_kd, "teacher+numbers"),
+    "regression_kd": Loss(outputs.regression_kd, "teacher+numbers", tasks=(REGRESSION,)),
     "cosine": Loss(features.cosine, "features", arrangement="last"),
     "fitnet": Loss(features.fitnet, "features"),
     "simkd": Loss(features.simkd, "features"),

@@ -13,6 +13,7 @@ from distill.report.context import BASELINE, STUDENT, TEACHER, ModelEntry, Repor
 from distill.report.evidence import TaskEvidence, pairs
 from distill.report.headline import headline
 from distill.report.retrieval import retrieval
+from distill.targets import CLASSIFICATION, REGRESSION
 
 SCHEMA_VERSION = 1
 
@@ -28,7 +29,13 @@ def build_report(context: ReportContext) -> dict[str, Any]:
         "seeds": list(context.seeds),
         "data": dict(context.data),
         "tasks": {
-            e.task: {"num_classes": len(context.tasks[e.task]), "n": len(e.targets), "num_groups": e.num_groups}
+            e.task: {
+                "kind": e.kind,
+                "measure": e.measure,
+                "num_classes": len(e.info.names),
+                "n": len(e.targets),
+                "num_groups": e.num_groups,
+            }
             for e in evidences
         },
         "intervals": {
@@ -106,16 +113,23 @@ def _details(context: ReportContext, evidences: list[TaskEvidence], focus: Model
     shown = [name for name in (TEACHER, BASELINE, STUDENT, focus.name) if context.model(name)]
     answered = [evidence for evidence in evidences if focus.name in evidence.logits]
     taught = [evidence for evidence in answered if TEACHER in evidence.logits]
-    names = {task: list(classes) for task, classes in context.tasks.items()}
+    names = {task: list(info.names) for task, info in context.tasks.items()}
     return {
         "reliability": {
             e.task: {name: details.reliability(e, name) for name in dict.fromkeys(shown) if name in e.logits}
             for e in evidences
+            if e.kind == CLASSIFICATION
         },
-        "class_differences": {e.task: details.class_differences(e, names[e.task], focus.name, TEACHER) for e in taught},
+        "class_differences": {
+            e.task: details.class_differences(e, names[e.task], focus.name, TEACHER)
+            for e in taught
+            if e.kind != REGRESSION
+        },
         "class_names": {task: classes for task, classes in names.items() if len(classes) <= details.MATRIX_CLASSES},
         "confusions": {
-            e.task: details.confusions(e, names[e.task], focus.name, TEACHER if e in taught else None) for e in answered
+            e.task: details.confusions(e, names[e.task], focus.name, TEACHER if e in taught else None)
+            for e in answered
+            if e.kind == CLASSIFICATION
         },
         "regressions": details.regressions(context, evidences, focus),
     }

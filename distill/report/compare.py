@@ -210,7 +210,7 @@ def _measured(report: Report) -> list[str]:
 
 
 def _value(report: Report, model: str, task: str) -> float | None:
-    """A model's accuracy in a task, or a recall."""
+    """A model's measure of a task, or a recall."""
     direction, _, recall = task.rpartition(" ")
     retrieval = report.get("retrieval", {})
     if direction in retrieval:
@@ -218,7 +218,8 @@ def _value(report: Report, model: str, task: str) -> float | None:
         return float(measures[recall]["value"]) if measures else None
     for entry in report["models"]:
         if entry["name"] == model:
-            value: float | None = entry["quality"].get(task, {}).get("accuracy")
+            measure = report["tasks"][task].get("measure", "accuracy")  # reports of earlier versions had no other
+            value: float | None = entry["quality"].get(task, {}).get(measure)
             return value
     return None
 

@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from distill.metrics import Floats, Integers
 from distill.retrieval import Pairs
+from distill.targets import Task
 
 TEACHER, BASELINE, STUDENT, PRUNED = "teacher", "baseline", "student", "pruned"
 """Names of the models that the report compares all others with."""
 
 Logits = Mapping[str, Floats]
-"""Task -> float32 [N, C]."""
+"""Task -> float32 [N, C], or [N, K] of labels or standardised numbers."""
 
 Examples = Callable[[int], Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
 """Row id -> ``{"image_png": bytes | None, "text": str}``."""
@@ -64,8 +67,8 @@ class ReportContext:
         name: the recipe's name.
         recipe: the resolved recipe, JSON values.
         created: ISO date and time.
-        tasks: task -> class names; the first task leads the headline.
-        targets: task -> int64 [N], IGNORE where a row has no label.
+        tasks: what there was to answer; the first task leads the headline.
+        targets: task -> [N, ...], as its task says.
         groups: int64 [N]; rows of a group are resampled together.
         ids: int64 [N].
         pairs: which images and texts of the rows belong together; None where retrieval is not measured.
@@ -74,7 +77,7 @@ class ReportContext:
             ``test_fingerprint`` of the test rows alone.
         seeds: all seeds of the run.
         versions: package or tool -> version.
-        curves: model -> one dict an epoch, with ``epoch``, ``step``, ``train_loss`` and ``valid/<task>_accuracy``.
+        curves: model -> one dict an epoch, with ``epoch``, ``step``, ``train_loss`` and ``valid/<task>_<measure>``.
         costs: stage -> ``{"seconds", "cpu_seconds"}``.
         cache: what the teacher cache cost, JSON values; keys ending in ``bytes`` or ``seconds`` are shown as such.
         teachers: further teacher that the student learnt from -> ``{"run", "stage", "fingerprint"}`` of its fit.
@@ -88,8 +91,8 @@ class ReportContext:
     name: str
     recipe: Mapping[str, Any]
     created: str
-    tasks: Mapping[str, Sequence[str]]
-    targets: Mapping[str, Integers]
+    tasks: Mapping[str, Task]
+    targets: Mapping[str, NDArray[Any]]
     groups: Integers
     ids: Integers
     models: Sequence[ModelEntry]
@@ -130,7 +133,7 @@ class ReportContext:
 
     def _check_logits(self, owner: str, logits: Logits) -> None:
         for task, values in logits.items():
-            expected = (len(self.ids), len(self.tasks.get(task, ())))
+            expected = (len(self.ids), len(self.tasks[task].names) if task in self.tasks else 0)
             if values.shape != expected:
                 raise ValueError(f"logits of {owner} for {task!r} have shape {values.shape}, expected {expected}")
 

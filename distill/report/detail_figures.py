@@ -58,7 +58,10 @@ def class_differences(report: dict[str, Any], task: str) -> Markup:
     left, right, top, row = 168.0, 396.0, 24.0, 21.0
     bottom = top + row * len(shown)
     x = linear([c[key] for c in shown for key in ("model", "reference")], left, right)
-    parts = [text(460, 12, "points", anchor="end", class_="tick"), text(left, 12, "recall, %", class_="tick")]
+    parts = [
+        text(460, 12, "points", anchor="end", class_="tick"),
+        text(left, 12, f"{difference['measure']}, %", class_="tick"),
+    ]
     for tick in x.ticks():
         parts.append(line(x(tick), top, x(tick), bottom, "grid"))
         parts.append(
@@ -73,7 +76,12 @@ def class_differences(report: dict[str, Any], task: str) -> Markup:
         parts.append(line(x(entry["reference"]), y, x(entry["model"]), y, f"s{ours} whisker"))
         parts += [marker(x(entry["reference"]), y, theirs, 3.8), marker(x(entry["model"]), y, ours, 3.8)]
         parts.append(text(460, y + 4, formats.points(entry["difference"]), anchor="end", class_="strong"))
-    return figure(460, bottom + 22, f"Recall of classes on {task}: {difference['model']} and teacher", *parts)
+    return figure(
+        460,
+        bottom + 22,
+        f"{difference['measure'].capitalize()} of classes on {task}: {difference['model']} and teacher",
+        *parts,
+    )
 
 
 def confusion_matrix(report: dict[str, Any], task: str) -> Markup:

@@ -8,22 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from distill import metrics
+from distill import measures, metrics
+from distill.report import formats
 from distill.report.context import TEACHER, ModelEntry, ReportContext
 from distill.report.evidence import TaskEvidence
+from distill.targets import CLASSIFICATION, MULTILABEL, Task
 
 MATRIX_CLASSES = 20
 """Most classes for which the whole confusion matrix is kept; beyond it the most confused pairs say more."""
 
 NUM_PAIRS = 12
+CLEARLY = 0.25  # deviations by which a number is worse than the teacher's, to be told
 TEXT_LENGTH = 300
 
 
 def class_differences(evidence: TaskEvidence, names: list[str], model: str, reference: str) -> dict[str, Any]:
-    """Return both models' recall for each class that has rows, the one that lost most right answers first."""
-    ours = metrics.per_class_recall(evidence.logits[model], evidence.targets)
-    theirs = metrics.per_class_recall(evidence.logits[reference], evidence.targets)
-    rows = np.bincount(evidence.targets, minlength=len(names))
+    """Return both models' recall for each class that has rows, the one that lost most right answers first.
+
+    Of labels, which rows may have several of, it is their average precision.
+    """
+    several = evidence.kind == MULTILABEL
+    ours, theirs = (_by_class(evidence, name) for name in (model, reference))
+    rows = np.nansum(evidence.targets, axis=0) if several else np.bincount(evidence.targets, minlength=len(names))
+    rows = rows.astype(np.int64)
     classes = [
         {
             "class": names[c],
@@ -35,7 +42,15 @@ def class_differences(evidence: TaskEvidence, names: list[str], model: str, refe
         }
         for c in np.flatnonzero(rows)
     ]
-    return {"model": model, "reference": reference, "classes": sorted(classes, key=lambda c: int(c["change"]))}
+    measure = "average precision" if several else "recall"
+    ordered = sorted(classes, key=lambda c: int(c["change"]))
+    return {"model": model, "reference": reference, "measure": measure, "classes": ordered}
+
+
+def _by_class(evidence: TaskEvidence, model: str) -> Any:
+    if evidence.kind == MULTILABEL:
+        return measures.average_precision(evidence.logits[model], evidence.targets)[0]
+    return metrics.per_class_recall(evidence.logits[model], evidence.targets)
 
 
 def confusions(evidence: TaskEvidence, names: list[str], model: str, reference: str | None) -> dict[str, Any]:
@@ -70,6 +85,8 @@ def reliability(evidence: TaskEvidence, model: str) -> dict[str, Any]:
 def regressions(context: ReportContext, evidences: list[TaskEvidence], model: ModelEntry) -> list[dict[str, Any]]:
     """Return rows that the teacher gets right and the model wrong, the largest loss of the true class first.
 
+    Of labels and numbers, rows with more wrong labels or a larger error than the teacher's.
+
     The examples are shared between the tasks, and no group is shown twice.
     """
     chosen: list[dict[str, Any]] = []
@@ -88,7 +105,11 @@ def regressions(context: ReportContext, evidences: list[TaskEvidence], model: Mo
 
 
 def _worst_rows(evidence: TaskEvidence, model: str) -> Any:
-    """Positions among the labelled rows, the worst first."""
+    """Positions among the rows with a target, the worst first."""
+    if evidence.kind != CLASSIFICATION:
+        ours, theirs = (_errors(evidence, evidence.logits[name]) for name in (model, TEACHER))
+        positions = np.flatnonzero(ours > theirs + CLEARLY)
+        return positions[np.argsort(-(ours - theirs)[positions], kind="stable")]
     teacher, ours = evidence.logits[TEACHER], evidence.logits[model]
     lost = (teacher.argmax(axis=1) == evidence.targets) & (ours.argmax(axis=1) != evidence.targets)
     positions = np.flatnonzero(lost)
@@ -97,29 +118,54 @@ def _worst_rows(evidence: TaskEvidence, model: str) -> Any:
     return positions[np.argsort(-fall, kind="stable")]
 
 
+def _errors(evidence: TaskEvidence, outputs: Any) -> Any:
+    """Of each row: wrong labels, or the mean error of its numbers in deviations of the training rows."""
+    if evidence.kind == MULTILABEL:
+        return (((outputs > 0) != (evidence.targets == 1)) & ~np.isnan(evidence.targets)).sum(axis=1)
+    return np.nanmean(np.abs(outputs - evidence.targets), axis=1)
+
+
 def _true_probability(logits: Any, targets: Any) -> Any:
     return np.exp(metrics.log_softmax(logits))[np.arange(len(targets)), targets] if len(targets) else np.zeros(0)
 
 
 def _example(context: ReportContext, evidence: TaskEvidence, model: str, position: int) -> dict[str, Any]:
-    names, row_id = context.tasks[evidence.task], int(context.ids[evidence.rows[position]])
+    task, row_id = context.tasks[evidence.task], int(context.ids[evidence.rows[position]])
     shown = _shown(context, row_id)
     image = shown.get("image_png")
     return {
         "id": row_id,
         "task": evidence.task,
-        "target": names[evidence.targets[position]],
-        "teacher": _guess(evidence.logits[TEACHER][position], names),
-        "model": {"name": model} | _guess(evidence.logits[model][position], names),
+        "target": _truth(task, evidence.targets[position]),
+        "teacher": _guess(task, evidence.logits[TEACHER][position]),
+        "model": {"name": model} | _guess(task, evidence.logits[model][position]),
         "text": str(shown.get("text") or "")[:TEXT_LENGTH],
         "image": f"data:image/png;base64,{base64.b64encode(image).decode()}" if image else None,
     }
 
 
-def _guess(logits: Any, names: Any) -> dict[str, Any]:
-    probabilities = np.exp(metrics.log_softmax(logits[None])[0])
-    best = int(logits.argmax())
-    return {"class": names[best], "probability": probabilities[best]}
+def _truth(task: Task, target: Any) -> str:
+    if task.kind == CLASSIFICATION:
+        return task.names[target]
+    return _labels(task, target == 1) if task.kind == MULTILABEL else _numbers(task, target)
+
+
+def _guess(task: Task, outputs: Any) -> dict[str, Any]:
+    """What a model answers, and how sure it is: of a class alone."""
+    if task.kind == CLASSIFICATION:
+        best = int(outputs.argmax())
+        return {"class": task.names[best], "probability": np.exp(metrics.log_softmax(outputs[None])[0])[best]}
+    said = _labels(task, outputs > 0) if task.kind == MULTILABEL else _numbers(task, outputs)
+    return {"class": said, "probability": None}
+
+
+def _labels(task: Task, given: Any) -> str:
+    return ", ".join(name for name, holds in zip(task.names, given, strict=True) if holds) or "none"
+
+
+def _numbers(task: Task, values: Any) -> str:
+    found = zip(task.names, task.numbers(values), strict=True)
+    return ", ".join(f"{name} {formats.significant(value)}" for name, value in found if not np.isnan(value))
 
 
 def _shown(context: ReportContext, row_id: int) -> Mapping[str, Any]:

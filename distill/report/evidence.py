@@ -1,58 +1,99 @@
 """Quality and comparisons of one task, from one bootstrap that all models share.
 
-Every mean that the report gives an interval for is a column of one matrix, resampled once: so differences and
-ratios of columns are paired, and a report of six models costs one bootstrap a task.
+Every measure that the report gives an interval for is resampled with the same draws: so differences and ratios are
+paired. Those that are means over rows are columns of one matrix: a report of six models costs one bootstrap a task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from distill import metrics
-from distill.contracts import IGNORE
-from distill.metrics import Floats
+from distill import measures, metrics
+from distill.metrics import Floats, Integers
 from distill.report.context import BASELINE, PRUNED, STUDENT, TEACHER, ModelEntry, ReportContext
+from distill.targets import CLASSIFICATION, MULTILABEL, REGRESSION, known
 
 Key = tuple[str, ...]
+Score = Callable[[Floats | None], Any]
+"""Weights [R, N] -> a measure of each resample, [R]."""
 
 
 class TaskEvidence:
-    """One task's labelled rows, the models that answer it, and the bootstrap replicates of their measures."""
+    """One task's rows with a target, the models that answer it, and the bootstrap replicates of their measures.
+
+    Attributes:
+        kind: of the task.
+        measure: by which models are compared; the columns ("score", MODEL) and ("score", MODEL, MODALITIES) hold it.
+    """
 
     def __init__(self, context: ReportContext, task: str) -> None:
         """Resample every measure of the task once."""
-        labelled = context.targets[task] != IGNORE
-        self.task = task
+        self.task, self.info = task, context.tasks[task]
+        self.kind, self.measure = self.info.kind, measures.NAMES[self.info.kind]
+        answered = known(context.targets[task])
         self.models = [model for model in context.models if task in model.logits]
-        self.targets = context.targets[task][labelled]
-        self.rows = np.flatnonzero(labelled)
-        self.num_groups = len(np.unique(context.groups[labelled]))
-        self.logits = {model.name: model.logits[task][labelled] for model in self.models}
-        columns = self._columns(labelled)
-        matrix = (
-            np.stack(list(columns.values()), axis=1).astype(np.float64) if columns else np.zeros((len(self.rows), 0))
-        )
-        groups = context.groups[labelled]
-        replicates = metrics.resampled_means(matrix, groups, context.resamples, context.bootstrap_seed)
+        self.targets = context.targets[task][answered]
+        self.rows = np.flatnonzero(answered)
+        self.num_groups = len(np.unique(context.groups[answered]))
+        self.logits = {model.name: model.logits[task][answered] for model in self.models}
+        self.means: dict[Key, Any] = {}
+        self.replicates: dict[Key, Floats] = {}
+        draw = (context.groups[answered], context.resamples, context.bootstrap_seed)
+        if self.kind == CLASSIFICATION:
+            self._resample_means(self._columns(answered), *draw)
+        else:
+            self._resample_scores(self._scores(answered), *draw)
+
+    def _resample_means(self, columns: dict[Key, Floats], groups: Integers, resamples: int, seed: int) -> None:
+        """Of what is a mean over rows, all at once."""
+        empty = np.zeros((len(self.rows), 0))
+        matrix = np.stack(list(columns.values()), axis=1).astype(np.float64) if columns else empty
+        replicates = metrics.resampled_means(matrix, groups, resamples, seed)
         means = matrix.mean(axis=0) if len(matrix) else np.full(len(columns), np.nan)
         self.means = dict(zip(columns, means, strict=True))
         self.replicates = dict(zip(columns, replicates.T, strict=True))
 
-    def _columns(self, labelled: Any) -> dict[Key, Floats]:
+    def _resample_scores(self, scores: dict[Key, Score], groups: Integers, resamples: int, seed: int) -> None:
+        """Of what is none, one by one."""
+        self.means = {key: score(None)[0] for key, score in scores.items()}
+        parts = list(metrics.resampled_weights(groups, resamples, seed))
+        self.replicates = {
+            key: np.concatenate([score(weights) for weights in parts]) if parts else np.full(resamples, np.nan)
+            for key, score in scores.items()
+        }
+
+    def _columns(self, answered: Any) -> dict[Key, Floats]:
         columns: dict[Key, Floats] = {}
         teacher = self.logits.get(TEACHER)
         for model in self.models:
             predictions = self.logits[model.name].argmax(axis=1)
-            columns["right", model.name] = predictions == self.targets
+            columns["score", model.name] = predictions == self.targets
             if teacher is not None:
                 columns["agrees", model.name] = predictions == teacher.argmax(axis=1)
             for modality, logits in model.subsets.items():
                 if self.task in logits:
-                    alone = logits[self.task][labelled].argmax(axis=1)
-                    columns["right", model.name, modality] = alone == self.targets
+                    alone = logits[self.task][answered].argmax(axis=1)
+                    columns["score", model.name, modality] = alone == self.targets
         return columns
+
+    def _scores(self, answered: Any) -> dict[Key, Score]:
+        scores: dict[Key, Score] = {}
+        for model in self.models:
+            scores["score", model.name] = self._score(self.logits[model.name])
+            if TEACHER in self.logits:
+                agrees = partial(measures.agreement, self.kind, self.logits[model.name], self.logits[TEACHER])
+                scores["agrees", model.name] = agrees
+            for modality, logits in model.subsets.items():
+                if self.task in logits:
+                    scores["score", model.name, modality] = self._score(logits[self.task][answered])
+        return scores
+
+    def _score(self, outputs: Floats) -> Score:
+        return partial(measures.score, self.kind, outputs, self.targets)
 
     def mean(self, *key: str) -> dict[str, Any]:
         """Return a measure's value and interval."""
@@ -60,16 +101,9 @@ class TaskEvidence:
 
     def quality(self, name: str) -> dict[str, Any]:
         """Return every measure of one model on this task."""
-        logits, right = self.logits[name], self.mean("right", name)
-        result = {
-            "accuracy": right["value"],
-            "ci95": right["ci95"],
-            "macro_f1": metrics.macro_f1(logits, self.targets),
-            "ece": metrics.ece(logits, self.targets),
-            "correct": int((logits.argmax(axis=1) == self.targets).sum()),
-            "n": len(self.targets),
-        }
-        return result | self._closeness(name)
+        score = self.mean("score", name)
+        result = {self.measure: score["value"], "ci95": score["ci95"], **DETAILS[self.kind](self, self.logits[name])}
+        return {**result, "n": len(self.targets), **self._closeness(name)}
 
     def _closeness(self, name: str) -> dict[str, Any]:
         keys = ("agreement_with_teacher", "agreement_ci95", "kl_to_teacher", "retention", "retention_ci95")
@@ -77,24 +111,25 @@ class TaskEvidence:
             return dict.fromkeys(keys)
         agrees = self.mean("agrees", name)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = self.means["right", name] / self.means["right", TEACHER]
-            ratios = self.replicates["right", name] / self.replicates["right", TEACHER]
-        kl = metrics.kl_divergence(self.logits[name], self.logits[TEACHER])
+            better = self.means["score", TEACHER] > 0  # an R² may be below
+            ratio = self.means["score", name] / self.means["score", TEACHER] if better else np.nan
+            ratios = self.replicates["score", name] / self.replicates["score", TEACHER] * (1.0 if better else np.nan)
+        classes = self.kind == CLASSIFICATION
+        kl = metrics.kl_divergence(self.logits[name], self.logits[TEACHER]) if classes else None
         return dict(zip(keys, (agrees["value"], agrees["ci95"], kl, ratio, _interval(ratios)), strict=True))
 
     def subset(self, name: str, modality: str) -> dict[str, Any] | None:
-        """Return the accuracy of a model that is given some modalities alone, or None where it was not tried."""
-        if ("right", name, modality) not in self.means:
+        """Return the measure of a model that is given some modalities alone, or None where it was not tried."""
+        if ("score", name, modality) not in self.means:
             return None
-        right = self.mean("right", name, modality)
-        return {"accuracy": right["value"], "ci95": right["ci95"], "n": len(self.targets)}
+        score = self.mean("score", name, modality)
+        return {self.measure: score["value"], "ci95": score["ci95"], "n": len(self.targets)}
 
     def comparison(self, model: ModelEntry, reference: ModelEntry, kind: str) -> dict[str, Any]:
-        """Return the paired comparison of two models' accuracy, with what an export must not change."""
-        ours, theirs = ("right", model.name), ("right", reference.name)
+        """Return the paired comparison of two models' measures, with what an export must not change."""
+        ours, theirs = ("score", model.name), ("score", reference.name)
         replicates = self.replicates[ours] - self.replicates[theirs]
         a, b = self.logits[model.name], self.logits[reference.name]
-        a_right, b_right = a.argmax(axis=1) == self.targets, b.argmax(axis=1) == self.targets
         result = {
             "model": model.name,
             "reference": reference.name,
@@ -103,16 +138,43 @@ class TaskEvidence:
             "difference": self.means[ours] - self.means[theirs],
             "ci95": _interval(replicates),
             "p_value": metrics.two_sided_p(replicates),
-            "only_model_right": int((a_right & ~b_right).sum()),
-            "only_reference_right": int((b_right & ~a_right).sum()),
             "n": len(self.targets),
             "num_groups": self.num_groups,
-            "agreement": metrics.agreement(a, b),
+            "agreement": float(measures.agreement(self.kind, a, b)[0]),
         }
+        if self.kind == CLASSIFICATION:
+            a_right, b_right = a.argmax(axis=1) == self.targets, b.argmax(axis=1) == self.targets
+            result["only_model_right"] = int((a_right & ~b_right).sum())
+            result["only_reference_right"] = int((b_right & ~a_right).sum())
         if kind == "source":
             gap = np.abs(model.logits[self.task].astype(np.float64) - reference.logits[self.task])
             result["max_abs_logit_difference"] = gap.max(initial=0.0)
         return result
+
+
+def _of_classes(evidence: TaskEvidence, logits: Floats) -> dict[str, Any]:
+    return {
+        "macro_f1": metrics.macro_f1(logits, evidence.targets),
+        "ece": metrics.ece(logits, evidence.targets),
+        "correct": int((logits.argmax(axis=1) == evidence.targets).sum()),
+    }
+
+
+def _of_labels(evidence: TaskEvidence, logits: Floats) -> dict[str, Any]:
+    areas = measures.auroc(logits, evidence.targets)[0]
+    measured = areas[~np.isnan(areas)]
+    mean = float(measured.mean()) if len(measured) else None
+    return {"auroc": mean, **measures.label_f1(logits, evidence.targets)}
+
+
+def _of_numbers(evidence: TaskEvidence, values: Floats) -> dict[str, Any]:
+    task = evidence.info
+    errors = measures.mean_absolute_error(task.numbers(values), task.numbers(evidence.targets))[0]
+    return {"mean_absolute_error": dict(zip(task.names, errors.tolist(), strict=True))}
+
+
+DETAILS = {CLASSIFICATION: _of_classes, MULTILABEL: _of_labels, REGRESSION: _of_numbers}
+"""Kind of task -> what is told of a model beside the measure."""
 
 
 def pairs(models: list[ModelEntry]) -> list[tuple[ModelEntry, ModelEntry, str]]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from distill.measures import SHOWN
 from distill.report import formats
 from distill.report.svg import Scale, figure, line, linear, logarithmic, marker, node, polyline, slots, spread, text
 
@@ -27,19 +28,22 @@ class Point(NamedTuple):
 
 
 def intervals(report: dict[str, Any], task: str) -> Markup:
-    """Draw each model's accuracy on a task with its 95 % interval, and the teacher's value as a line."""
-    shown = [m for m in report["models"] if _accuracy(m, task) is not None]
+    """Draw each model's measure of a task with its 95 % interval, and the teacher's value as a line."""
+    shown = [m for m in report["models"] if _value(report, m, task) is not None]
     if not shown:
         return Markup("")
     colour = slots([m["name"] for m in report["models"]])
     left, row, top = _label_space([m["name"] for m in shown]), 26.0, 8.0
     bottom = top + row * len(shown)
-    values = [v for m in shown for v in (_accuracy(m, task), *(m["quality"][task]["ci95"] or ()))]
+    values = [v for m in shown for v in (_value(report, m, task), *(m["quality"][task]["ci95"] or ()))]
     scale = linear(values, left, WIDTH - 60)
-    parts = [*_columns(scale, top, bottom, formats.percent_number), _x_title(left, "accuracy, %", bottom + 34)]
+    parts = [
+        *_columns(scale, top, bottom, formats.percent_number),
+        _x_title(left, f"{measure_of(report, task)}, %", bottom + 34),
+    ]
     teacher = next((m for m in shown if m["name"] == "teacher"), None)
     if teacher:
-        x = scale(_accuracy(teacher, task))
+        x = scale(_value(report, teacher, task))
         parts.append(line(x, top, x, bottom, "reference"))
     for number, model in enumerate(shown):
         y = top + row * (number + 0.5)
@@ -48,19 +52,21 @@ def intervals(report: dict[str, Any], task: str) -> Markup:
         parts.append(text(left - 12, y + 4, model["name"], anchor="end"))
         if interval:
             parts.append(line(scale(interval[0]), y, scale(interval[1]), y, f"s{slot} whisker"))
-        parts.append(marker(scale(_accuracy(model, task)), y, slot))
-        parts.append(text(WIDTH - 4, y + 4, formats.percent(_accuracy(model, task)), anchor="end", class_="strong"))
-    return figure(WIDTH, bottom + 40, f"Accuracy on {task} with 95 % intervals", *parts)
+        parts.append(marker(scale(_value(report, model, task)), y, slot))
+        parts.append(
+            text(WIDTH - 4, y + 4, formats.percent(_value(report, model, task)), anchor="end", class_="strong")
+        )
+    return figure(WIDTH, bottom + 40, f"{titled(measure_of(report, task))} on {task} with 95 % intervals", *parts)
 
 
 def against(report: dict[str, Any], task: str, measure: str) -> Markup:
-    """Draw accuracy on a task against "size" or "latency", on a logarithmic axis; empty if fewer than two are known."""
+    """Draw a task's measure against "size" or "latency", on a logarithmic axis; empty if fewer than two are known."""
     read, write, title = AXES[measure]
     colour = slots([m["name"] for m in report["models"]])
     points = [
-        Point(m["name"], colour[m["name"]], read(m), _accuracy(m, task), m["quality"][task]["ci95"])
+        Point(m["name"], colour[m["name"]], read(m), _value(report, m, task), m["quality"][task]["ci95"])
         for m in report["models"]
-        if read(m) and _accuracy(m, task) is not None
+        if read(m) and _value(report, m, task) is not None
     ]
     if len(points) < 2:
         return Markup("")
@@ -68,27 +74,28 @@ def against(report: dict[str, Any], task: str, measure: str) -> Markup:
     x = logarithmic([p.x for p in points], left, right)
     y = linear([v for p in points for v in (p.y, *(p.interval or ()))], bottom, top)
     parts = [*_rows(y, left, right, formats.percent_number), *_columns(x, top, bottom, write, grid=False)]
-    parts += [_y_title("accuracy, %", top), _x_title(left, title, bottom + 36)]
+    parts += [_y_title(f"{measure_of(report, task)}, %", top), _x_title(left, title, bottom + 36)]
     for point in points:
         if point.interval:
             low, high = (y(bound) for bound in point.interval)
             parts.append(line(x(point.x), low, x(point.x), high, f"s{point.slot} whisker"))
     parts += [marker(x(p.x), y(p.y), p.slot, 5) for p in points]
     parts += _labels(points, x, y, top, bottom, right)
-    return figure(WIDTH, bottom + 42, f"Accuracy on {task} against {measure}", *parts)
+    return figure(WIDTH, bottom + 42, f"{titled(measure_of(report, task))} on {task} against {measure}", *parts)
 
 
 def learning_curves(report: dict[str, Any], task: str | None) -> Markup:
-    """Draw validation accuracy on a task, "recall@1", or the training loss if ``task`` is None, for trained models."""
+    """Draw a task's measure on the validation rows, "recall@1", or the training loss if ``task`` is None."""
     colour = slots([m["name"] for m in report["models"]] + [n for n in report["curves"] if n not in _names(report)])
     entries = [entry for epochs in report["curves"].values() for entry in epochs]
     unit = "step" if all("step" in entry for entry in entries) else "epoch"  # models may have epochs of other lengths
-    series = {name: _series(epochs, task, unit) for name, epochs in report["curves"].items()}
+    key = task if task == "recall@1" else f"{task}_{report['tasks'][task]['measure']}" if task else None
+    series = {name: _series(epochs, key, unit) for name, epochs in report["curves"].items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return Markup("")
     values = [value for points in series.values() for _, value in points]
-    loss, what = task is None, "recall@1" if task == "recall@1" else "accuracy"
+    loss, what = task is None, measure_of(report, task)
     left, right, top, bottom = 44.0, WIDTH - _label_space(list(series)) - 4, 12.0, 230.0
     steps = [step for points in series.values() for step, _ in points]
     x = Scale(min(steps), max(max(steps), min(steps) + 1), left, right)
@@ -114,6 +121,17 @@ def learning_curves(report: dict[str, Any], task: str | None) -> Markup:
             parts.append(_end_label(name, pixels[-1], others))
     title = f"Training loss by {unit}" if loss else f"Validation {what} on {task} by {unit}"
     return figure(WIDTH, bottom + 42, title, *parts)
+
+
+def measure_of(report: dict[str, Any], task: str | None) -> str:
+    """Return what a task is measured by, as people read it; "recall@1" stands for retrieval."""
+    return SHOWN[report["tasks"][task]["measure"]] if task in report["tasks"] else str(task)
+
+
+def titled(words: str) -> str:
+    """Return words with a capital in front; names such as mAP stay as they are."""
+    first = words.split(" ")[0]
+    return words if first != first.lower() else words[:1].upper() + words[1:]
 
 
 def legend(names: list[str], colour: dict[str, int]) -> Markup:
@@ -144,14 +162,10 @@ def _end_label(name: str, end: tuple[float, float], others: list[list[tuple[floa
     return text(end[0], max(above, below, key=room), name, anchor="middle", class_="halo")
 
 
-def _series(epochs: list[dict[str, Any]], task: str | None, unit: str) -> list[tuple[float, float]]:
-    keys = ("train_loss",) if task is None else (f"valid/{task}_accuracy", f"valid/{task}/accuracy", f"valid/{task}")
-    found = []
-    for number, epoch in enumerate(epochs):
-        value = next((epoch[key] for key in keys if isinstance(epoch.get(key), int | float)), None)
-        if value is not None:
-            found.append((float(epoch.get(unit, number)), float(value)))
-    return found
+def _series(epochs: list[dict[str, Any]], key: str | None, unit: str) -> list[tuple[float, float]]:
+    name = "train_loss" if key is None else f"valid/{key}"
+    values = [(epoch.get(unit, number), epoch.get(name)) for number, epoch in enumerate(epochs)]
+    return [(float(at), float(value)) for at, value in values if isinstance(value, int | float)]
 
 
 def _labels(points: list[Point], x: Scale, y: Scale, top: float, bottom: float, right: float) -> list[Markup]:
@@ -224,8 +238,10 @@ def _names(report: dict[str, Any]) -> list[str]:
     return [model["name"] for model in report["models"]]
 
 
-def _accuracy(model: dict[str, Any], task: str) -> Any:
-    return model["quality"].get(task, {}).get("accuracy")
+def _value(report: dict[str, Any], model: dict[str, Any], task: str) -> Any:
+    measure = report["tasks"][task]["measure"]
+    quality = model["quality"].get(task, {})
+    return quality.get(measure)
 
 
 def _whole(value: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from distill.report import formats
 from distill.report.context import BASELINE, STUDENT, TEACHER
+from distill.report.figures import measure_of, titled
 from distill.retrieval import ZERO_SHOT
 
 Model = dict[str, Any]
@@ -41,7 +42,7 @@ def kept_of_teacher(report: dict[str, Any], model: Model) -> tuple[float | None,
     """Return what a model keeps of the teacher's quality, and what that is: of the first task, or else retrieval."""
     tasks = list(report["tasks"])
     if any(not task.endswith(ZERO_SHOT) for task in tasks):
-        return _number(model, ("quality", tasks[0], "retention")), f"{tasks[0]} accuracy"
+        return _number(model, ("quality", tasks[0], "retention")), f"{tasks[0]} {measure_of(report, tasks[0])}"
     found = [each["models"].get(model["name"], {}).get("retention") for each in report["retrieval"].values()]
     return (None if None in found or not found else sum(found) / len(found)), "recall@1, the mean of both directions"
 
@@ -154,7 +155,7 @@ def _figures(report: dict[str, Any], models: dict[str, Model], tasks: list[str])
     ships, teacher = models.get(report["shipped"] or ""), models.get(TEACHER)
     if not ships:
         return []
-    figures = [_accuracy_figure(ships, task) for task in tasks[:2] if task in ships["quality"]]
+    figures = [_task_figure(report, ships, task) for task in tasks[:2] if task in ships["quality"]]
     figures += [
         _recall_figure(direction, each["models"][ships["name"]])
         for direction, each in report["retrieval"].items()
@@ -189,10 +190,11 @@ def _recall_figure(direction: str, found: dict[str, Any]) -> dict[str, str]:
     return {"label": label, "value": formats.percent(recall["value"]), "detail": detail}
 
 
-def _accuracy_figure(ships: Model, task: str) -> dict[str, str]:
-    quality = ships["quality"][task]
+def _task_figure(report: dict[str, Any], ships: Model, task: str) -> dict[str, str]:
+    quality, measure = ships["quality"][task], report["tasks"][task]["measure"]
     kept = quality["retention"]
     detail = f"{LEVEL}: {formats.percent_range(quality['ci95'])}"
     if kept is not None:
         detail += f"; {formats.percent(kept)} of the teacher's"
-    return {"label": f"Accuracy, {task}", "value": formats.percent(quality["accuracy"]), "detail": detail}
+    label = f"{titled(measure_of(report, task))}, {task}"
+    return {"label": label, "value": formats.percent(quality[measure]), "detail": detail}

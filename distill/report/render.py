@@ -63,16 +63,16 @@ def terminal_table(report: dict[str, Any]) -> Table:
     from rich.text import Text
 
     tasks, directions = list(report["tasks"]), report["retrieval"]
-    measured = " and ".join([*(["accuracy"] if tasks else []), *(["recall@1"] if directions else [])])
+    measured = " and ".join([*_measures(report), *(["recall@1"] if directions else [])])
     caption = f"{measured} in %, ± half of the 95 % interval; 1 MB = 1,000,000 bytes"
     table = Table(caption=caption, caption_justify="left")
     table.add_column("model", no_wrap=True)
     for title in ("params", "size", "p50", *tasks, *(formats.label(name) for name in directions), "kept"):
         table.add_column(Text(title), justify="right", no_wrap=True)
     for model in report["models"]:
-        qualities = [model["quality"].get(task, {}) for task in tasks]
+        qualities = [(model["quality"].get(task, {}), report["tasks"][task]["measure"]) for task in tasks]
         accuracies = [
-            f"{formats.percent_number(q.get('accuracy'))} {formats.half_width(q.get('ci95'))}" for q in qualities
+            f"{formats.percent_number(q.get(measure))} {formats.half_width(q.get('ci95'))}" for q, measure in qualities
         ]
         recalls = [each["models"].get(model["name"], {}).get("recall@1", {}) for each in directions.values()]
         accuracies += [f"{formats.percent_number(r.get('value'))} {formats.half_width(r.get('ci95'))}" for r in recalls]
@@ -105,12 +105,21 @@ def _names(report: dict[str, Any]) -> dict[str, Any]:
         "report": report,
         "tasks": list(report["tasks"]),
         "models": models,
+        "measure": {task: entry["measure"] for task, entry in report["tasks"].items()},
+        "title": {task: figures.titled(figures.measure_of(report, task)) for task in report["tasks"]},
+        "measured": figures.titled(" and ".join(_measures(report))),
+        "kind": {task: entry["kind"] for task, entry in report["tasks"].items()},
         "slot": slots([model["name"] for model in models]),
         "modalities": list(dict.fromkeys(modality for model in models for modality in model["subsets"])),
         "notes": _latency_notes(models),
         "kinds": KINDS,
         "stages": _stages(report["costs"]),
     }
+
+
+def _measures(report: dict[str, Any]) -> list[str]:
+    """What the tasks are measured by, as people read it."""
+    return list(dict.fromkeys(figures.measure_of(report, task) for task in report["tasks"]))
 
 
 def _latency_notes(models: list[dict[str, Any]]) -> dict[str, list[str]]:

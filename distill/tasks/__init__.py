@@ -1,13 +1,13 @@
 """Tasks: the head that each needs."""
 
-from distill.tasks.heads import ClassificationHead
+from distill.tasks.heads import LinearHead
 from distill.tasks.reused import REUSED, ReusedHead, check_reused, keep_classifiers, reuse_classifiers, reuses
 
-HEADS = {"classification": ClassificationHead, REUSED: ReusedHead}
+HEADS = {"linear": LinearHead, REUSED: ReusedHead}
 
 __all__ = [
     "HEADS",
-    "ClassificationHead",
+    "LinearHead",
     "ReusedHead",
     "check_reused",
     "keep_classifiers",

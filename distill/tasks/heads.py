@@ -7,20 +7,20 @@ from torch import Tensor, nn
 from distill.dropout import Dropout
 
 
-class ClassificationHead(nn.Module):
+class LinearHead(nn.Module):
     """Dropout and a linear layer.
 
     Args:
         in_dim: width of the pooled vector.
-        num_classes: C.
+        num_outputs: K, of classes, labels or numbers.
         dropout: probability of dropping a feature in training.
     """
 
-    def __init__(self, in_dim: int, num_classes: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, in_dim: int, num_outputs: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = Dropout(dropout)
-        self.linear = nn.Linear(in_dim, num_classes)
+        self.linear = nn.Linear(in_dim, num_outputs)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Map [B, D] to logits [B, C]."""
+        """Map [B, D] to logits, or numbers, [B, K]."""
         return self.linear(self.dropout(pooled))

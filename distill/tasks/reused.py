@@ -29,7 +29,7 @@ class ReusedHead(nn.Module):
 
     Args:
         in_dim: width of the pooled vector.
-        num_classes: C.
+        num_outputs: C.
         width: what the teacher's classifier reads, which is the width of the teacher's fusion.
         reduction: by which the middle of the projector is narrower; the authors' 2.
 
@@ -37,7 +37,7 @@ class ReusedHead(nn.Module):
         ValueError: nothing is left of the middle.
     """
 
-    def __init__(self, in_dim: int, num_classes: int, *, width: int, reduction: int = 2) -> None:
+    def __init__(self, in_dim: int, num_outputs: int, *, width: int, reduction: int = 2) -> None:
         super().__init__()
         if not 1 <= reduction <= width:
             raise ValueError(f"reduction {reduction} leaves no middle of width {width}; give 1 to {width}")
@@ -47,7 +47,7 @@ class ReusedHead(nn.Module):
             for one, other in pairwise((in_dim, middle, middle))
         ]
         self.projector = nn.Sequential(*layers, nn.Linear(middle, width))
-        self.linear = nn.Linear(width, num_classes)
+        self.linear = nn.Linear(width, num_outputs)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Map [B, D] to logits [B, C]."""
@@ -85,9 +85,7 @@ def check_reused(recipe: Recipe) -> None:
     teacher, student = recipe.teacher, recipe.student
     for task, part in teacher.heads.items():
         if part.type == REUSED:
-            raise UserError(
-                f"teacher.heads.{task}: reused takes over the teacher's classifier; use classification here"
-            )
+            raise UserError(f"teacher.heads.{task}: reused takes over the teacher's classifier; use linear here")
     for task, part in student.heads.items():
         if part.type != REUSED:
             continue

@@ -86,7 +86,8 @@ def train(data: str, tokenizer: str, folder: str, log: str, die: Sequence[int] |
     loader = tiny.make_loader(PreparedData.open(data), file)
     model = tiny.make_model(file, dropout=0.2, modality_dropout=0.2)
     tapped, objective = tiny.make_objective(model, tiny.LABELS, loader.at(0, 0)["student"])
-    valid = tiny.make_loader(loader.data, file, split="valid", shuffle=False, augment=None)
+    data = loader.data
+    valid = tiny.make_loader(data, file, split="valid", shuffle=False, augment=None)
     budget = {"epochs": KILL_EPOCHS, "batch_size": 16, "lr": 0.02, "ema": 0.9, "checkpoint_minutes": 1e-9}
     _announce_saves(note, die)
     engine.fit(
@@ -98,7 +99,9 @@ def train(data: str, tokenizer: str, folder: str, log: str, die: Sequence[int] |
             config=TrainConfig.model_validate(budget),
             folder=Path(folder),
             seed=0,
-            validate=partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student")),
+            validate=partial(
+                evaluate.validation_scores, batches=evaluate.clean_batches(valid, "student"), tasks=data.tasks
+            ),
             teacher=note_rows,
         )
     )
