@@ -137,7 +137,8 @@ def train(folder: Path) -> None:
     from distill.config import TermConfig, TrainConfig
     from distill.fusion import ConcatFusion
     from distill.losses.objective import Objective
-    from distill.multimodal import MultimodalModel, Tapped, evaluating
+    from distill.multimodal import MultimodalModel, evaluating
+    from distill.tapped import Tapped
     from distill.tasks import LinearHead
     from students import StaticEmbeddings
 

@@ -35,11 +35,12 @@ from distill.data.loader import InputSpec, Loader
 from distill.data.prepared import PreparedData
 from distill.data_config import AugmentConfig
 from distill.losses.objective import Objective
-from distill.multimodal import Tapped, evaluating
+from distill.multimodal import evaluating
 from distill.optimize import build_optimizer
 from distill.progress import progress
 from distill.recipe import load_recipe
 from distill.resources import cpu_seconds, keep_freed_memory
+from distill.tapped import Tapped
 from distill.trainee import Trainee
 
 FLOORS = {"cached": 0.93, "cached_augmented": 0.80, "live": 0.95, "quickstart": 0.95, "fill": 0.95}

@@ -42,12 +42,13 @@ from distill.data.loader import InputSpec, Loader
 from distill.data.prepared import PreparedData
 from distill.data_config import AugmentConfig
 from distill.losses.objective import Objective
-from distill.multimodal import Tapped, evaluating
+from distill.multimodal import evaluating
 from distill.progress import progress
 from distill.report import formats
 from distill.report.compare import t_interval
 from distill.resources import keep_freed_memory
 from distill.runs import find, fingerprint, finish, start
+from distill.tapped import Tapped
 from distill.workspace import WEIGHTS_FILE
 
 VERSION = 1  # raised when the code changes what is trained

@@ -11,8 +11,9 @@ from torch.func import functional_call
 
 from distill.config import EMA, of_teacher
 from distill.contracts import Batch, Outputs
-from distill.multimodal import Tapped, evaluating
+from distill.multimodal import evaluating
 from distill.sharding import local, split
+from distill.tapped import Tapped
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:

@@ -21,8 +21,10 @@ from distill.dual import DualEncoder
 from distill.formats import TABULAR, TEXT, formats_of
 from distill.fusion import FUSIONS
 from distill.multimodal import Encoder, MultimodalModel, Reader
+from distill.targets import CAPTIONING, KINDS, LAST, Task
 from distill.tasks import HEADS
 
+DEFAULT_HEADS = {kind: "decoder" if kind == CAPTIONING else "linear" for kind in KINDS}
 Registry = Mapping[str, Callable[..., Encoder]]
 Given = Mapping[str, Mapping[str, Any]]
 AReader = TypeVar("AReader", bound=Reader)
@@ -90,7 +92,7 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
     for task, part in config.heads.items():
         if task not in tasks:
             raise UserError(f"{where}.heads: the data has no task {task!r}; {nearest(task, tasks)}")
-        check_part(HEADS, part, f"{where}.heads.{task}", ("in_dim", "num_outputs"))
+        check_part(HEADS, part, f"{where}.heads.{task}", ("in_dim", "num_outputs", "length"))
 
 
 def _check_unfused(config: ModelConfig, where: str) -> None:
@@ -116,14 +118,14 @@ def _check_unfused(config: ModelConfig, where: str) -> None:
 
 
 def build_model(
-    config: ModelConfig, registry: Registry, num_outputs: Mapping[str, int], where: str, given: Given | None = None
+    config: ModelConfig, registry: Registry, tasks: Mapping[str, Task], where: str, given: Given | None = None
 ) -> Model:
     """Build a model with its initial weights.
 
     Args:
         config: the model.
         registry: encoder type -> class.
-        num_outputs: task -> number of classes, labels or numbers.
+        tasks: those of the data.
         where: dotted path of the model in the recipe, for messages.
         given: modality -> encoder parameters that the caller adds.
 
@@ -139,7 +141,7 @@ def build_model(
         return DualEncoder(encoders, config.embedding_dim)
     widths = {name: encoder.out_dim for name, encoder in encoders.items()}
     members = config.members if isinstance(config, TeacherConfig) else 1
-    build = partial(_build_reader, config=config, num_outputs=num_outputs, widths=widths, where=where)
+    build = partial(_build_reader, config=config, tasks=tasks, widths=widths, where=where)
     model = build(
         partial(MultimodalModel, encoders, others=[build(partial(Reader, widths)) for _ in range(members - 1)])
     )
@@ -166,7 +168,7 @@ def _take_classifier(encoder: Any, model: MultimodalModel, where: str) -> None:
 def _build_reader(
     make: Callable[..., AReader],
     config: ModelConfig,
-    num_outputs: Mapping[str, int],
+    tasks: Mapping[str, Task],
     widths: Mapping[str, int],
     where: str,
 ) -> AReader:
@@ -175,12 +177,15 @@ def _build_reader(
     modalities = list(config.encoders)
     fusion = build_part(FUSIONS, config.fusion, f"{where}.fusion", modalities=modalities)
     dim = widths[modalities[0]] if fusion.plain else int(config.fusion.params["dim"])
-    parts = config.heads or dict.fromkeys(num_outputs, Part(type="linear"))
+    parts = config.heads or {name: Part(type=DEFAULT_HEADS[task.kind]) for name, task in tasks.items()}
 
     def head(task: str, part: Part) -> Any:
-        return build_part(HEADS, part, f"{where}.heads.{task}", in_dim=dim, num_outputs=num_outputs[task])
+        given: dict[str, int] = {"in_dim": dim, "num_outputs": len(tasks[task].names)}
+        given |= {"length": tasks[task].length} if tasks[task].kind == CAPTIONING else {}
+        return build_part(HEADS, part, f"{where}.heads.{task}", **given)
 
-    unimodal = {task: {name: head(task, part) for name in modalities} for task, part in parts.items()}
+    answering = {task: part for task, part in parts.items() if tasks[task].kind != CAPTIONING}
+    unimodal = {task: {name: head(task, part) for name in modalities} for task, part in answering.items()}
     return make(
         fusion,
         {task: head(task, part) for task, part in parts.items()},
@@ -203,7 +208,9 @@ def input_spec(model: Model) -> InputSpec:
     return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id)
 
 
-def example_batch(spec: InputSpec, data: DataConfig, *, rows: int = 3, length: int = 5) -> Batch:
+def example_batch(
+    spec: InputSpec, data: DataConfig, *, rows: int = 3, length: int = 5, tasks: Mapping[str, Task] | None = None
+) -> Batch:
     """A small synthetic batch of the right shapes, for tracing and for finding the shapes of outputs.
 
     Args:
@@ -211,6 +218,7 @@ def example_batch(spec: InputSpec, data: DataConfig, *, rows: int = 3, length: i
         data: the recipe's, which says how large images are, and the like.
         rows: B, at least 2 for tracing.
         length: tokens a text.
+        tasks: those with captions have targets, so that a head is told what to write and all it gives has a gradient.
     """
     inputs: dict[str, Tensor] = {}
     present: dict[str, Tensor] = {}
@@ -228,4 +236,6 @@ def example_batch(spec: InputSpec, data: DataConfig, *, rows: int = 3, length: i
         inputs["text"] = torch.arange(rows * length).view(rows, length) % 7 + 1
         inputs["text_mask"] = torch.ones(rows, length, dtype=torch.bool)
         present["text"] = torch.ones(rows, dtype=torch.bool)
-    return Batch(torch.arange(rows), torch.full((rows,), CLEAN_VIEW), inputs, present, {})
+    written = {name: task.length for name, task in (tasks or {}).items() if task.kind == CAPTIONING}
+    targets = {name: torch.full((rows, most), LAST) for name, most in written.items()}
+    return Batch(torch.arange(rows), torch.full((rows,), CLEAN_VIEW), inputs, present, targets)

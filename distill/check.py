@@ -33,12 +33,13 @@ from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import check_teachers
 from distill.sharding import check_sharding
-from distill.targets import CLASSIFICATION
+from distill.targets import CAPTIONING, CLASSIFICATION
 from distill.tasks import check_reused
 from distill.trackers import check_trackers
 from distill.workspace import takers
 
 Registry = Mapping[str, Callable[..., Any]]
+DECODER = "decoder"
 
 
 def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> None:
@@ -75,7 +76,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
     _check_kept(recipe, encoders)
     for where, model in models.items():
-        _check_probabilities(model, where, recipe)
+        _check_heads(model, where, recipe)
     tasks = list(recipe.data.targets)
     check_decision(recipe.teacher, {"teacher.objective": recipe.teacher.objective}, tasks)
     trained = {"student.baseline": recipe.student.baseline, "student.objective": recipe.student.objective}
@@ -104,10 +105,19 @@ def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Reci
     check_model(model, encoders, where, list(tasks), given)
 
 
-def _check_probabilities(model: ModelConfig, where: str, recipe: Recipe) -> None:
-    """Heads can decide together by the probabilities of classes where there are classes."""
+def _check_heads(model: ModelConfig, where: str, recipe: Recipe) -> None:
+    """Heads are for some kinds of tasks, and decide by probabilities of classes where there are classes."""
     for task in model.heads or recipe.data.targets:
         kind = recipe.data.targets[task].kind
+        part = model.heads.get(task)
+        if part is not None and (part.type == DECODER) != (kind == CAPTIONING):
+            fitting = DECODER if kind == CAPTIONING else "linear"
+            raise UserError(f"{where}.heads.{task}: {part.type} is not for a {kind}; use {fitting}")
+        if model.fusion and kind == CAPTIONING and getattr(model, "members", 1) > 1:
+            raise UserError(
+                f"{where}.members: captions of several members have no mean, and task {task!r} is a captioning; set it "
+                "to 1"
+            )
         if model.fusion and model.decision in ("product", "mixture") and kind != CLASSIFICATION:
             raise UserError(
                 f"{where}.decision: {model.decision} is of the probabilities of classes, and task {task!r} is a "

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     views: Tensor  # int64 [B], augmentation view: the epoch when live, epoch mod K when cached, -1 = clean
     inputs: dict[str, Tensor]  # as INPUTS says
     present: dict[str, Tensor]  # modality -> bool [B]
-    targets: dict[str, Tensor]  # task -> int64 [B] class labels; IGNORE where missing
+    targets: dict[str, Tensor]  # task -> int64 [B] class labels, IGNORE where missing, or as distill.targets says
 
     def inputs_of(self, modality: str) -> dict[str, Tensor]:
         """Return the inputs of one modality, in the order of their names."""
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 class Outputs(NamedTuple):
     """What a model says about a batch: a live teacher, a teacher cache and a student all return it."""
 
-    logits: dict[str, Tensor]  # task -> [B, C]; "task.image" etc. are the heads of single modalities
+    logits: dict[str, Tensor]  # task -> [B, C], of captions [B, L, V]; "task.image" etc.: heads of single modalities
     embeddings: dict[str, Tensor]  # "image", "text", "fused" -> [B, D]
     features: dict[str, Tensor]  # tap (module path) -> any shape, rows first
 

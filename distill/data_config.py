@@ -131,13 +131,15 @@ class TargetConfig(Strict):
     """What a task's targets are; a word in a recipe means a column with one class a row."""
 
     column: str | list[str]  # several of "multilabel" hold 0 or 1, several of "regression" a number each
-    kind: Literal["classification", "multilabel", "regression"] = "classification"
+    kind: Literal["classification", "multilabel", "regression", "captioning"] = "classification"
     separator: str = Field(";", min_length=1)  # between the labels in a text; a column of lists needs none
+    vocab_size: int = Field(4000, ge=8)  # most tokens of captions, learnt from those of training rows
+    max_length: int = Field(16, ge=2, le=512)  # tokens that a caption is cut to, the closing one included
 
     @model_validator(mode="after")
     def _several_columns(self) -> TargetConfig:
-        if self.kind == "classification" and not isinstance(self.column, str):
-            raise ValueError("column is a list; classification has one, several need kind multilabel or regression")
+        if self.kind in ("classification", "captioning") and not isinstance(self.column, str):
+            raise ValueError(f"column is a list; {self.kind} has one, several need kind multilabel or regression")
         if not self.columns or len(set(self.columns)) < len(self.columns):
             raise ValueError("column names none, or one twice")
         return self

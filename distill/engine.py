@@ -28,12 +28,12 @@ from distill.contracts import Batch, Outputs, UserError
 from distill.data.batches import Batches, made_and_finished
 from distill.interrupts import InterruptedRunError, noted_signals
 from distill.losses.objective import Objective
-from distill.multimodal import Tapped
 from distill.optimize import build_optimizer, image_size, lr_factor
 from distill.progress import Progress, silent
 from distill.ranks import Ranks, accelerator_for, join
 from distill.sharding import split, whole
 from distill.step import Stepper
+from distill.tapped import Tapped
 from distill.trackers import EVERY, Tracking, untracked
 from distill.trainee import Trainee, Watch
 

@@ -64,12 +64,11 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         for array in kept_arrays(name, format, decode_once=recipe.data.decode_once)
     ]
     found["disk_bytes"] = {"data": len(rows.ids) * sum(kind.itemsize * math.prod(shape) for kind, shape in kept)}
-    num_outputs = {name: len(task.names) for name, task in tasks.items()}
-    student = untrained(recipe.student, "student", encoders, num_outputs, recipe.data)
+    student = untrained(recipe.student, "student", encoders, tasks, recipe.data)
     found["num_params"]["student"] = _num_params(student)
     check_labels(recipe, tasks)
     try:
-        teacher = untrained(recipe.teacher, "teacher", encoders, num_outputs, recipe.data)
+        teacher = untrained(recipe.teacher, "teacher", encoders, tasks, recipe.data)
     except UserError as error:
         return {**found, "missing": str(error)}
     teachers = Teachers(recipe, encoders, tasks, teacher.eval())

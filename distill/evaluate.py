@@ -27,9 +27,10 @@ from distill.predict import EMBEDDING, Predictor
 from distill.progress import Progress, silent
 from distill.retrieval import Pairs, scores
 from distill.runs import atomic
-from distill.targets import CLASSIFICATION, Task, known
+from distill.targets import CAPTIONING, CLASSIFICATION, Task, known
 
 AND = "+"
+CHOSEN = (CLASSIFICATION, CAPTIONING)  # kinds whose answer is the largest of logits
 ALL_SUBSETS = 4  # modalities of which all subsets are measured
 Arrays = dict[str, NDArray[np.float32]]
 ACCURACY, SCORE, RECALL = "valid/accuracy", "valid/score", "valid/recall@1"
@@ -59,7 +60,8 @@ def predict_torch(
         report: called with (rows done, rows done): the total is not known here.
 
     Returns:
-        ``logits.TASK`` float32 [N, C], for each subset ``subset.MODALITIES.TASK``, and ``embedding.MODALITY`` [N, D].
+        ``logits.TASK`` float32 [N, C], of captions the ids of what was written [N, L], for each subset
+        ``subset.MODALITIES.TASK``, and ``embedding.MODALITY`` [N, D].
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     done = 0
@@ -68,7 +70,7 @@ def predict_torch(
         for batch in (batch.to(device) for batch in batches()):
             passes = {"logits": batch, **{f"subset.{names}": only(batch, *names.split(AND)) for names in subsets}}
             for prefix, rows in passes.items():
-                said = model(rows)
+                said = model(rows._replace(targets={}))  # heads that write are not told what
                 found = {f"{prefix}.{task}": logits for task, logits in final_logits(said).items()}
                 if rows is batch:
                     found |= {f"embedding.{name}": said.embeddings[name] for name in embeddings}
@@ -115,7 +117,8 @@ def validation_scores(
         gather: joins the rows of all ranks.
 
     Returns:
-        ``valid/TASK_MEASURE`` (accuracy, map, r2) and their mean as :func:`chosen_by` names it; 1 is perfect.
+        ``valid/TASK_MEASURE`` (accuracy, map, r2, token_accuracy) and their mean as :func:`chosen_by` names it, at
+        most 1.
 
     Raises:
         UserError: no row has a target, or none tells anything.
@@ -126,12 +129,12 @@ def validation_scores(
         for batch in (batch.to(device) for batch in batches()):
             for name, outputs in final_logits(model(batch)).items():
                 if name in batch.targets:
-                    said = outputs.argmax(dim=1) if tasks[name].kind == CLASSIFICATION else outputs.float()
+                    said = outputs.argmax(dim=-1) if tasks[name].kind in CHOSEN else outputs.float()
                     rows = (gather(said).cpu().numpy(), gather(batch.targets[name]).cpu().numpy())
                     parts.setdefault(name, []).append(rows)
     joined = {name: [np.concatenate(each) for each in zip(*rows, strict=True)] for name, rows in parts.items()}
     found = {
-        f"valid/{name}_{measures.NAMES[tasks[name].kind]}": measures.score_of(tasks[name].kind, *each)
+        f"valid/{name}_{measures.LEARNT[tasks[name].kind]}": measures.score_of(tasks[name].kind, *each)
         for name, each in joined.items()
         if known(each[1]).any()
     }

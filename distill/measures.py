@@ -12,19 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.contracts import IGNORE
 from distill.metrics import Floats
-from distill.targets import CLASSIFICATION, MULTILABEL, REGRESSION, known
+from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL, REGRESSION, known
 
 Weights = Floats | None
 
-NAMES = {CLASSIFICATION: "accuracy", MULTILABEL: "map", REGRESSION: "r2"}
-"""Kind of task -> the measure by which its models are compared, as reports and metrics name it."""
-SHOWN = {"accuracy": "accuracy", "map": "mAP", "r2": "R²"}
+NAMES = {CLASSIFICATION: "accuracy", MULTILABEL: "map", REGRESSION: "r2", CAPTIONING: "cider"}
+"""Kind of task -> the measure by which its models are compared, as reports name it."""
+LEARNT = NAMES | {CAPTIONING: "token_accuracy"}
+"""The same of the validation rows in training: of captions how many tokens are right behind true ones."""
+SHOWN = {"accuracy": "accuracy", "map": "mAP", "r2": "R²", "cider": "CIDEr-D"}
 """The same, as people read it."""
 
 
 def score(kind: str, outputs: Floats, targets: NDArray[Any], weights: Weights = None) -> Floats:
-    """Return the measure of :data:`NAMES`, [R]; 1 is perfect.
+    """Return the measure of :data:`NAMES`, [R]; 1 is perfect. Captions are measured in :mod:`distill.captions`.
 
     Args:
         kind: of the task.
@@ -36,9 +39,9 @@ def score(kind: str, outputs: Floats, targets: NDArray[Any], weights: Weights = 
 
 
 def score_of(kind: str, said: NDArray[Any], targets: NDArray[Any]) -> float:
-    """Return the measure of all rows as one number, of classes from those that were named, [N]."""
-    if kind == CLASSIFICATION:
-        return _plain_mean((said == targets)[known(targets)])
+    """Return the measure of all rows as one number, of classes and tokens from those that were named, [N, ...]."""
+    if kind in (CLASSIFICATION, CAPTIONING):
+        return _plain_mean((said == targets)[targets != IGNORE])
     return float(score(kind, said, targets)[0])
 
 
@@ -113,12 +116,14 @@ def label_f1(logits: Floats, targets: Floats) -> dict[str, float]:
 def agreement(kind: str, outputs: Floats, reference: Floats, weights: Weights = None) -> Floats:
     """Return how alike two models answer, [R]; 1 if all is the same.
 
-    The share of rows on which they name the same class, the share of labels that both give or both withhold, or R² of
-    the numbers against the reference's.
+    The share of rows on which they name the same class or write the same caption, the share of labels that both give
+    or both withhold, or R² of the numbers against the reference's.
     """
     rows = _weights(weights, reference)
     if kind == CLASSIFICATION:
         return _divide(rows @ (outputs.argmax(1) == reference.argmax(1)), rows.sum(1))
+    if kind == CAPTIONING:
+        return _divide(rows @ (outputs == reference).all(1), rows.sum(1))
     if kind == MULTILABEL:
         return _divide(rows @ ((outputs > 0) == (reference > 0)).mean(1), rows.sum(1))
     return np.ones(len(rows)) if np.array_equal(outputs, reference) else r2(outputs, reference, weights)

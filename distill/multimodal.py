@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill.config import nearest
-from distill.contracts import Batch, Outputs, UserError
+from distill.contracts import Batch, Outputs
 from distill.decision import Decision
 from distill.dropout import Dropout
-from distill.layouts import arranged, modality_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 
 MEMBER = "@"  # "TASK@1" is what the ensemble's second member answers in training, when no teacher answers "TASK@NAME"
@@ -134,7 +132,7 @@ class Reader(nn.Module):
         own, names = fusion.plain, [*widths, "fused"]
         necks = {name: PlainNeck(dropout) if own else Neck(width, dim, dropout) for name, width in widths.items()}
         self.necks = nn.ModuleDict(necks)
-        by_token = widths if fusion.reads_tokens else {}
+        by_token = widths if fusion.reads_tokens or any(head.reads_tokens for head in heads.values()) else {}
         self.token_necks = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(width, dim), Dropout(dropout)) for name, width in by_token.items()}
         )
@@ -144,16 +142,19 @@ class Reader(nn.Module):
         self.embedders = nn.ModuleDict({n: nn.Identity() if own else nn.Linear(dim, embedding_dim) for n in names})
         self.modality_dropout = modality_dropout
 
-    def read(self, encoded: Mapping[str, Encoded], present: dict[str, Tensor]) -> Outputs:
+    def read(
+        self, encoded: Mapping[str, Encoded], present: dict[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> Outputs:
         """Answer from what the encoders gave.
 
         Args:
             encoded: of each modality.
             present: modality -> bool [B].
+            targets: task -> int64 [B, L], of heads that write, if they are not to write by themselves.
 
         Returns:
-            logits ``task``, ``task.fused`` and ``task.modality``, each [B, C]; embeddings of each modality and
-            "fused", each [B, E].
+            logits ``task``, ``task.fused`` and ``task.modality``, each [B, C], of heads that write ``task`` [B, L, V]
+            or what they wrote, int64 [B, L]; embeddings of each modality and "fused", each [B, E].
         """
         present = self._dropped(present)
         pooled = {name: self.necks[name](item.pooled) for name, item in encoded.items()}
@@ -163,7 +164,12 @@ class Reader(nn.Module):
 
         logits: dict[str, Tensor] = {}
         for task, head in self.heads.items():
-            logits |= self._logits(task, head(fused), pooled, present)
+            if head.reads_tokens:
+                there = {name: mask & present[name][:, None] for name, mask in masks.items()}
+                everything = torch.cat(list(tokens.values()), dim=1), torch.cat(list(there.values()), dim=1)
+                logits[task] = head(fused, *everything, targets.get(task))
+            else:
+                logits |= self._logits(task, head(fused), pooled, present)
         vectors = {**pooled, "fused": fused}
         return Outputs(logits, {name: embed(vectors[name]) for name, embed in self.embedders.items()}, {})
 
@@ -225,7 +231,7 @@ class MultimodalModel(Reader):
         """
         encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
         present = {name: batch.present[name] for name in self.encoders}
-        answers = [member.read(encoded, present) for member in self.members]
+        answers = [member.read(encoded, present, batch.targets) for member in self.members]
         if len(answers) == 1:
             return answers[0]
         if self.training:
@@ -323,69 +329,6 @@ def _lengthened(values: Tensor, rows: int) -> Tensor:
     """Values with zeros behind them, up to a number of rows."""
     missing = rows - len(values)
     return torch.cat([values, values.new_zeros((missing, *values.shape[1:]))]) if missing else values
-
-
-class Tapped:
-    """Calls a model and adds the outputs of some of its modules to what it returns.
-
-    A tap is a module path such as ``encoders.image.stages.3``; of an encoder itself (``encoders.image``) it gives the
-    tokens. A trailing ``:mean`` averages a feature over its positions ([B, C, H, W] or [B, T, C] -> [B, C]), which
-    keeps caches small.
-
-    Args:
-        model: any ``Batch -> Outputs`` module; hooks are registered on it.
-        paths: the taps.
-
-    Raises:
-        UserError: the model has no such module; when called, what it gives is no tensor.
-    """
-
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
-        self.model = model
-        self._features: dict[str, Tensor] = {}
-        modules = dict(model.named_modules())
-        for path in paths:
-            name, _, reduction = path.partition(":")
-            if name not in modules:
-                raise UserError(
-                    f"tap {path!r}: the model has no module {name!r}; {nearest(name, filter(None, modules))}"
-                )
-            if reduction not in ("", "mean"):
-                raise UserError(f"tap {path!r}: the only reduction is ':mean'")
-            modules[name].register_forward_hook(self._reader(path, bool(reduction)))
-
-    def _reader(self, path: str, mean: bool) -> Callable[[nn.Module, object, object], None]:
-        modality = modality_of(path)
-
-        def read(module: nn.Module, args: object, output: object) -> None:
-            feature = tapped_tensor(output)
-            if feature is None:
-                raise UserError(
-                    f"tap {path!r}: this module gives a {type(output).__name__} and no tensor; tap a part of it "
-                    "(`distill inspect` lists them)"
-                )
-            # a copy: later modules may write into what this one gave
-            self._features[path] = arranged(feature, "mean", modality) if mean else feature.clone()
-
-        return read
-
-    def __call__(self, batch: Batch) -> Outputs:
-        """Run the model; the features are the taps' values of this call."""
-        outputs = self.model(batch)
-        features, self._features = self._features, {}
-        for path, value in features.items():
-            owner, _, inner = path.partition(":")[0].partition(".")
-            rows = batch.present[inner.split(".")[0]] if owner == "encoders" else None
-            if rows is not None and not (len(rows) and bool(rows.all())):  # it read only the rows that have it, or one
-                here = value if len(value) == int(rows.sum()) else value[: len(rows)][rows[: len(value)]]
-                features[path] = spread(here, rows)
-        return outputs._replace(features=features)
-
-
-def tapped_tensor(output: object) -> Tensor | None:
-    """What a tap makes of a module's output: a tensor, the tokens of an encoder, or nothing."""
-    found = output.tokens if isinstance(output, Encoded) else output
-    return found if isinstance(found, Tensor) else None
 
 
 @contextmanager

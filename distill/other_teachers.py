@@ -28,8 +28,8 @@ from distill.data.transforms import resize_images
 from distill.fitted import Fitted, Tasks, find_fitted
 from distill.formats import TABULAR, formats_of
 from distill.losses.terms import reads_text_tokens, tap_paths
-from distill.multimodal import Tapped
 from distill.runs import fingerprint, read_json, sha256_file
+from distill.tapped import Tapped
 from distill.targets import tasks_to_json
 from distill.workspace import BASELINE, TEACHER, Registry, Workspace
 

@@ -20,7 +20,7 @@ from distill.formats import TABULAR, TEXT, BadInput
 from distill.formats.tabular import TabularFormat
 from distill.preprocess import Preprocessor, has_text
 from distill.runs import read_json, sha256_file
-from distill.targets import CLASSIFICATION, REGRESSION, Task, tasks_from_json
+from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_from_json
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"
 
@@ -141,7 +141,7 @@ class Predictor:
         Returns:
             For each row: task -> ``label``, ``probability`` (0 to 1) and ``top``, a list of such pairs; where several
             labels may hold, ``labels`` (those above one half) and ``top``; where numbers are asked for, ``values``
-            (column -> number, in its own unit).
+            (column -> number, in its own unit); where a caption is, ``text``.
 
         Raises:
             UserError: a row has no modality that the model reads, or an unreadable one; the row is named. Or the model
@@ -292,6 +292,8 @@ def _cell(table: Path, modality: str, value: str | None) -> str | None:
 
 def answer(task: Task, outputs: NDArray[np.float32], top_k: int) -> dict[str, Any]:
     """Return what a row's outputs [K] say of a task, as :meth:`Predictor.predict` gives it."""
+    if task.kind == CAPTIONING:
+        return {"text": task.text(outputs)}
     if task.kind == REGRESSION:
         return {"values": dict(zip(task.names, task.numbers(outputs).tolist(), strict=True))}
     probabilities = softmax(outputs) if task.kind == CLASSIFICATION else 1 / (1 + np.exp(-outputs.astype(np.float64)))

@@ -42,12 +42,13 @@ from distill.losses.terms import (
     stores_rows,
     tap_paths,
 )
-from distill.multimodal import OneModality, Tapped, evaluating
+from distill.multimodal import OneModality, evaluating
 from distill.optimize import as_many_steps
 from distill.other_teachers import Teachers, cache_parts, modalities_read, own_taps
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
 from distill.runs import read_array, read_json, seed_everything, write_json
+from distill.tapped import Tapped
 from distill.tasks import reuse_classifiers, reuses
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
@@ -297,7 +298,7 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
     """Remove channels of the student and recover by distillation."""
     recipe = work.recipe
     model = work.model(STUDENT)
-    example = example_batch(input_spec(model), recipe.data)
+    example = example_batch(input_spec(model), recipe.data, tasks=work.tasks())
     plan = prune.plan(model, example, recipe.prune)
     if work.ranks.first:
         plan.save(folder / "plan.json")

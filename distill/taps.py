@@ -25,9 +25,10 @@ from distill.layouts import IMAGE, grid_of, layout_of, modality_of
 from distill.losses.picks import read_models
 from distill.losses.projectors import build_projector
 from distill.losses.terms import FEATURES, LOSSES, one_modality, tap_paths
-from distill.multimodal import Tapped, evaluating, tapped_tensor
+from distill.multimodal import evaluating
 from distill.runs import read_json
-from distill.targets import tasks_from_json
+from distill.tapped import Tapped, tapped_tensor
+from distill.targets import Task, tasks_from_json, unnamed
 from distill.towers import frozen_towers
 from distill.workspace import STUDENT, TEACHER, untrained
 
@@ -82,7 +83,7 @@ def inspect_models(
     found: dict[str, Any] = {}
     for name in names:
         config = getattr(recipe, name)
-        counts, notes = _classes(recipe, config, part=part)
+        counts, notes = _tasks(recipe, config, part=part)
         check_parts(config, name, encoders, recipe, list(counts))
         try:
             model = untrained(_without_weights(config, encoders), name, encoders, counts, recipe.data)
@@ -133,7 +134,7 @@ def check_taps(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> No
         config = getattr(recipe, name)
         try:
             model = untrained(
-                _without_weights(config, encoders), name, encoders, _classes(recipe, config, part=False)[0], recipe.data
+                _without_weights(config, encoders), name, encoders, _tasks(recipe, config, part=False)[0], recipe.data
             )
         except UserError:
             return  # weights are not here yet
@@ -250,19 +251,21 @@ def _inside(path: str) -> int:
     return max(0, len(owner) - NAMED.get(owner[0], 2))
 
 
-def _classes(recipe: Recipe, config: ModelConfig, *, part: bool) -> tuple[dict[str, int], list[str]]:
-    """Task -> number of classes, and what to say of it; nothing of a model without heads."""
+def _tasks(recipe: Recipe, config: ModelConfig, *, part: bool) -> tuple[dict[str, Task], list[str]]:
+    """The tasks, as far as anybody knows, and what to say of them; none of a model without heads."""
     if config.fusion is None:
         return {}, []
     labels = Path(recipe.output) / recipe.name / "data" / LABELS_FILE
     if not part and labels.is_file():
-        return {name: len(task.names) for name, task in tasks_from_json(read_json(labels)).items()}, []
+        return tasks_from_json(read_json(labels)), []
     tasks = list(config.heads or ({} if part else recipe.data.targets))
     if not tasks:
         terms = getattr(config, "objective", [])
         tasks = list(dict.fromkeys(str(term.task).partition(".")[0] for term in terms if term.task)) or ["task"]
     note = f"heads are shown with {CLASSES} classes: no run has counted those of the data yet"
-    return dict.fromkeys(tasks, CLASSES), [note]
+    targets = recipe.data.targets
+    kinds = {name: (targets[name].kind, targets[name].max_length) for name in tasks if name in targets}
+    return {name: unnamed(CLASSES, *kinds.get(name, ())) for name in tasks}, [note]
 
 
 def _without_weights(config: Any, encoders: Mapping[str, Callable[..., Any]]) -> Any:

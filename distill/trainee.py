@@ -14,9 +14,9 @@ from distill.contracts import Batch, Outputs, UserError
 from distill.data.transforms import resize_images
 from distill.losses.objective import Objective
 from distill.losses.terms import tap_paths
-from distill.multimodal import Tapped
 from distill.ranks import Ranks
 from distill.sharding import Shards
+from distill.tapped import Tapped
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 """Gives a context for a named part of a step, in which its time may be taken."""

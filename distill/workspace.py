@@ -91,10 +91,6 @@ class Workspace:
         """Modality -> how its values became arrays, as JSON values."""
         return dict(read_json(self.path("data") / FORMATS_FILE))
 
-    def num_outputs(self) -> dict[str, int]:
-        """Task -> number of its outputs: of classes, labels or numbers."""
-        return {name: len(task.names) for name, task in self.tasks().items()}
-
     def class_counts(self) -> dict[str, Tensor]:
         """Task -> int64 [C], the training rows of each class; [2, K] without and with each label."""
         return {task: torch.from_numpy(counts) for task, counts in self.data().class_counts(TRAIN).items()}
@@ -136,7 +132,7 @@ class Workspace:
         seed_everything(self.recipe.seed)
         where = TEACHER if name == TEACHER else STUDENT
         config: ModelConfig = getattr(self.recipe, where)
-        return build_model(config, self.encoders, self.num_outputs(), where, self._given(config, name))
+        return build_model(config, self.encoders, self.tasks(), where, self._given(config, name))
 
     def takers(self, config: ModelConfig) -> list[str]:
         """Modalities of a model whose encoder is given its tokenizer."""
@@ -294,12 +290,12 @@ class Workspace:
 
 
 def untrained(
-    config: ModelConfig, where: str, encoders: Registry, num_outputs: Mapping[str, int], data: DataConfig
+    config: ModelConfig, where: str, encoders: Registry, tasks: Mapping[str, Task], data: DataConfig
 ) -> Model:
     """A model as it is built, before any stage has run: with a tokenizer's name where it takes one from a teacher."""
     given = told_by_data(config, encoders, data)
     given |= {name: {"tokenizer_file": Path(TOKENIZER_FILE)} for name in takers(config, encoders)}
-    return build_model(config, encoders, num_outputs, where, given)
+    return build_model(config, encoders, tasks, where, given)
 
 
 def takers(config: ModelConfig, encoders: Registry) -> list[str]:

@@ -120,6 +120,14 @@ def several(d):
     return d.own(d.rows, d.classes), found
 
 
+def captions(d):
+    """Tokens of which the last is behind the end, and a row's all are missing where there are rows enough."""
+    found = (torch.arange(d.rows)[:, None] + torch.arange(4)) % d.classes
+    found[:, -1:] = -100
+    found[3:4] = -100
+    return found
+
+
 def numbers(d):
     own, _, given = targets(d)
     return own, given
@@ -130,6 +138,8 @@ CALLS = {
     "logit_adjusted": lambda d: ((d.own(d.rows, d.classes), d.labels(), 3 * torch.arange(d.classes)), {}),
     "weighted_cross_entropy": lambda d: ((d.own(d.rows, d.classes), d.labels(), 3 * torch.arange(d.classes)), {}),
     "bce": lambda d: ((*several(d), 1 + torch.arange(2 * d.classes).view(2, -1)), {"positive_weight": "balanced"}),
+    "token_cross_entropy": lambda d: ((d.own(d.rows, 4, d.classes), captions(d)), {}),
+    "token_kd": lambda d: ((d.own(d.rows, 4, d.classes), d.given(d.rows, 4, d.classes), captions(d)), {}),
     "asymmetric": lambda d: (several(d), {}),
     "mse": lambda d: (numbers(d), {}),
     "smooth_l1": lambda d: (numbers(d), {}),

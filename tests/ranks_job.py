@@ -24,11 +24,12 @@ from distill.contracts import Outputs
 from distill.data.prepared import PreparedData
 from distill.engine import Job, fit
 from distill.interrupts import InterruptedRunError
-from distill.multimodal import Encoded, Encoder, Tapped, evaluating
+from distill.multimodal import Encoded, Encoder, evaluating
 from distill.ranks import Ranks, join
 from distill.retrieval import pairs_of
 from distill.sharding import local, whole
 from distill.step import Stepper
+from distill.tapped import Tapped
 
 TERMS = [
     {"loss": "cross_entropy", "task": "kind"},

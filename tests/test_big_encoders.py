@@ -15,8 +15,9 @@ from distill.config import Part
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.export.onnx import export_onnx, graph_outputs
 from distill.fusion import FUSIONS
-from distill.multimodal import MultimodalModel, Tapped
+from distill.multimodal import MultimodalModel
 from distill.predict import open_session
+from distill.tapped import Tapped
 from distill.tasks import LinearHead
 from teachers import ENCODERS
 from teachers.audio import KINDS, read_extractor

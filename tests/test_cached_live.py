@@ -15,8 +15,8 @@ from distill.cache import TeacherCache, flatten, unflatten
 from distill.config import TrainConfig
 from distill.contracts import Outputs
 from distill.engine import Job, fit
-from distill.multimodal import Tapped
 from distill.recipe import load_recipe
+from distill.tapped import Tapped
 from distill.trainee import Trainee
 
 TAP = "encoders.image.stages:mean"

@@ -24,11 +24,13 @@ from distill.contracts import Batch, UserError
 from distill.data_config import DataConfig
 from distill.evaluate import feeds
 from distill.export.onnx import export_onnx
-from distill.multimodal import Tapped, evaluating
+from distill.multimodal import evaluating
 from distill.pipeline import ENCODERS
 from distill.predict import open_session
 from distill.prune import apply, plan
+from distill.tapped import Tapped
 from distill.taps import list_taps
+from distill.targets import unnamed
 
 STAGES = {"widths": [8, 16], "blocks": [1, 1]}
 WORDS = {"vocab_size": 80, "dim": 16, "max_length": 12}
@@ -98,7 +100,7 @@ def build(kind: str, folder: Path, **changes: Any) -> Any:
     if "vocab_size" in params:
         given = {modality: {"tokenizer_file": folder / "bert" / "tokenizer.json"}}
     torch.manual_seed(0)
-    model: Any = build_model(config, ENCODERS, {"kind": 3}, "student", given)
+    model: Any = build_model(config, ENCODERS, {"kind": unnamed(3)}, "student", given)
     model.train()(example(model, rows=8))
     return model.eval()
 

@@ -10,10 +10,10 @@ from distill.batch_parts import take
 from distill.config import TrainConfig
 from distill.contracts import Outputs
 from distill.gradient_cache import backward_in_parts
-from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
 from distill.ranks import Ranks, accelerator_for
 from distill.step import Stepper
+from distill.tapped import Tapped
 from distill.trainee import Trainee
 
 CONTRAST = [

@@ -13,8 +13,9 @@ from distill.averaging import Average, MeanTeacher, as_mean_teacher
 from distill.contracts import UserError
 from distill.engine import fit
 from distill.interrupts import InterruptedRunError
-from distill.multimodal import Tapped, evaluating
+from distill.multimodal import evaluating
 from distill.recipe import load_recipe
+from distill.tapped import Tapped
 from distill.trainee import Trainee
 
 TAP = "encoders.image.stages:mean"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import NUM_CLASSES, around, make_batch, make_model
+from tiny import NUM_CLASSES, TASKS, around, make_batch, make_model
 
 from distill.batch_parts import take
 from distill.build import build_model, check_model, example_batch, input_spec
@@ -10,7 +10,8 @@ from distill.config import ModelConfig
 from distill.contracts import Outputs, UserError
 from distill.data_config import DataConfig
 from distill.evaluate import only
-from distill.multimodal import OneModality, Tapped, evaluating
+from distill.multimodal import OneModality, evaluating
+from distill.tapped import Tapped
 from students import ENCODERS
 from teachers import PretrainedText, PretrainedVision, TimmEncoder
 
@@ -210,19 +211,19 @@ def config(wordpiece_file, **changes):
 
 
 def test_a_config_becomes_a_model_that_reads_its_own_example(wordpiece_file):
-    model = build_model(config(wordpiece_file), ENCODERS, NUM_CLASSES, "student")
+    model = build_model(config(wordpiece_file), ENCODERS, TASKS, "student")
     outputs = model.eval()(example_batch(input_spec(model), DATA))
     assert outputs.logits["kind"].shape == (3, 3) and outputs.embeddings["fused"].shape == (3, 128)
 
 
 def test_one_modality_and_chosen_heads(wordpiece_file):
     changed = config(wordpiece_file, heads={"kind": {"type": "linear", "dropout": 0.1}}, unimodal_heads=False)
-    model = build_model(changed, ENCODERS, NUM_CLASSES, "student")
+    model = build_model(changed, ENCODERS, TASKS, "student")
     assert set(model.eval()(make_batch()).logits) == {"kind"}
     alone = ModelConfig.model_validate(
         changed.model_dump() | {"encoders": {"image": changed.encoders["image"].model_dump()}}
     )
-    image_only = build_model(alone, ENCODERS, NUM_CLASSES, "student")
+    image_only = build_model(alone, ENCODERS, TASKS, "student")
     spec = input_spec(image_only)
     assert spec.media == ("image",) and spec.tokenizer is None
     assert set(image_only.eval()(example_batch(spec, DATA)).embeddings) == {"image", "fused"}
@@ -250,7 +251,7 @@ def test_a_part_that_is_wrong_is_refused_before_building(wordpiece_file, changes
 def test_a_value_that_a_builder_refuses_names_the_place(wordpiece_file):
     wrong = config(wordpiece_file, encoders={"image": {"type": "convnet", "widths": [4, 8], "blocks": [1]}})
     with pytest.raises(UserError, match=r"student.encoders.image: convnet cannot be built: widths has 2 stages"):
-        build_model(wrong, ENCODERS, NUM_CLASSES, "student")
+        build_model(wrong, ENCODERS, TASKS, "student")
 
 
 def test_logits_are_the_mean_of_the_heads_that_have_their_modality(model):

@@ -14,8 +14,8 @@ from distill.config import Part
 from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.dual import DualEncoder
 from distill.export.onnx import export_onnx, graph_outputs
-from distill.multimodal import Tapped
 from distill.predict import open_session
+from distill.tapped import Tapped
 from teachers import ENCODERS
 
 needs_open_clip = pytest.mark.skipif(find_spec("open_clip") is None, reason="open_clip_torch is not installed")

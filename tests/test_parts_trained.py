@@ -17,11 +17,11 @@ from distill.config import TrainConfig
 from distill.contracts import Outputs, UserError
 from distill.engine import fit
 from distill.interrupts import InterruptedRunError
-from distill.multimodal import Tapped
 from distill.optimize import build_optimizer
 from distill.ranks import Ranks, accelerator_for
 from distill.recipe import load_recipe
 from distill.step import MOST_OVERFLOWN, Stepper, TrainingError
+from distill.tapped import Tapped
 from distill.trainee import Trainee
 
 MAP = "encoders.image.stages.1.0"  # before a ReLU

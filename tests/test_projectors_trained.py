@@ -14,10 +14,10 @@ from tiny_project import make_project
 from distill import pipeline
 from distill.contracts import UserError
 from distill.engine import fit
-from distill.multimodal import Tapped
 from distill.ranks import Ranks
 from distill.recipe import load_recipe
 from distill.sharding import Shards
+from distill.tapped import Tapped
 from distill.trainee import Trainee
 from teachers import PretrainedText, PretrainedVision
 

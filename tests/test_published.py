@@ -21,6 +21,7 @@ from distill.optimize import lr_factor
 from distill.pipeline import ENCODERS, check
 from distill.recipe import load_recipe, packaged_configs
 from distill.schedules import at
+from distill.targets import unnamed
 from teachers import TimmEncoder
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
@@ -78,7 +79,7 @@ def weights(monkeypatch):
 @pytest.mark.parametrize("name", [*CIFAR, *IMAGENET])
 def test_models_have_the_published_size(name):
     recipe = load_recipe(name, ["teacher.encoders.image.pretrained=false"] if name in IMAGENET else [])
-    classes = {"label": 100 if name in CIFAR else 1000}
+    classes = {"label": unnamed(100 if name in CIFAR else 1000)}
     for model, published in zip(("teacher", "student"), MILLION[data_of(name)], strict=True):
         built = build_model(getattr(recipe, model), ENCODERS, classes, model)
         assert sum(p.numel() for p in built.parameters()) / 1e6 == pytest.approx(published, rel=1e-3)
@@ -152,7 +153,7 @@ def test_data_may_be_a_copy_that_save_to_disk_wrote(folder):
 
 def test_a_teacher_with_its_own_classifier_answers_as_its_weights_do(folder, weights):
     model = build_model(
-        load_recipe("imagenet_kd", SMALL["imagenet"]).teacher, ENCODERS, {"label": len(CLASSES)}, "teacher"
+        load_recipe("imagenet_kd", SMALL["imagenet"]).teacher, ENCODERS, {"label": unnamed(len(CLASSES))}, "teacher"
     ).eval()
     whole = timm.create_model("test_resnet", pretrained=True).eval()
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -164,7 +165,7 @@ def test_a_teacher_with_its_own_classifier_answers_as_its_weights_do(folder, wei
 
 def test_a_classifier_of_other_classes_is_refused(folder, weights):
     with pytest.raises(UserError, match=r"classifier: it tells 3 classes of one task, and the data has 5 of task 'x'"):
-        build_model(load_recipe("imagenet_kd", SMALL["imagenet"]).teacher, ENCODERS, {"x": 5}, "teacher")
+        build_model(load_recipe("imagenet_kd", SMALL["imagenet"]).teacher, ENCODERS, {"x": unnamed(5)}, "teacher")
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "mobilenetv3_small_050"])

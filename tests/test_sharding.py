@@ -17,10 +17,10 @@ from distill.averaging import load_state
 from distill.config import TrainConfig
 from distill.contracts import UserError
 from distill.engine import fit
-from distill.multimodal import Tapped
 from distill.optimize import OPTIMIZERS, build_optimizer
 from distill.ranks import Ranks
 from distill.sharding import WHOLE_MATRICES, Shards, check_sharding, find_units, whole
+from distill.tapped import Tapped
 from distill.trainee import Trainee
 from students import ConvNet
 from teachers import PretrainedText, PretrainedVision, TimmEncoder

@@ -10,7 +10,8 @@ from tiny_project import distill, make_project, refusal
 from distill.build import example_batch, input_spec
 from distill.contracts import UserError
 from distill.data_config import DataConfig
-from distill.multimodal import Tapped, evaluating
+from distill.multimodal import evaluating
+from distill.tapped import Tapped
 from distill.taps import chosen, list_taps
 from students import ConvNet
 from teachers import PretrainedText, PretrainedVision, TimmEncoder

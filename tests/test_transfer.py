@@ -26,7 +26,7 @@ from distill.data.mixed import (
     join_outputs,
 )
 from distill.data.transfer import replace_words, whole_words
-from distill.multimodal import Tapped
+from distill.tapped import Tapped
 
 TEXTS = [f"{first} {second}, the moon" for first in ("cat", "dog", "sun") for second in ("dark", "light", "red")]
 

@@ -19,7 +19,9 @@ from distill.formats.image import ImageFormat
 from distill.fusion import FUSIONS
 from distill.losses.objective import Objective
 from distill.losses.terms import tap_paths
-from distill.multimodal import MultimodalModel, Tapped, evaluating
+from distill.multimodal import MultimodalModel, evaluating
+from distill.tapped import Tapped
+from distill.targets import unnamed
 from distill.tasks import LinearHead
 from students import ConvNet, StaticEmbeddings
 
@@ -29,6 +31,7 @@ WORDS = [*KINDS, *TONES, "red", "green", "blue", "moon", "a", "the", "small", "b
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 AUGMENT = AugmentConfig.model_validate({"image": {"flip": 0.5, "shift": 2}, "text": {"word_dropout": 0.3}})
 NUM_CLASSES = {"kind": len(KINDS), "tone": len(TONES)}
+TASKS = {task: unnamed(count) for task, count in NUM_CLASSES.items()}
 SPLIT_ROWS = {"train": 80, "valid": 24, "test": 24}
 NO_TEXT, NO_IMAGE, NO_KIND = 5, 9, 11  # positions of train rows that lack something
 

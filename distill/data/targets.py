@@ -16,8 +16,10 @@ from distill.data.cells import Cells, encoded, is_text
 from distill.data.moments import Moments
 from distill.data.scratch import scratch
 from distill.data.tabular import LARGEST, numbers_of
+from distill.data.vocabulary import learnt_tokenizer
 from distill.data_config import TargetConfig
-from distill.targets import CLASSIFICATION, MULTILABEL, REGRESSION, Task
+from distill.preprocess import has_text
+from distill.targets import CAPTIONING, CLASSIFICATION, LAST, MULTILABEL, REGRESSION, Task
 
 MISSING = -1  # code of a missing label
 
@@ -216,9 +218,63 @@ class Numbers(Targets):
         return ((self.values[rows] - self._mean) / self._std).astype(np.float32)
 
 
+class Captions(Targets):
+    """Texts to write: the number of each distinct one a row.
+
+    Attributes:
+        codes: int32 [N], numbers of the texts in order of first appearance; MISSING where there is none.
+        texts: the distinct texts -> their numbers.
+    """
+
+    def __init__(self, task: str, config: TargetConfig, num_rows: int, folder: Path) -> None:
+        super().__init__(task, config)
+        self.codes: NDArray[np.int32] = scratch(folder, num_rows, np.int32)
+        self.texts: dict[str, int] = {}
+        self._table: NDArray[np.int64] = np.zeros((0, 0), np.int64)
+
+    def read(self, cells: Cells) -> dict[int, str]:
+        """Number the piece's texts; an empty one is missing."""
+        array = cells.typed(self.config.columns[0], is_text, "a text", optional=True)
+        texts, numbers = encoded(array)
+        given = [text if has_text(text) else None for text in texts]
+        codes = [MISSING if text is None else self.texts.setdefault(text, len(self.texts)) for text in given]
+        self.codes[cells.rows] = np.array([*codes, MISSING], np.int32)[numbers]
+        return {}
+
+    def known(self, rows: Any) -> NDArray[np.bool_]:
+        """Return which rows have a text."""
+        return np.asarray(self.codes[rows] != MISSING)
+
+    def settle(self, source: str, parts: Iterable[tuple[NDArray[Any], NDArray[np.uint8]]]) -> Task:
+        """Learn a vocabulary of the training rows' texts, and cut all texts into its tokens.
+
+        Raises:
+            UserError: no training row has a text, or the vocabulary is too small for their characters.
+        """
+        seen = np.zeros(len(self.texts) + 1, np.int64)
+        for rows, split in parts:
+            np.add.at(seen, self.codes[rows[split == SPLITS.index(TRAIN)]], 1)
+        words = (text for text, number in self.texts.items() for _ in range(seen[number]))
+        try:
+            tokenizer = learnt_tokenizer(words, self.config.vocab_size)
+        except UserError as error:
+            raise UserError(f"{source}: task {self.task!r}: {error}") from error
+        length = self.config.max_length
+        self._table = np.full((len(self.texts) + 1, length), IGNORE, np.int64)  # MISSING is -1: the last entry
+        for text, number in self.texts.items():
+            ids = [*tokenizer.encode(text, add_special_tokens=False).ids[: length - 1], LAST]
+            self._table[number, : len(ids)] = ids
+        names = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        return Task(CAPTIONING, tuple(name for name, _ in names), length=length)
+
+    def of(self, rows: Any) -> NDArray[Any]:
+        """Return int64 [B, L]."""
+        return np.asarray(self._table[self.codes[rows]])
+
+
 def targets_for(task: str, config: TargetConfig, num_rows: int, folder: Path) -> Targets:
     """Return what reads a task's targets."""
-    kind = Numbers if config.kind == REGRESSION else Labels
+    kind = {REGRESSION: Numbers, CAPTIONING: Captions}.get(config.kind, Labels)
     return kind(task, config, num_rows, folder)
 
 

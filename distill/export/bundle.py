@@ -28,7 +28,7 @@ from distill.predict import (
 )
 from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor
 from distill.runs import atomic, read_json, sha256_file, write_json
-from distill.targets import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task, tasks_to_json
+from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task, tasks_to_json
 
 __all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"]
 
@@ -40,6 +40,7 @@ AGREES = {
     CLASSIFICATION: ("name the same class on", "{:.2%}"),
     MULTILABEL: ("give the same labels, counted one by one, on", "{:.2%}"),
     REGRESSION: ("have an R² of", "{:.4f}"),
+    CAPTIONING: ("write the same caption on", "{:.2%}"),
 }
 """Kind of output -> how its agreement is told."""
 
@@ -183,7 +184,7 @@ def _check_tasks(tasks: Mapping[str, Task], outputs: Mapping[str, Mapping[str, A
         if name not in outputs:
             raise UserError(f"labels are given for {name!r}, but the graph's outputs are {', '.join(outputs)}")
         width = outputs[name]["shape"][-1]
-        if width != len(task.names):
+        if task.kind != CAPTIONING and width != len(task.names):
             raise UserError(f"task {name!r} has {len(task.names)} names, but its output has {width} numbers a row")
 
 

@@ -11,7 +11,7 @@ from distill.formats.image import ImageFormat
 from distill.formats.tabular import TabularFormat
 from distill.predict import LABELS_FILE, MODEL_FILE
 from distill.preprocess import TOKENIZER_FILE, Preprocessor
-from distill.targets import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task
+from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task
 
 ARGUMENTS = {
     "image": "'photo.png'",
@@ -21,12 +21,13 @@ ARGUMENTS = {
     "series": "'series.csv'",
 }
 """Modality -> an example of what the predictor takes."""
-WHAT = {CLASSIFICATION: "classes", MULTILABEL: "labels", REGRESSION: "numbers"}
+WHAT = {CLASSIFICATION: "classes", MULTILABEL: "labels", REGRESSION: "numbers", CAPTIONING: "tokens of captions"}
 """Kind of task -> what its outputs are of."""
 SAYS = {
     CLASSIFICATION: "Outputs of tasks with classes are logits: a softmax gives probabilities.",
     MULTILABEL: "Outputs of tasks with labels are logits of each: a sigmoid gives the probability that it holds.",
     REGRESSION: f"Outputs of tasks with numbers are standardised: times `std`, plus `mean`, both in `{LABELS_FILE}`.",
+    CAPTIONING: f"Outputs of tasks with captions are ids of tokens, named in `{LABELS_FILE}`; 3 closes a caption.",
 }
 PRESENT = "An input `..._present` that is false makes the model ignore that modality."
 DIRECTIONS = (

@@ -26,10 +26,22 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """Attend: queries [B, T, D], context [B, S, D], mask bool [B, S] (True = may be read) -> [B, T, D]."""
-        q, k, v = (self._split(layer(x)) for layer, x in ((self.q, queries), (self.k, context), (self.v, context)))
-        bias = (~mask).to(q.dtype)[:, None, None, :] * -1e4
+        bias = (~mask).to(queries.dtype)[:, None, None, :] * -1e4
+        return self.attend(queries, *self.remember(context), bias)
+
+    def remember(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a context [B, S, D], each [B, heads, S, D / heads]."""
+        return self._split(self.k(context)), self._split(self.v(context))
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """Attend: queries [B, T, D] to keys and values [B, heads, S, D / heads], whose scores get a bias -> [B, T, D].
+
+        The bias is 0 where a key may be read and very negative elsewhere, of any shape that broadcasts to [B, heads,
+        T, S].
+        """
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        q = self._split(self.q(queries))
+        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.to(q.dtype), dropout_p=dropout)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Distillation losses: pure functions of tensors, and the objective that weighs them."""
 
+from distill.losses.captioning import token_cross_entropy, token_kd
 from distill.losses.contrastive import (
     clip_afd,
     clip_ensemble_ce,
@@ -86,6 +87,8 @@ __all__ = [
     "smooth_l1",
     "sp",
     "srrl",
+    "token_cross_entropy",
+    "token_kd",
     "token_mse",
     "vid",
     "weighted_cross_entropy",

@@ -65,7 +65,7 @@ def num_rows(term: TermConfig, batch: Batch, reads: Reads) -> int:
 
 
 def _has_target(targets: Tensor) -> Tensor:
-    """Whether a row has a label, or a number among several: bool [B]."""
+    """Whether a row has a label, or one of several, a number or a token: bool [B]."""
     if not targets.is_floating_point():
-        return targets != IGNORE
+        return (targets != IGNORE).reshape(len(targets), -1).any(dim=-1)
     return ~targets.isnan().reshape(len(targets), -1).all(dim=-1)

@@ -15,11 +15,11 @@ from distill.builders import check_type
 from distill.config import MixConfig, TermConfig, complaint, nearest, shortened
 from distill.contracts import UserError
 from distill.layouts import Arrangement, modality_of
-from distill.losses import contrastive, features, logits, maps, outputs, parts, relations, tokens
+from distill.losses import captioning, contrastive, features, logits, maps, outputs, parts, relations, tokens
 from distill.losses.bounds import AtLeastZero, Bias, Scale
 from distill.losses.memories import Crd, QueueKl
 from distill.schedules import Schedule
-from distill.targets import CLASSIFICATION, KINDS, MULTILABEL, REGRESSION
+from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL, REGRESSION
 
 Kind = Literal[
     "labels",
@@ -88,7 +88,9 @@ LOSSES = {
     "asymmetric": Loss(outputs.asymmetric, "labels", tasks=(MULTILABEL,)),
     "mse": Loss(outputs.mse, "labels", tasks=(REGRESSION,)),
     "smooth_l1": Loss(outputs.smooth_l1, "labels", tasks=(REGRESSION,)),
-    "mse_logits": Loss(logits.mse_logits, "teacher", raw=True, tasks=KINDS),
+    "token_cross_entropy": Loss(captioning.token_cross_entropy, "labels", tasks=(CAPTIONING,)),
+    "token_kd": Loss(captioning.token_kd, "teacher+labels", tasks=(CAPTIONING,)),
+    "mse_logits": Loss(logits.mse_logits, "teacher", raw=True, tasks=(CLASSIFICATION, MULTILABEL, REGRESSION)),
     "logit_standardized_kd": Loss(logits.logit_standardized_kd, "teacher"),
     "ctkd": Loss(parts.Ctkd, "teacher"),
     "multilabel_kd": Loss(outputs.multilabel_kd, "teacher", raw=True, tasks=(MULTILABEL,)),

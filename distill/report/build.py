@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from distill.measures import LEARNT
 from distill.report import details
 from distill.report.context import BASELINE, STUDENT, TEACHER, ModelEntry, ReportContext, shipped
 from distill.report.evidence import TaskEvidence, pairs
 from distill.report.headline import headline
 from distill.report.retrieval import retrieval
-from distill.targets import CLASSIFICATION, REGRESSION
+from distill.targets import CLASSIFICATION, MULTILABEL
 
 SCHEMA_VERSION = 1
 
@@ -32,6 +33,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
             e.task: {
                 "kind": e.kind,
                 "measure": e.measure,
+                "validated_by": LEARNT[e.kind],
                 "num_classes": len(e.info.names),
                 "n": len(e.targets),
                 "num_groups": e.num_groups,
@@ -123,7 +125,7 @@ def _details(context: ReportContext, evidences: list[TaskEvidence], focus: Model
         "class_differences": {
             e.task: details.class_differences(e, names[e.task], focus.name, TEACHER)
             for e in taught
-            if e.kind != REGRESSION
+            if e.kind in (CLASSIFICATION, MULTILABEL)
         },
         "class_names": {task: classes for task, classes in names.items() if len(classes) <= details.MATRIX_CLASSES},
         "confusions": {

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from distill.metrics import Floats, Integers
 from distill.retrieval import Pairs
-from distill.targets import Task
+from distill.targets import CAPTIONING, Task
 
 TEACHER, BASELINE, STUDENT, PRUNED = "teacher", "baseline", "student", "pruned"
 """Names of the models that the report compares all others with."""
 
 Logits = Mapping[str, Floats]
-"""Task -> float32 [N, C], or [N, K] of labels or standardised numbers."""
+"""Task -> float32 [N, C], [N, K] of labels or standardised numbers, or [N, L] ids of written captions."""
 
 Examples = Callable[[int], Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
 """Row id -> ``{"image_png": bytes | None, "text": str}``."""
@@ -133,9 +133,14 @@ class ReportContext:
 
     def _check_logits(self, owner: str, logits: Logits) -> None:
         for task, values in logits.items():
-            expected = (len(self.ids), len(self.tasks[task].names) if task in self.tasks else 0)
+            expected = (len(self.ids), _width(self.tasks[task]) if task in self.tasks else 0)
             if values.shape != expected:
                 raise ValueError(f"logits of {owner} for {task!r} have shape {values.shape}, expected {expected}")
+
+
+def _width(task: Task) -> int:
+    """Numbers a row that models give."""
+    return task.length if task.kind == CAPTIONING else len(task.names)
 
 
 def shipped(models: Sequence[ModelEntry]) -> ModelEntry | None:

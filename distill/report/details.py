@@ -12,7 +12,7 @@ from distill import measures, metrics
 from distill.report import formats
 from distill.report.context import TEACHER, ModelEntry, ReportContext
 from distill.report.evidence import TaskEvidence
-from distill.targets import CLASSIFICATION, MULTILABEL, Task
+from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL, Task
 
 MATRIX_CLASSES = 20
 """Most classes for which the whole confusion matrix is kept; beyond it the most confused pairs say more."""
@@ -119,7 +119,9 @@ def _worst_rows(evidence: TaskEvidence, model: str) -> Any:
 
 
 def _errors(evidence: TaskEvidence, outputs: Any) -> Any:
-    """Of each row: wrong labels, or the mean error of its numbers in deviations of the training rows."""
+    """Of each row: wrong labels, what CIDEr-D lacks, or the mean error of its numbers in deviations."""
+    if evidence.kind == CAPTIONING:
+        return 1 - evidence.rows_score(outputs)
     if evidence.kind == MULTILABEL:
         return (((outputs > 0) != (evidence.targets == 1)) & ~np.isnan(evidence.targets)).sum(axis=1)
     return np.nanmean(np.abs(outputs - evidence.targets), axis=1)
@@ -147,6 +149,8 @@ def _example(context: ReportContext, evidence: TaskEvidence, model: str, positio
 def _truth(task: Task, target: Any) -> str:
     if task.kind == CLASSIFICATION:
         return task.names[target]
+    if task.kind == CAPTIONING:
+        return task.text(target)
     return _labels(task, target == 1) if task.kind == MULTILABEL else _numbers(task, target)
 
 
@@ -155,6 +159,8 @@ def _guess(task: Task, outputs: Any) -> dict[str, Any]:
     if task.kind == CLASSIFICATION:
         best = int(outputs.argmax())
         return {"class": task.names[best], "probability": np.exp(metrics.log_softmax(outputs[None])[0])[best]}
+    if task.kind == CAPTIONING:
+        return {"class": task.text(outputs) or "nothing", "probability": None}
     said = _labels(task, outputs > 0) if task.kind == MULTILABEL else _numbers(task, outputs)
     return {"class": said, "probability": None}
 

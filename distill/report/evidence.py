@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from distill import measures, metrics
+from distill import captions, measures, metrics
 from distill.metrics import Floats, Integers
 from distill.report.context import BASELINE, PRUNED, STUDENT, TEACHER, ModelEntry, ReportContext
-from distill.targets import CLASSIFICATION, MULTILABEL, REGRESSION, known
+from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL, REGRESSION, known
 
 Key = tuple[str, ...]
 Score = Callable[[Floats | None], Any]
@@ -42,8 +42,11 @@ class TaskEvidence:
         self.logits = {model.name: model.logits[task][answered] for model in self.models}
         self.means: dict[Key, Any] = {}
         self.replicates: dict[Key, Floats] = {}
+        self.true: list[str] = []  # captions
         draw = (context.groups[answered], context.resamples, context.bootstrap_seed)
-        if self.kind == CLASSIFICATION:
+        if self.kind == CAPTIONING:
+            self.true = captions.texts(self.info, self.targets)
+        if self.kind in (CLASSIFICATION, CAPTIONING):
             self._resample_means(self._columns(answered), *draw)
         else:
             self._resample_scores(self._scores(answered), *draw)
@@ -67,18 +70,25 @@ class TaskEvidence:
         }
 
     def _columns(self, answered: Any) -> dict[Key, Floats]:
-        columns: dict[Key, Floats] = {}
+        columns: dict[Key, Any] = {}
         teacher = self.logits.get(TEACHER)
         for model in self.models:
-            predictions = self.logits[model.name].argmax(axis=1)
-            columns["score", model.name] = predictions == self.targets
-            if teacher is not None:
-                columns["agrees", model.name] = predictions == teacher.argmax(axis=1)
+            ours = self.logits[model.name]
+            columns["score", model.name] = self.rows_score(ours)
+            if teacher is not None and self.kind == CAPTIONING:
+                columns["agrees", model.name] = (ours == teacher).all(axis=1)
+            elif teacher is not None:
+                columns["agrees", model.name] = ours.argmax(axis=1) == teacher.argmax(axis=1)
             for modality, logits in model.subsets.items():
                 if self.task in logits:
-                    alone = logits[self.task][answered].argmax(axis=1)
-                    columns["score", model.name, modality] = alone == self.targets
+                    columns["score", model.name, modality] = self.rows_score(logits[self.task][answered])
         return columns
+
+    def rows_score(self, outputs: Floats) -> Floats:
+        """What each row adds to a measure that is a mean over rows."""
+        if self.kind == CAPTIONING:
+            return captions.cider(captions.texts(self.info, outputs), self.true)
+        return np.asarray(outputs.argmax(axis=1) == self.targets)
 
     def _scores(self, answered: Any) -> dict[Key, Score]:
         scores: dict[Key, Score] = {}
@@ -173,7 +183,17 @@ def _of_numbers(evidence: TaskEvidence, values: Floats) -> dict[str, Any]:
     return {"mean_absolute_error": dict(zip(task.names, errors.tolist(), strict=True))}
 
 
-DETAILS = {CLASSIFICATION: _of_classes, MULTILABEL: _of_labels, REGRESSION: _of_numbers}
+def _of_captions(evidence: TaskEvidence, ids: Floats) -> dict[str, Any]:
+    written = captions.texts(evidence.info, ids)
+    exact = captions.exact(written, evidence.true)
+    return {
+        "exact_match": float(exact.mean()) if len(exact) else None,
+        "bleu1": captions.bleu(written, evidence.true, 1),
+        "bleu4": captions.bleu(written, evidence.true, 4),
+    }
+
+
+DETAILS = {CLASSIFICATION: _of_classes, MULTILABEL: _of_labels, REGRESSION: _of_numbers, CAPTIONING: _of_captions}
 """Kind of task -> what is told of a model beside the measure."""
 
 

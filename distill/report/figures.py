@@ -89,13 +89,13 @@ def learning_curves(report: dict[str, Any], task: str | None) -> Markup:
     colour = slots([m["name"] for m in report["models"]] + [n for n in report["curves"] if n not in _names(report)])
     entries = [entry for epochs in report["curves"].values() for entry in epochs]
     unit = "step" if all("step" in entry for entry in entries) else "epoch"  # models may have epochs of other lengths
-    key = task if task == "recall@1" else f"{task}_{report['tasks'][task]['measure']}" if task else None
+    key = task if task == "recall@1" else f"{task}_{report['tasks'][task]['validated_by']}" if task else None
     series = {name: _series(epochs, key, unit) for name, epochs in report["curves"].items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return Markup("")
     values = [value for points in series.values() for _, value in points]
-    loss, what = task is None, measure_of(report, task)
+    loss, what = task is None, validated_by(report, task)
     left, right, top, bottom = 44.0, WIDTH - _label_space(list(series)) - 4, 12.0, 230.0
     steps = [step for points in series.values() for step, _ in points]
     x = Scale(min(steps), max(max(steps), min(steps) + 1), left, right)
@@ -126,6 +126,12 @@ def learning_curves(report: dict[str, Any], task: str | None) -> Markup:
 def measure_of(report: dict[str, Any], task: str | None) -> str:
     """Return what a task is measured by, as people read it; "recall@1" stands for retrieval."""
     return SHOWN[report["tasks"][task]["measure"]] if task in report["tasks"] else str(task)
+
+
+def validated_by(report: dict[str, Any], task: str | None) -> str:
+    """Return what a task is measured by on the validation rows in training, as people read it."""
+    name = report["tasks"][task]["validated_by"] if task in report["tasks"] else str(task)
+    return SHOWN.get(name, name.replace("_", " "))
 
 
 def titled(words: str) -> str:

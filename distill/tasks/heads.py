@@ -16,6 +16,8 @@ class LinearHead(nn.Module):
         dropout: probability of dropping a feature in training.
     """
 
+    reads_tokens = False
+
     def __init__(self, in_dim: int, num_outputs: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = Dropout(dropout)

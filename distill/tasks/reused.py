@@ -37,6 +37,8 @@ class ReusedHead(nn.Module):
         ValueError: nothing is left of the middle.
     """
 
+    reads_tokens = False
+
     def __init__(self, in_dim: int, num_outputs: int, *, width: int, reduction: int = 2) -> None:
         super().__init__()
         if not 1 <= reduction <= width:

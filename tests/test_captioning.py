@@ -1,0 +1,254 @@
+"""Captions: the decoder, what it writes, how it is measured, and a run from a table to a report and a bundle."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_project import distill, make_project
+
+from distill import captions
+from distill.contracts import IGNORE
+from distill.data.prepared import PreparedData
+from distill.losses import token_cross_entropy, token_kd
+from distill.predict import load
+from distill.runs import read_json
+from distill.targets import CAPTIONING, FIRST, LAST, PAD, Task
+from distill.tasks import CaptionHead
+
+VOCABULARY, LENGTH, DIM = 11, 5, 16
+
+
+def made(seed=0, rows=4, tokens=3):
+    """A decoder in eval mode and something to read; a part of it is masked."""
+    torch.manual_seed(seed)
+    head = CaptionHead(DIM, VOCABULARY, length=LENGTH, depth=2, heads=2).eval()
+    for parameter in head.parameters():  # sharper than it begins
+        torch.nn.init.normal_(parameter, std=0.5)
+    mask = torch.ones(rows, tokens, dtype=torch.bool)
+    mask[1:, -1] = False
+    return head, (torch.randn(rows, DIM), torch.randn(rows, tokens, DIM), mask)
+
+
+def targets_of(written):
+    """What was written as targets: closed, and IGNORE behind that."""
+    ended = (written == LAST).cumsum(1) - (written == LAST).int() > 0
+    return torch.where(ended, IGNORE, written)
+
+
+@torch.no_grad()
+def log_probability(head, read, caption):
+    """Of one caption [L] for each row, under teacher forcing."""
+    targets = targets_of(caption[None].expand(len(read[0]), -1))
+    each = head(*read, targets).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return (each * (targets != IGNORE)).sum(1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_writing_takes_the_token_that_teacher_forcing_finds_most_probable(seed):
+    head, read = made(seed)
+    with torch.no_grad():
+        written = head(*read, None)
+        logits = head(*read, targets_of(written))
+    known = targets_of(written) != IGNORE
+    assert written.shape == (4, LENGTH) and (written[known] == logits.argmax(-1)[known]).all()
+    assert (written[~known] == PAD).all()
+
+
+def test_a_position_reads_no_later_token_and_nothing_that_is_masked():
+    head, (fused, tokens, mask) = made()
+    targets = torch.tensor([[5, 6, 7, LAST, IGNORE]]).expand(4, -1)
+    other = targets.clone()
+    other[:, 2] = 9
+    changed = tokens.clone()
+    changed[~mask] = 7.0
+    with torch.no_grad():
+        one, two, three = (
+            head(fused, tokens, mask, targets),
+            head(fused, tokens, mask, other),
+            head(fused, changed, mask, targets),
+        )
+    torch.testing.assert_close(one[:, :3], two[:, :3])
+    assert not torch.allclose(one[:, 3], two[:, 3])
+    torch.testing.assert_close(one, three)
+
+
+def test_one_beam_writes_as_the_most_probable_next_token_does():
+    head, read = made(1)
+    memory = head.read(*read)
+    assert torch.equal(head.beam_search(memory, beams=1), head.write(memory))
+
+
+def test_as_many_beams_as_captions_find_the_best_one():
+    torch.manual_seed(3)
+    head = CaptionHead(8, 6, length=3, depth=1, heads=1).eval()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    read = (torch.randn(5, 8), torch.randn(5, 2, 8), torch.ones(5, 2, dtype=torch.bool))
+    found = head.beam_search(head.read(*read), beams=216, penalty=0.0)
+    everything = itertools.product(range(6), repeat=3)
+    whole = {tuple(targets_of(torch.tensor([c]))[0].tolist()): torch.tensor(c) for c in everything}
+    scores = torch.stack([log_probability(head, read, caption) for caption in whole.values()])
+    best = scores.max(0).values
+    own = torch.stack([log_probability(head, read, found[row])[row] for row in range(5)])
+    torch.testing.assert_close(own, best)
+
+
+def test_more_beams_do_not_find_a_less_probable_caption_than_greedy_on_average():
+    head, read = made(7, rows=16)
+    memory = head.read(*read)
+    one, four = (head.beam_search(memory, beams=beams, penalty=0.0) for beams in (1, 4))
+    means = [
+        torch.stack([log_probability(head, read, caption)[row] for row, caption in enumerate(found)]).mean()
+        for found in (one, four)
+    ]
+    assert means[1] >= means[0]
+
+
+def test_losses_are_means_over_tokens_and_then_over_captions():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
+    targets = torch.tensor([[4, 5, LAST, IGNORE], [LAST, IGNORE, IGNORE, IGNORE], [IGNORE] * 4])
+    ce = [torch.nn.functional.cross_entropy(ours[row, :n], targets[row, :n]).item() for row, n in ((0, 3), (1, 1))]
+    assert token_cross_entropy(ours, targets) == pytest.approx(sum(ce) / 2, abs=1e-6)
+    student, teacher = (ours / 2).log_softmax(-1), (theirs / 2).log_softmax(-1)
+    each = (teacher.exp() * (teacher - student)).sum(-1)
+    kl = [each[row, :n].mean().item() for row, n in ((0, 3), (1, 1))]
+    assert token_kd(ours, theirs, targets, temperature=2.0) == pytest.approx(4 * sum(kl) / 2, abs=1e-5)
+    assert token_kd(ours, ours, targets) == pytest.approx(0, abs=1e-6)
+
+
+TRUE = ["red heart", "a cat with wry smile", "face with tears of joy", "a cat"]
+TRUE += ["grinning face with smiling eyes", "red circle"]
+WRITTEN = ["red heart", "a cat with smile", "face with tears of joy", "a a cat cat", "smiling face", "blue circle"]
+
+
+def test_cider_is_that_of_the_authors_code():
+    """The figures were computed with cider_scorer.py of pycocoevalcap 1.2 (CIDEr-D, n = 4, sigma = 6)."""
+    expected = [5.0, 4.20030877, 10.0, 2.12316566, 1.3782806, 1.50703649]
+    assert 10 * captions.cider(WRITTEN, TRUE) == pytest.approx(expected, abs=1e-7)
+
+
+def test_other_measures_of_captions():
+    assert captions.exact(WRITTEN, TRUE).tolist() == [True, False, True, False, False, False]
+    assert captions.bleu(TRUE, TRUE, 1) == 1 and 0 < captions.bleu(WRITTEN, TRUE, 1) < 1
+    assert captions.cider(["", "x"], ["a b", "c d"]).tolist() == [0, 0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.sampled_from("abcdefg"), min_size=4, max_size=7), min_size=2, max_size=6, unique_by=tuple))
+def test_only_the_true_caption_has_the_highest_cider(words):
+    true = [" ".join(each) for each in words]
+    own = captions.cider(true, true)
+    turned = captions.cider(true[1:] + true[:1], true)
+    assert (own <= 1 + 1e-9).all() and (turned <= own + 1e-9).all()
+
+
+def test_ids_become_words():
+    task = Task(CAPTIONING, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "he", "##art", "##s"), length=5)
+    assert task.text(np.array([4, 5, 6, LAST, 4])) == "red heart"
+    assert task.text(np.array([5, 6, 7, IGNORE, IGNORE])) == "hearts"
+    assert task.text(np.array([LAST, 4.0, 4.0])) == "" and task.text(np.array([6, PAD, 4])) == "##art"
+    assert FIRST not in (PAD, LAST)
+
+
+OBJECTIVE = """\
+    - {loss: cross_entropy, task: colour}
+    - {loss: token_cross_entropy, task: words}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The tiny project, whose captions are written from the images alone."""
+    folder = tmp_path_factory.mktemp("captioning")
+    recipe = make_project(folder)
+    text = recipe.read_text()
+    head, _, rest = text.partition("teacher:\n")
+    head = (
+        head.replace("modalities: {image: image, text: caption}", "modalities: {image: image}")
+        .replace(
+            "targets: {colour: colour, shape: shape}",
+            "targets: {colour: colour, words: {column: caption, kind: captioning, vocab_size: 100, max_length: 7}}",
+        )
+        .replace(", text: {word_dropout: 0.1}", "")
+    )
+    tail = rest[rest.index("prune: {ratio") :]
+    body = f"""\
+teacher:
+  encoders: {{image: {{type: convnet, widths: [8, 16], blocks: [0, 1]}}}}
+  fusion: {{type: concat, dim: 16}}
+  embedding_dim: 16
+  train: {{epochs: 12, batch_size: 16, lr: 0.01}}
+  objective:
+{OBJECTIVE}student:
+  encoders: {{image: {{type: convnet, widths: [8, 8], blocks: [0, 1]}}}}
+  fusion: {{type: concat, dim: 16}}
+  heads: {{colour: {{type: linear}}, words: {{type: decoder, depth: 1, heads: 2}}}}
+  embedding_dim: 8
+  train: {{epochs: 12, batch_size: 16, lr: 0.01}}
+  baseline:
+{OBJECTIVE}  objective:
+{OBJECTIVE}    - {{loss: kd, task: colour}}
+    - {{loss: token_kd, task: words, params: {{temperature: 2.0}}}}
+cache: {{views: 2}}
+"""
+    recipe.write_text(head + body + tail)
+    answer = distill("run", recipe, f"output={folder / 'runs'}")
+    assert answer.code == 0, answer.err
+    return folder / "runs" / "tiny", answer
+
+
+def test_a_run_writes_and_measures_captions(finished):
+    folder, answer = finished
+    report = read_json(folder / "report" / "report.json")
+    models = {model["name"]: model["quality"]["words"] for model in report["models"]}
+    for quality in models.values():
+        assert {"cider", "ci95", "exact_match", "bleu1", "bleu4", "agreement_with_teacher"} <= quality.keys()
+    assert models["teacher"]["bleu1"] > 0.4  # "a", and mostly "big" or "small", at the least
+    assert models["onnx-fp32"]["cider"] == pytest.approx(models["pruned"]["cider"])
+    assert "CIDEr-D" in answer.out
+    assert report["parity"]["onnx-fp32"]["logits.words"]["agreement"] == 1
+    assert "exact match" in (folder / "report" / "report.md").read_text()
+    assert "token accuracy" in (folder / "report" / "report.html").read_text()
+
+
+def test_prepared_captions(finished):
+    data = PreparedData.open(finished[0] / "data")
+    task = data.tasks["words"]
+    assert task.kind == CAPTIONING and task.length == 7 and data.targets["words"].shape == (96, 7)
+    written = {task.text(row) for row in data.targets["words"]}
+    parts = itertools.product(("big", "small"), ("red", "green", "blue"), ("sun", "moon", "cat"))
+    assert written == {f"a {' '.join(part)}" for part in parts}
+    assert (data.targets["words"] == LAST).sum(1).tolist() == [1] * 96
+
+
+def test_a_bundle_writes_what_its_source_writes(finished):
+    folder, _ = finished
+    bundle = load(folder / "export" / "onnx-fp32")
+    images = sorted((folder.parents[1] / "images").iterdir())[:6]
+    answers = [row["words"]["text"] for row in bundle.predict([{"image": image} for image in images])]
+    assert all(answer.startswith("a ") for answer in answers)
+    assert "3 closes a caption" in (folder / "export" / "onnx-fp32" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teacher.members=2", "captions of several members have no mean"),
+        ("student.heads.words={type: linear}", "linear is not for a captioning; use decoder"),
+        ("student.heads.colour={type: decoder}", "decoder is not for a classification; use linear"),
+        (
+            "student.objective.0={loss: token_kd, task: colour}",
+            "token_kd is for captioning, and task 'colour' is a class",
+        ),
+        ("data.targets.words.vocab_size=20", "the characters of the training texts alone take"),
+    ],
+)
+def test_wrong_recipes_are_told_in_a_sentence(finished, change, message, tmp_path):
+    recipe = finished[0].parents[1] / "recipe.yaml"
+    verb = ("prepare",) if change.startswith("data.") else ("validate",)
+    answer = distill(*verb, recipe, change, f"output={tmp_path}")
+    assert answer.code == 2 and message in " ".join(answer.err.split()), answer.err
