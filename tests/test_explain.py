@@ -1,0 +1,382 @@
+"""Explanations: sums that have to come out, places that have to light up, and the page of a whole run."""
+
+import base64
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import test_modalities
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_project import distill, make_project, refusal
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from distill.build import told_by_data
+from distill.contracts import CLEAN_VIEW, Batch
+from distill.data.loader import InputSpec, Loader
+from distill.explain import Subject, explain_row
+from distill.explain.attention import STAND_IN, attention_layers, attention_weights, fusion_attention
+from distill.explain.gradients import TOLERANCE, grad_cam, integrated_gradients, last_map
+from distill.explain.inside import cells, peaks, pieces
+from distill.explain.scores import contributions, log_odds
+from distill.explain.starts import NoStartError, Start, forward_from, starts_of
+from distill.fusion import FUSIONS
+from distill.multimodal import MultimodalModel
+from distill.preprocess import Tokenizer
+from distill.tasks import ClassificationHead
+from students import ENCODERS, ConvNet
+
+READING = ("cross_attention", "self_attention", "bottleneck", "perceiver")
+
+
+def forward_of(model, batch, modality, content=None, task="kind"):
+    """The starts of a modality, and the log-odds of the answer as a function of them."""
+    starts = starts_of(model.encoders[modality], batch.inputs_of(modality), modality, content=content)
+    label = int(model(batch).logits[task].argmax())
+    return starts, forward_from(model, batch, task, label, [start.place for start in starts])
+
+
+def frozen(model):
+    return model.eval().requires_grad_(False)
+
+
+def test_log_odds_are_those_of_the_softmax():
+    logits = torch.tensor([[2.0, -1.0, 0.5], [30.0, -30.0, 0.0]])
+    p = logits.double().softmax(1)[:, 1]
+    assert torch.allclose(log_odds(logits, 1), p.log() - (1 - p).log())
+    assert torch.allclose(log_odds(logits + 7, 1), log_odds(logits, 1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 4), st.integers(2, 5))
+def test_contributions_add_up_to_what_all_modalities_change(seed, num_present, num_classes):
+    generator = torch.Generator().manual_seed(seed)
+    said = {}
+    names = ["image", "text", "audio", "series", "tabular"]
+
+    def answer(chosen):
+        return said.setdefault(frozenset(chosen), torch.randn(num_classes, generator=generator) * 3)
+
+    found = contributions(answer, names[:num_present], names)
+    assert len(found["subsets"]) == 2**num_present
+    for measure in ("probability", "log_odds"):
+        one = found[measure]
+        assert math.isclose(sum(one["values"].values()), one["all"] - one["nothing"], abs_tol=1e-9)
+        assert abs(one["error"]) < 1e-9
+        assert all(one["values"][name] == 0.0 for name in names[num_present:])
+
+
+def test_contributions_of_an_additive_answer_are_its_parts():
+    worth = {"image": 2.0, "text": -0.5}
+
+    def answer(chosen):
+        return torch.tensor([1 + sum(worth[name] for name in chosen), 0.0])
+
+    found = contributions(answer, ["image", "text"], ["image", "text"])
+    assert found["label"] == 0
+    assert found["log_odds"]["values"] == pytest.approx(worth)
+
+
+@pytest.mark.parametrize("fusion", ["concat", *READING])
+def test_integrated_gradients_are_complete(wordpiece_file, fusion):
+    model, batch = frozen(tiny.make_model(wordpiece_file, fusion=fusion)), tiny.make_batch(1)
+    content = torch.tensor([False, True, True, True, False])
+    for modality in ("image", "text"):
+        starts, forward = forward_of(model, batch, modality, content)
+        found = integrated_gradients(forward, starts)
+        change = float(forward(starts[0].value) - forward(starts[0].baseline))
+        assert found.change == pytest.approx(change, abs=1e-6) and change != 0
+        assert float(found.values[0].sum()) == pytest.approx(change + found.error, abs=1e-5)
+        assert abs(found.error) < max(TOLERANCE * abs(change), 2e-3)
+    assert not found.values[0][~content].any() and found.values[0][content].any()
+
+
+def test_integrated_gradients_of_a_product_are_known():
+    """Of ``x y`` from 0 on, each factor gets half of the product."""
+    starts = [Start(name, torch.tensor([[value]]), torch.zeros(1, 1), "") for name, value in (("x", 3.0), ("y", 4.0))]
+    found = integrated_gradients(lambda x, y: (x * y)[:, 0], starts)
+    assert [float(values) for values in found.values] == pytest.approx([6.0, 6.0])
+    assert found.change == 12 and abs(found.error) < 1e-4 and found.steps == 32
+
+
+def test_what_a_row_lacks_gets_nothing(wordpiece_file):
+    model = frozen(tiny.make_model(wordpiece_file, fusion="cross_attention"))
+    batch = tiny.make_batch(1)
+    batch = batch._replace(present={**batch.present, "image": torch.zeros(1, dtype=torch.bool)})
+    word_of = np.array([-1, 0, 1, 2, -1])
+    explained = explain_row(Subject(model, batch, "kind", ["a", "b", "c"], word_of), list(tiny.KINDS))
+    assert explained.numbers["contributions"]["log_odds"]["values"]["image"] == 0.0
+    assert "lacks" in explained.numbers["inputs"]["image"]["why_not"]
+    assert not [panel.name for panel in explained.panels if panel.name.startswith("image")]
+    starts, forward = forward_of(model, batch, "image")
+    found = integrated_gradients(forward, starts)
+    assert found.change == 0 and not found.values[0].any()
+    (image_reads, text_reads) = fusion_attention(model, batch)
+    assert image_reads.reader == "image" and text_reads.shares == {f"image{STAND_IN}": pytest.approx(1), "image": 0}
+
+
+def corner_model():
+    """A ConvNet whose first channel is how red a place is, and a head that reads that channel alone."""
+    encoder = ConvNet(widths=[2, 2], blocks=[0, 0])
+    for stage in encoder.stages:
+        convolution, norm = stage[0]
+        nn.init.zeros_(convolution.weight)
+        convolution.weight.data[0, 0, 1, 1] = 1.0
+        norm.bias.data[1] = 0.1
+    model = MultimodalModel(
+        {"image": encoder},
+        FUSIONS["pooled"](["image"]),
+        {"kind": ClassificationHead(2, 2)},
+        {},
+        dim=2,
+        embedding_dim=2,
+    )
+    model.heads["kind"].linear.weight.data = torch.tensor([[5.0, 0.0], [0.0, 0.0]])
+    nn.init.zeros_(model.heads["kind"].linear.bias)
+    return frozen(model)
+
+
+def one_image(pixels):
+    present = {"image": torch.ones(1, dtype=torch.bool)}
+    return Batch(torch.zeros(1, dtype=torch.int64), torch.full((1,), CLEAN_VIEW), {"image": pixels}, present, {})
+
+
+@pytest.mark.parametrize(("top", "left"), [(0, 0), (0, 8), (8, 0), (8, 8)])
+def test_the_corner_that_a_model_sees_lights_up(top, left):
+    model = corner_model()
+    pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    pixels[0, 0, top : top + 8, left : left + 8] = 255
+    batch = one_image(pixels)
+    starts, forward = forward_of(model, batch, "image")
+    layer = last_map(model.encoders["image"], batch.inputs)
+    heat = grad_cam(forward, layer, starts[0].value)
+    assert heat.shape == (4, 4)
+    inside = heat[top // 4 : top // 4 + 2, left // 4 : left // 4 + 2]
+    assert float(inside.min()) > 0 and float(heat.sum()) == pytest.approx(float(inside.sum()))
+    values = integrated_gradients(forward, starts).values[0]
+    assert not values[1:].any(), "the model reads red alone"
+    red = values[0, top : top + 8, left : left + 8]
+    assert float(red.sum()) > 0 and float(red.sum()) == pytest.approx(float(values.clamp(min=0).sum()))
+
+
+def test_patches_are_no_feature_map():
+    """Of a vision transformer only the embedding of patches is a map, and its tokens are others."""
+
+    class Patches(ConvNet):
+        def forward(self, inputs):
+            encoded = super().forward(inputs)
+            return encoded._replace(tokens=encoded.tokens * 2)
+
+    inputs = {"image": torch.randint(0, 255, (1, 3, 16, 16), dtype=torch.uint8)}
+    assert last_map(frozen(Patches(widths=[2, 2], blocks=[0, 0])), inputs) is None
+    assert last_map(frozen(ConvNet(widths=[2, 2], blocks=[0, 0])), inputs) is not None
+
+
+def test_an_encoder_without_a_table_says_so(wordpiece_file):
+    encoder = tiny.make_model(wordpiece_file).encoders["text"]
+    weight = encoder.table.weight
+    encoder.table = nn.Module()
+    encoder.table.forward = lambda ids: weight[ids]
+    with pytest.raises(NoStartError, match=r"no torch\.nn\.Embedding"):
+        starts_of(encoder, tiny.make_batch(1).inputs_of("text"), "text", content=torch.ones(5, dtype=torch.bool))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["none", "bool", "float", "causal", "groups"]))
+def test_attention_weights_are_those_of_the_operator(seed, kind):
+    generator = torch.Generator().manual_seed(seed)
+    heads = 1 if kind == "groups" else 2
+    q = torch.randn(1, 2, 4, 3, generator=generator)
+    k, v = (torch.randn(1, heads, 4, 3, generator=generator) for _ in range(2))
+    options = {"none": {}, "causal": {"is_causal": True}, "groups": {"enable_gqa": True}}.get(kind, {})
+    if kind in ("bool", "float"):
+        mask = torch.rand(4, 4, generator=generator) > 0.5
+        mask[:, 0] = True
+        options["attn_mask"] = mask if kind == "bool" else torch.where(mask, 0.0, -1e4)
+    weights = attention_weights(q, k, v, **options)
+    value = v.repeat_interleave(2 // heads, 1)
+    assert torch.allclose(weights @ value, scaled_dot_product_attention(q, k, v, **options), atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", READING)
+def test_shares_of_attention_add_up_and_know_whose_tokens_they_are(wordpiece_file, fusion):
+    model, batch = frozen(tiny.make_model(wordpiece_file, fusion=fusion)), tiny.make_batch(1)
+    before = model(batch).logits["kind"]
+    paid = fusion_attention(model, batch)
+    assert paid and torch.equal(model(batch).logits["kind"], before), "hooks are gone"
+    for one in paid:
+        assert sum(one.shares.values()) == pytest.approx(1)
+        for name, tokens in one.tokens.items():
+            assert len(tokens) == {"image": 16, "text": 5}[name]
+            assert float(tokens.sum()) == pytest.approx(one.shares[name], abs=1e-5)
+    assert len(attention_layers(model, batch)) == len({one.layer for one in paid})
+    without = batch._replace(present={**batch.present, "text": torch.zeros(1, dtype=torch.bool)})
+    hidden = fusion_attention(model, without)
+    assert all(one.shares.get("text", 0.0) == pytest.approx(0, abs=1e-6) for one in hidden)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 450))
+def test_condensed_maps_keep_their_sum(height, width):
+    plane = torch.randn(height, width, dtype=torch.float64)
+    small = cells(plane)
+    assert max(small.shape) <= 32 and torch.allclose(small.sum(), plane.sum())
+    line = plane[0]
+    assert len(pieces(line)) <= 200 and torch.allclose(pieces(line).sum(), line.sum())
+    assert float(peaks(line).abs().max()) == float(line.abs().max())
+
+
+SIX = {
+    "image": {"widths": [4, 8], "blocks": [0, 0]},
+    "audio": {"widths": [4, 8], "blocks": [0, 0], "n_mels": 8},
+    "video": {"widths": [4, 8], "blocks": [0, 0]},
+    "series": {"widths": [4, 8], "blocks": [0, 0]},
+    "tabular": {"dim": 8, "tokens": "columns"},
+}
+KINDS = {
+    "image": "convnet",
+    "audio": "audio_convnet",
+    "video": "frame_convnet",
+    "series": "series_convnet",
+    "tabular": "tabular_mlp",
+}
+
+
+def test_each_of_six_modalities_is_explained(tmp_path, wordpiece_file):
+    test_modalities.write_rows(tmp_path)
+    _, data = test_modalities.opened(tmp_path)
+    config = test_modalities.config()
+
+    class Parts:
+        encoders = {name: type("Part", (), {"type": KINDS[name]}) for name in SIX}  # noqa: RUF012
+
+    told = told_by_data(Parts, ENCODERS, config)
+    torch.manual_seed(0)
+    encoders = {name: ENCODERS[KINDS[name]](**options, **told[name]) for name, options in SIX.items()}
+    encoders["text"] = tiny.make_model(wordpiece_file).encoders["text"]
+    model = frozen(tiny.around(encoders, fusion="self_attention"))
+    loader = Loader(
+        data,
+        "test",
+        {"m": InputSpec(tuple(SIX), wordpiece_file, 16)},
+        batch_size=4,
+        seed=0,
+        augment=None,
+        shuffle=False,
+    )
+    place = loader.row_positions[0]
+    batch = loader.batch(np.array([place]), loader.clean_views(1))["m"]
+    word_of = Tokenizer(wordpiece_file, 16).words([data.texts[int(place)]])[2][0]
+    table = data.formats["tabular"]
+    subject = Subject(model, batch, "kind", data.texts[int(place)].split(), word_of, (table.numbers, table.categories))
+    explained = explain_row(subject, list(tiny.KINDS))
+    sums = {}
+    for name, one in explained.numbers["inputs"].items():
+        found = one["integrated_gradients"]
+        (key,) = found.keys() - {"baseline", "change", "error", "steps"}
+        values = found[key]
+        values = list(values.values()) if key == "columns" else values
+        sums[name] = sum(v["value"] for v in values) if key == "words" else float(np.sum(values))
+        assert sums[name] == pytest.approx(found["change"] + found["error"], abs=1e-4), name
+        assert abs(found["error"]) <= max(0.1 * abs(found["change"]), 2e-3), name
+        assert found["change"] != 0, name
+    assert sums.keys() == {*SIX, "text"}
+    assert explained.numbers["inputs"]["tabular"]["integrated_gradients"]["columns"].keys() == {"age", "pay", "kind"}
+    shown = {panel.name for panel in explained.panels if panel.picture or panel.words}
+    media = {f"{name}-integrated-gradients" for name in ("image", "audio", "video", "series")}
+    assert shown >= media | {"contributions", "image-grad-cam", "text", "tabular", "fusion-attention"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny run up to its student: the baseline and what follows are not there."""
+    folder = tmp_path_factory.mktemp("explained")
+    make_project(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        answer = distill("train", "recipe.yaml", "teacher.train.epochs=1", "student.train.epochs=1")
+        assert answer.code == 0, answer.err
+    return folder
+
+
+BUDGET = ("teacher.train.epochs=1", "student.train.epochs=1")
+
+
+@pytest.fixture
+def run_folder(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained / "runs/tiny"
+
+
+def test_a_run_is_explained_on_one_page_that_loads_nothing(run_folder):
+    manifests = {path: path.stat().st_mtime_ns for path in run_folder.glob("*/manifest.json")}
+    answer = distill("explain", "recipe.yaml", *BUDGET, "--rows", "1053,1046")
+    assert answer.code == 0, answer.err
+    assert "explained: runs/tiny/explain/explain.html" in answer.out
+    assert manifests == {path: path.stat().st_mtime_ns for path in run_folder.glob("*/manifest.json")}
+    found = json.loads((run_folder / "explain/explain.json").read_text())
+    assert found["task"] == "colour" and [row["id"] for row in found["rows"]] == [1053, 1046]
+    page = (run_folder / "explain/explain.html").read_text()
+    assert "<script" not in page and not re.findall(r'(?:src|href)="(?!data:)', page)
+    inline = {base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
+    assert {path.read_bytes() for path in (run_folder / "explain").glob("*.png")} == inline
+    for row in found["rows"]:
+        assert row["true"] in ("red", "green", "blue") and row["text"] in page
+        for name in ("teacher", "student"):
+            one = row["models"][name]
+            gradients = [one["inputs"][m]["integrated_gradients"] for m in ("image", "text")]
+            assert all(abs(g["error"]) < max(0.1 * abs(g["change"]), 5e-3) for g in gradients)
+            assert [word["word"] for word in gradients[1]["words"]] == row["text"].split()
+            assert abs(one["contributions"]["log_odds"]["error"]) < 1e-9
+            assert (run_folder / "explain" / one["pictures"][0]).is_file()
+        teacher, student = (row["models"][name]["attention"] for name in ("teacher", "student"))
+        assert teacher["fusion"] and "text" in teacher["encoders"], "the frozen tower ran"
+        assert "operator" in student["why_not"]
+
+
+def test_a_run_is_found_by_its_folder_and_answers_as_it_was_evaluated(run_folder, tmp_path):
+    answer = distill("explain", run_folder, "--models", "student", "--task", "shape", "--output", tmp_path, "--json")
+    assert answer.code == 0, answer.err
+    found = json.loads(answer.out)
+    assert found["path"] == str(tmp_path) and found["models"] == ["student"] and len(found["rows"]) == 6
+    from distill import pipeline
+    from distill.build import input_spec
+    from distill.recipe import load_recipe
+
+    recipe = load_recipe("recipe.yaml", BUDGET)
+    done = {item.stage.name: item.artifact for item in pipeline.plan(recipe) if item.artifact}
+    work = pipeline.workspace(recipe, done)
+    model = work.model("student")
+    (batch, *_) = [each["student"] for each in work.clean_loader("test", input_spec(model), "student").epoch(0)]
+    with torch.no_grad():
+        likely = dict(zip(batch.ids.tolist(), model(batch).logits["shape"].softmax(1).amax(1).tolist(), strict=True))
+    for row in found["rows"]:
+        assert row["models"]["student"]["probability"] == pytest.approx(likely[row["id"]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--models", "pruned"), "the pruned is not there yet"),
+        (("--models", "baseline"), "make it with `distill export recipe.yaml`"),
+        (("--models", "studnt"), "no model 'studnt'; did you mean 'student'"),
+        (("--rows", "1000"), "1000 is the id of no test row; they begin with"),
+        (("--rows", "1,x"), "'x' is no row id"),
+        (("--task", "colr"), "the data has no task 'colr'; did you mean 'colour'"),
+        (("seed=5",), "the teacher is not there yet, or was made with other settings"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(run_folder, options, said):
+    assert said in refusal(distill("explain", "recipe.yaml", *BUDGET, *options))
+
+
+def test_without_captum_one_sentence_says_what_to_install(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum", None)
+    said = refusal(distill("explain", "recipe.yaml", *BUDGET))
+    assert said == "explanations need the package captum; pip install 'multidistill[explain]'"
