@@ -38,7 +38,9 @@ def explain(
     called = str(folder / RESOLVED) if of_run else recipe
     names = explaining.choose_models(_parts(models), done, loaded, called)
     target = output or pipeline.run_folder(loaded) / "explain"
-    found = explaining.explain_run(pipeline.workspace(loaded, done), names, task=task, rows=ids, folder=target)
+    work = pipeline.workspace(loaded, done)
+    work.quiet = as_json
+    found = explaining.explain_run(work, names, task=task, rows=ids, folder=target)
     if as_json:
         typer.echo(json.dumps({"path": str(target), **found}))
         return

@@ -114,14 +114,13 @@ def _subjects(work: Workspace, model: Any, name: str, task: str, places: NDArray
     assert isinstance(model, MultimodalModel)
     if task not in model.heads:
         raise UserError(f"--task: the {name} has no head for {task!r}; {nearest(task, config.heads)}")
-    reads = TEACHER if name == TEACHER else STUDENT
     spec, data = input_spec(model), work.data()
-    loader = work.clean_loader(TEST, spec, reads)
+    loader = work.clean_loader(TEST, spec, name)
     tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
     table: Any = data.formats.get(TABULAR)
     columns = (table.numbers, table.categories) if table else ((), ())
     for place in places:
-        batch = loader.batch(np.array([place]), loader.clean_views(1))[reads]
+        batch = loader.batch(np.array([place]), loader.clean_views(1))[name]
         text, word_of = data.texts[int(place)], np.zeros(0, np.int64)
         if tokenizer is not None and bool(batch.present[TEXT][0]):
             word_of = tokenizer.words([text])[2][0]

@@ -11,6 +11,7 @@ import pytest
 import test_modalities
 import tiny
 import torch
+from big_checkpoints import RATE, write_audio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_project import distill, make_project, refusal
@@ -31,6 +32,7 @@ from distill.multimodal import MultimodalModel
 from distill.preprocess import Tokenizer
 from distill.tasks import ClassificationHead
 from students import ENCODERS, ConvNet
+from teachers import PretrainedAudio, PretrainedText, PretrainedVision
 
 READING = ("cross_attention", "self_attention", "bottleneck", "perceiver")
 
@@ -65,6 +67,8 @@ def test_contributions_add_up_to_what_all_modalities_change(seed, num_present, n
 
     found = contributions(answer, names[:num_present], names)
     assert len(found["subsets"]) == 2**num_present
+    for key, chosen in (("nothing", frozenset()), ("+".join(names[:num_present]) or "nothing", names[:num_present])):
+        assert found["subsets"][key] == pytest.approx(float(answer(chosen).double().softmax(0)[found["label"]]))
     for measure in ("probability", "log_odds"):
         one = found[measure]
         assert math.isclose(sum(one["values"].values()), one["all"] - one["nothing"], abs_tol=1e-9)
@@ -270,7 +274,7 @@ def test_each_of_six_modalities_is_explained(tmp_path, wordpiece_file):
         augment=None,
         shuffle=False,
     )
-    place = loader.row_positions[0]
+    (place, *_) = (row for row in loader.row_positions if data.arrays["tabular"][row, -1])
     batch = loader.batch(np.array([place]), loader.clean_views(1))["m"]
     word_of = Tokenizer(wordpiece_file, 16).words([data.texts[int(place)]])[2][0]
     table = data.formats["tabular"]
@@ -287,10 +291,72 @@ def test_each_of_six_modalities_is_explained(tmp_path, wordpiece_file):
         assert abs(found["error"]) <= max(0.1 * abs(found["change"]), 2e-3), name
         assert found["change"] != 0, name
     assert sums.keys() == {*SIX, "text"}
-    assert explained.numbers["inputs"]["tabular"]["integrated_gradients"]["columns"].keys() == {"age", "pay", "kind"}
+    columns = explained.numbers["inputs"]["tabular"]["integrated_gradients"]["columns"]
+    assert columns.keys() == {"age", "pay", "kind"} and columns["kind"] != 0, "the row has a known category"
+    spectrogram = np.array(explained.numbers["inputs"]["audio"]["integrated_gradients"]["cells"])
+    assert spectrogram.shape == (8, 25), "bands, then frames"
     shown = {panel.name for panel in explained.panels if panel.picture or panel.words}
     media = {f"{name}-integrated-gradients" for name in ("image", "audio", "video", "series")}
     assert shown >= media | {"contributions", "image-grad-cam", "text", "tabular", "fusion-attention"}
+
+
+def explained_tower(encoders, inputs, word_of=np.zeros(0, np.int64)):  # noqa: B008
+    present = {name: torch.ones(1, dtype=torch.bool) for name in encoders}
+    batch = Batch(torch.zeros(1, dtype=torch.int64), torch.full((1,), CLEAN_VIEW), inputs, present, {})
+    torch.manual_seed(0)
+    model = frozen(tiny.around(encoders))
+    words = [f"w{number}" for number in range(int(word_of.max(initial=-1)) + 1)]
+    return explain_row(Subject(model, batch, "kind", words, word_of), list(tiny.KINDS))
+
+
+PIXELS = torch.randint(0, 256, (1, 3, tiny.SIZE, tiny.SIZE), generator=torch.Generator().manual_seed(0))
+INPUTS = {
+    "image": PIXELS.to(torch.uint8),
+    "text": torch.tensor([[512, 3, 9, 40, 513]]),
+    "text_mask": torch.ones(1, 5, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_towers_of_clip_are_explained_through(clip_folder, projected):
+    options = {"weights": f"path:{clip_folder}", "projected": projected}
+    encoders = {"image": PretrainedVision(**options), "text": PretrainedText(**options)}
+    explained = explained_tower(encoders, INPUTS, np.array([-1, 0, 1, 1, -1]))
+    for name, key in (("image", "cells"), ("text", "words")):
+        found = explained.numbers["inputs"][name]["integrated_gradients"]
+        assert found["change"] != 0 and abs(found["error"]) < max(TOLERANCE * abs(found["change"]), 1e-3)
+        assert len(found[key]) == {"image": 16, "text": 2}[name]
+    assert "no" in explained.numbers["inputs"]["image"]["grad_cam"]["why_not"]
+    reads = explained.numbers["attention"]["encoders"]
+    assert len(reads["image"]["tokens"]) == 5 and len(reads["text"]["tokens"]) == 5
+    assert sum(reads["image"]["tokens"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("kind", "key", "size"), [("ast", "cells", (32, 25)), ("wav2vec2", "pieces", (200,))])
+def test_towers_of_sound_are_explained_at_their_own_front_end(tmp_path, kind, key, size):
+    tower = PretrainedAudio(weights=f"path:{write_audio(tmp_path, kind)}", sample_rate=RATE, num_samples=8000)
+    wave = (8000 * torch.sin(torch.arange(8000) * 0.2)).to(torch.int16)[None]
+    explained = explained_tower({"audio": tower}, {"audio": wave, "audio_length": torch.tensor([6000])})
+    found = explained.numbers["inputs"]["audio"]["integrated_gradients"]
+    assert found["change"] != 0 and np.array(found[key]).shape == size
+    assert np.sum(found[key]) == pytest.approx(found["change"] + found["error"], abs=1e-4)
+
+
+def test_torchs_own_attention_is_watched_too():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model, x = frozen(Own()), torch.randn(1, 5, 8)
+    (layer,) = attention_layers(model, x)
+    assert layer.path == "attention"
+    assert torch.allclose(layer.weights.mean(0), model.attention(x, x, x)[1][0], atol=1e-6)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.fixture(scope="module")

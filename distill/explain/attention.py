@@ -48,7 +48,7 @@ class Paid(NamedTuple):
 
 
 class _Watch(TorchFunctionMode):
-    """Notes each call of the attention operator with the path of the innermost module that runs."""
+    """Notes the weights of each call of the attention operator, with the path of the innermost module that runs."""
 
     def __init__(self, running: Sequence[str]) -> None:
         super().__init__()
@@ -56,11 +56,18 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:  # torch's own layer, which is asked for its weights
+            output, weights = func(*args, **kwargs | {"need_weights": True, "average_attn_weights": False})
+            assert weights is not None
+            self._note(weights)
+            return output, None
         if func is F.scaled_dot_product_attention:
-            weights = attention_weights(*args, **kwargs)
-            if weights.ndim == 4 and len(weights) == 1:  # windows of a picture are rows of their own
-                self.found.append(Layer(self.running[-1] if self.running else "", weights[0].float()))
+            self._note(attention_weights(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def _note(self, weights: Tensor) -> None:
+        if weights.ndim == 4 and len(weights) == 1:  # windows of a picture are rows of their own
+            self.found.append(Layer(self.running[-1] if self.running else "", weights[0].float()))
 
 
 def attention_weights(
@@ -98,10 +105,13 @@ def attention_layers(model: nn.Module, batch: Batch) -> list[Layer]:
     hooks: list[Any] = []
     for path, module in model.named_modules():
         hooks += [module.register_forward_pre_hook(enter(path)), module.register_forward_hook(leave)]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # torch's own layers take another operator there
     try:
         with torch.no_grad(), _Watch(running) as watch:
             model(batch)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
             hook.remove()
     return watch.found

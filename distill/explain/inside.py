@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +24,7 @@ def condensed(
     modality: str,
     values: list[Tensor],
     inputs: Mapping[str, Tensor],
+    starts: Sequence[Start],
     word_of: NDArray[np.int64],
     words: list[str],
     columns: tuple[tuple[str, ...], tuple[str, ...]],
@@ -35,12 +35,14 @@ def condensed(
         modality: its name.
         values: of each start, as :class:`~distill.explain.gradients.Integrated` has them.
         inputs: of the row.
+        starts: what the values are of.
         word_of: int64 [L], the word of each token, -1 for special ones.
         words: of the text.
         columns: names of the numbers and of the categories of a table.
 
     Returns:
-        ``words``, ``columns``, ``steps``, ``frames``, ``pieces`` or ``cells``, by what the modality has.
+        ``words``; ``columns``; ``series`` [T, C]; ``frames``; ``pieces`` of a waveform; or ``cells`` of an
+        image, rows from the top, or of a spectrogram, bands from the lowest.
     """
     (first, *rest) = values
     if modality == TEXT:
@@ -60,10 +62,8 @@ def condensed(
     if modality == "video":
         return {"frames": first.sum((1, 2, 3)).tolist()}
     if modality == "audio":
-        plane = first.squeeze()
-        if plane.ndim == 1:
-            return {"pieces": pieces(plane).tolist()}
-        return {"cells": cells(plane).tolist()}
+        plane = _plane(first, starts[0])
+        return {"pieces": pieces(plane).tolist()} if plane.ndim == 1 else {"cells": cells(plane).tolist()}
     return {"cells": cells(first.sum(0)).tolist()}
 
 
@@ -82,12 +82,12 @@ def drawn(modality: str, values: Tensor, inputs: Mapping[str, Tensor], start: St
             ]
         )
     if modality == "audio":
-        plane = values.squeeze()
+        plane = _plane(values, start)
         if plane.ndim == 1:
             length = max(1, int(inputs["audio_length"]))
             wave = inputs["audio"][0, :length].float() / FULL_SCALE
             return pictures.curves(peaks(wave)[:, None].numpy(), pieces(plane[:length])[:, None].numpy())
-        return pictures.heat_map((plane if _bands_first(start.place, plane) else plane.T).numpy())
+        return pictures.heat_map(plane.numpy())
     return pictures.over_image(inputs["image"][0].numpy(), values.sum(0).numpy())
 
 
@@ -114,8 +114,9 @@ def _split(line: Tensor) -> Tensor:
     return F.pad(line, (0, -len(line) % size)).unflatten(0, (-1, size))
 
 
-def _bands_first(front: str | nn.Module, plane: Tensor) -> bool:
-    """Whether the rows of a spectrogram are its bands, by the filters that made it."""
-    assert isinstance(front, nn.Module)
-    banks = [bank for module in front.modules() if isinstance(bank := getattr(module, "filters", None), torch.Tensor)]
-    return bool(banks) and plane.shape[0] == len(banks[0])
+def _plane(values: Tensor, start: Start) -> Tensor:
+    """A waveform's values [S], or a spectrogram's [bands, T]: front ends differ in which of them comes first."""
+    plane = values.squeeze()
+    assert isinstance(start.place, nn.Module)
+    banks = [bank for module in start.place.modules() if isinstance(bank := getattr(module, "filters", None), Tensor)]
+    return plane.T if plane.ndim == 2 and banks and plane.shape[0] != len(banks[0]) else plane

@@ -133,7 +133,7 @@ def _explain_input(subject: Subject, modality: str, label: int) -> Explained:
         return Explained({"why_not": str(error)}, [])
     forward = forward_from(subject.model, subject.batch, subject.task, label, [start.place for start in starts])
     found = integrated_gradients(forward, starts)
-    values = condensed(modality, found.values, inputs, subject.word_of, subject.words, subject.columns)
+    values = condensed(modality, found.values, inputs, starts, subject.word_of, subject.words, subject.columns)
     numbers: dict[str, Any] = {
         "integrated_gradients": {
             "baseline": starts[0].about,
@@ -228,7 +228,7 @@ def _attention_panel(subject: Subject, modality: str, title: str, path: str, wei
         strengths = pictures.scaled(sums).tolist()
         return Panel(name, title, path, words=list(zip(subject.words, strengths, strict=True)), read=True)
     grid = grid_of(weights[None, :, None], modality)
-    if modality != IMAGE or grid is None:
+    if modality != IMAGE or grid is None or grid.height * grid.width == 1:
         return None
     heat = weights[grid.before :].reshape(grid.height, grid.width)
     pixels = subject.batch.inputs[IMAGE][0].numpy()
