@@ -35,7 +35,7 @@ def explain(
     loaded = load_recipe(folder / RESOLVED if of_run else recipe, [*(place if of_run else []), *(overrides or [])])
     pipeline.check(loaded, "student")
     done = {item.stage.name: item.artifact for item in pipeline.plan(loaded) if item.artifact is not None}
-    called = str(folder / RESOLVED) if of_run else recipe
+    called = " ".join([f"{folder / RESOLVED} output={folder.parent}" if of_run else recipe, *(overrides or [])])
     names = explaining.choose_models(_parts(models), done, loaded, called)
     target = output or pipeline.run_folder(loaded) / "explain"
     work = pipeline.workspace(loaded, done)

@@ -430,7 +430,7 @@ def test_a_run_is_found_by_its_folder_and_answers_as_it_was_evaluated(run_folder
     ("options", "said"),
     [
         (("--models", "pruned"), "the pruned is not there yet"),
-        (("--models", "baseline"), "make it with `distill export recipe.yaml`"),
+        (("--models", "baseline"), "make it with `distill export recipe.yaml teacher.train.epochs=1 student."),
         (("--models", "studnt"), "no model 'studnt'; did you mean 'student'"),
         (("--rows", "1000"), "1000 is the id of no test row; they begin with"),
         (("--rows", "1,x"), "'x' is no row id"),

@@ -87,7 +87,10 @@ def drawn(modality: str, values: Tensor, inputs: Mapping[str, Tensor], start: St
             length = max(1, int(inputs["audio_length"]))
             wave = inputs["audio"][0, :length].float() / FULL_SCALE
             return pictures.curves(peaks(wave)[:, None].numpy(), pieces(plane[:length])[:, None].numpy())
-        return pictures.heat_map(plane.numpy())
+        levels = _plane(start.value[0], start)
+        sounding = plane.any(0).nonzero().flatten()
+        end = int(sounding[-1]) + 1 if len(sounding) else plane.shape[1]
+        return pictures.heat_map(plane[:, :end].numpy(), levels[:, :end].numpy())
     return pictures.over_image(inputs["image"][0].numpy(), values.sum(0).numpy())
 
 

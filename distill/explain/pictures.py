@@ -62,9 +62,14 @@ def beside(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
     return whole
 
 
-def heat_map(values: Array, height: int = 120) -> Image.Image:
-    """A signed map [rows, columns], the first row at the bottom."""
-    small = Image.fromarray(coloured(scaled(values))[::-1].copy())
+def heat_map(values: Array, levels: Array, height: int = 120) -> Image.Image:
+    """Signed heat [rows, columns] over levels of the same shape in grey, higher ones darker, the first row below."""
+    span = float(np.ptp(levels)) or 1.0
+    grey = (255 - 110 * (levels - levels.min()) / span)[..., None]
+    heat = scaled(values)
+    strength = np.abs(heat)[..., None] * 0.85
+    hue = np.where(heat[..., None] >= 0, np.array(FOR), np.array(AGAINST))
+    small = Image.fromarray(np.rint(grey * (1 - strength) + hue * strength).astype(np.uint8)[::-1].copy())
     return small.resize((WIDTH, height), Image.Resampling.NEAREST)
 
 
