@@ -6,7 +6,7 @@ their outputs has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,9 @@ def explain_run(
     return write_page(folder, about, known)
 
 
-def _subjects(work: Workspace, model: Any, name: str, task: str, places: NDArray[np.int64]) -> Any:
+def _subjects(
+    work: Workspace, model: Any, name: str, task: str, places: NDArray[np.int64]
+) -> Iterator[tuple[int, Subject]]:
     """Each row's id, and the model before it."""
     config = work.recipe.teacher if name == TEACHER else work.recipe.student
     assert isinstance(model, MultimodalModel)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from tiny_project import distill, make_project, refusal
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from distill.build import told_by_data
-from distill.contracts import CLEAN_VIEW, Batch
+from distill import explaining, pipeline
+from distill.build import input_spec, told_by_data
+from distill.contracts import CLEAN_VIEW, Artifact, Batch, UserError
 from distill.data.loader import InputSpec, Loader
-from distill.explain import Subject, explain_row
+from distill.explain import Subject, explain_row, pictures
 from distill.explain.attention import STAND_IN, attention_layers, attention_weights, fusion_attention
 from distill.explain.gradients import TOLERANCE, grad_cam, integrated_gradients, last_map
 from distill.explain.inside import cells, peaks, pieces
@@ -30,6 +32,7 @@ from distill.explain.starts import NoStartError, Start, forward_from, starts_of
 from distill.fusion import FUSIONS
 from distill.multimodal import MultimodalModel
 from distill.preprocess import Tokenizer
+from distill.recipe import load_recipe
 from distill.tasks import ClassificationHead
 from students import ENCODERS, ConvNet
 from teachers import PretrainedAudio, PretrainedText, PretrainedVision
@@ -236,6 +239,24 @@ def test_condensed_maps_keep_their_sum(height, width):
     assert float(peaks(line).abs().max()) == float(line.abs().max())
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), max_size=30))
+def test_colours_keep_the_sign_and_the_order(values):
+    heat = pictures.scaled(np.array(values))
+    assert np.abs(heat).max(initial=0) <= 1 and np.array_equal(np.sign(heat), np.sign(values))
+    colours = pictures.coloured(heat).astype(int)
+    assert np.array_equal(colours[heat == 0], np.full((int((heat == 0).sum()), 3), 255))
+    assert (colours[heat > 0.5][:, 0] > colours[heat > 0.5][:, 2]).all(), "red speaks for a class"
+    assert (colours[heat < -0.5][:, 0] < colours[heat < -0.5][:, 2]).all(), "blue against it"
+
+
+def test_bars_point_to_the_side_of_their_sign():
+    drawn = np.asarray(pictures.bars({"for": 2.0, "against": -2.0})).astype(int)
+    red, blue = ((drawn == colour).all(-1).nonzero()[1] for colour in (pictures.FOR, pictures.AGAINST))
+    assert red.mean() > blue.mean() and pytest.approx(len(red), rel=0.05) == len(blue)
+    assert pictures.matrix(["a"], ["b", "c"], np.array([[0.5, np.nan]])).height > 0
+
+
 SIX = {
     "image": {"widths": [4, 8], "blocks": [0, 0]},
     "audio": {"widths": [4, 8], "blocks": [0, 0], "n_mels": 8},
@@ -411,10 +432,6 @@ def test_a_run_is_found_by_its_folder_and_answers_as_it_was_evaluated(run_folder
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)
     assert found["path"] == str(tmp_path) and found["models"] == ["student"] and len(found["rows"]) == 6
-    from distill import pipeline
-    from distill.build import input_spec
-    from distill.recipe import load_recipe
-
     recipe = load_recipe("recipe.yaml", BUDGET)
     done = {item.stage.name: item.artifact for item in pipeline.plan(recipe) if item.artifact}
     work = pipeline.workspace(recipe, done)
@@ -424,6 +441,18 @@ def test_a_run_is_found_by_its_folder_and_answers_as_it_was_evaluated(run_folder
         likely = dict(zip(batch.ids.tolist(), model(batch).logits["shape"].softmax(1).amax(1).tolist(), strict=True))
     for row in found["rows"]:
         assert row["models"]["student"]["probability"] == pytest.approx(likely[row["id"]], abs=1e-5)
+
+
+def test_by_default_those_of_teacher_and_student_that_are_there():
+    recipe = load_recipe("quickstart")
+    done = {name: Artifact(name, Path(name), "") for name in ("data", "teacher", "vocabulary", "inherit")}
+    assert explaining.choose_models([], done, recipe, "r") == ["teacher"]
+    both = done | {"student": done["data"]}
+    assert explaining.choose_models([], both, recipe, "r") == ["teacher", "student"]
+    with pytest.raises(UserError, match="make it with `distill cache r`"):
+        explaining.choose_models([], {}, recipe, "r")
+    with pytest.raises(UserError, match="the student has no fusion and so answers no task"):
+        explaining.choose_models(["student"], both, load_recipe("retrieval"), "r")
 
 
 @pytest.mark.parametrize(

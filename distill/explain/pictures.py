@@ -22,7 +22,7 @@ Array = NDArray[np.floating]
 def scaled(values: Array) -> Array:
     """Values in [-1, 1]: divided by nearly the largest size among them; zeros stay."""
     sizes = np.abs(values)
-    most = float(np.quantile(sizes, STRONGEST)) or float(sizes.max(initial=0.0))
+    most = (float(np.quantile(sizes, STRONGEST)) or float(sizes.max())) if sizes.size else 0.0
     return np.clip(values / most, -1, 1) if most else np.zeros_like(values)
 
 

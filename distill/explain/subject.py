@@ -225,8 +225,8 @@ def _attention_panel(subject: Subject, modality: str, title: str, path: str, wei
         sums = np.zeros(len(subject.words))
         inner = subject.word_of >= 0
         np.add.at(sums, subject.word_of[inner], weights.numpy()[: len(inner)][inner])
-        strengths = pictures.scaled(sums).tolist()
-        return Panel(name, title, path, words=list(zip(subject.words, strengths, strict=True)), read=True)
+        shown = list(zip(subject.words, pictures.scaled(sums).tolist(), strict=True))
+        return Panel(name, title, f"{path}; words get {sums.sum():.0%} of the attention", words=shown, read=True)
     grid = grid_of(weights[None, :, None], modality)
     if modality != IMAGE or grid is None or grid.height * grid.width == 1:
         return None
