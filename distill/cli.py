@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import __version__, cache_commands
+from distill import __version__, cache_commands, explain_command
 from distill.contracts import UserError
 
 if TYPE_CHECKING:
@@ -243,6 +243,9 @@ def compare(
         typer.echo(json.dumps(result))
     else:
         Console().print(comparison_table(result))
+
+
+app.command()(explain_command.explain)
 
 
 @app.command()

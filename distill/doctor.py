@@ -17,6 +17,7 @@ EXTRAS = {
     "video": "av",
     "openclip": "open_clip",
     "peft": "peft",
+    "explain": "captum",
     "trackers": "wandb",
     "dev": "pytest",
 }

@@ -74,6 +74,7 @@ LEVELS = {
         "distill.export",
         "distill.bench",
         "distill.report",
+        "distill.explain",
         "distill.doctor",
     },
     5: {
@@ -84,13 +85,14 @@ LEVELS = {
         "distill.planning",
         "distill.stages",
         "distill.results",
+        "distill.explaining",
         "distill.check",
         "distill.estimate",
         "distill.profile",
         "distill.taps",
         "distill.pipeline",
     },
-    6: {"distill.cli", "distill.cache_commands", "distill.__main__"},
+    6: {"distill.cli", "distill.cache_commands", "distill.explain_command", "distill.__main__"},
 }
 """A module, or a package for all of its modules -> a number: it imports its own number or lower."""
 
@@ -98,7 +100,8 @@ STAGE_IMPORTS = {("distill.engine", "distill.checkpoint"), ("distill.towers", "d
 """Stages do not import each other, but for these: (importer, imported)."""
 
 TORCH_FREE = ("distill.contracts", "distill.config", "distill.recipe", "distill.runs", "distill.preprocess",
-              "distill.predict", "distill.inventory", "distill.cli", "distill.cache_commands")  # fmt: skip
+              "distill.predict", "distill.inventory", "distill.cli", "distill.cache_commands",
+              "distill.explain_command")  # fmt: skip
 NAMES_MODELS = {"distill.pipeline"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 400, 60, 120
 TRAINING_LOOP = ("distill.engine", "fit")

