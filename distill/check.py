@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from distill.balance import check_balance
 from distill.build import check_model, told_by_data
 from distill.builders import check_part
 from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
@@ -71,6 +72,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
     _check_kept(recipe, encoders)
+    _check_balances(recipe)
     tasks = list(recipe.data.targets)
     check_decision(recipe.teacher, {"teacher.objective": recipe.teacher.objective}, tasks)
     trained = {"student.baseline": recipe.student.baseline, "student.objective": recipe.student.objective}
@@ -185,6 +187,21 @@ def _check_budgets(recipe: Recipe) -> None:
         check_optimizer(train, where)
         check_sharding(train, where)
         _check_resizing(recipe, train, where)
+
+
+def _check_balances(recipe: Recipe) -> None:
+    """Modalities are balanced in joint training alone, by heads that learn in each training of the budget."""
+    for modality, train in recipe.teacher.pretrain.items():
+        if train.balance is not None:
+            raise UserError(
+                f"teacher.pretrain.{modality}.balance: an encoder learns alone there; leave it out, and set it in "
+                "teacher.train"
+            )
+    teacher, student = recipe.teacher, recipe.student
+    distilled = {"student.objective": student.objective}
+    check_balance(teacher.train, teacher, {"teacher.objective": teacher.objective}, "teacher.train")
+    check_balance(student.train, student, {"student.baseline": student.baseline, **distilled}, "student.train")
+    check_balance(recipe.prune.train, student, distilled, "prune.train")
 
 
 def _check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from distill.contracts import IGNORE, Batch, Outputs, UserError
+from distill.contracts import AND, IGNORE, Batch, Outputs, UserError
 from distill.data.batches import Batches
 from distill.multimodal import evaluating
 from distill.predict import EMBEDDING, Predictor
@@ -27,7 +27,6 @@ from distill.progress import Progress, silent
 from distill.retrieval import Pairs, scores
 from distill.runs import atomic
 
-AND = "+"
 ALL_SUBSETS = 4  # modalities of which all subsets are measured
 Arrays = dict[str, NDArray[np.float32]]
 ACCURACY, RECALL = "valid/accuracy", "valid/recall@1"
