@@ -45,9 +45,8 @@ def balance_factors(scores: Mapping[str, float], alpha: float) -> dict[str, floa
         if not alpha or not others:
             continue
         mean = fmean(others)
-        ratio = score / mean if mean else inf
-        if ratio > 1 + TIE:
-            factors[name] = 1 - tanh(alpha * ratio)
+        if score > mean * (1 + TIE):
+            factors[name] = 1 - tanh(alpha * (score / mean if mean else inf))
     return factors
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.report import details
 from distill.report.context import BASELINE, STUDENT, TEACHER, ModelEntry, ReportContext, shipped
-from distill.report.evidence import TaskEvidence, pairs
+from distill.report.evidence import FREQUENT, TaskEvidence, pairs
 from distill.report.headline import headline
 from distill.report.retrieval import retrieval
 
@@ -28,7 +28,12 @@ def build_report(context: ReportContext) -> dict[str, Any]:
         "seeds": list(context.seeds),
         "data": dict(context.data),
         "tasks": {
-            e.task: {"num_classes": len(context.tasks[e.task]), "n": len(e.targets), "num_groups": e.num_groups}
+            e.task: {
+                "num_classes": len(context.tasks[e.task]),
+                "n": len(e.targets),
+                "num_groups": e.num_groups,
+                "most_frequent": e.means.get(FREQUENT),
+            }
             for e in evidences
         },
         "intervals": {
@@ -90,6 +95,7 @@ def _model(model: ModelEntry, evidences: list[TaskEvidence]) -> dict[str, Any]:
             modality: {e.task: e.subset(model.name, modality) for e in answered if e.task in model.subsets[modality]}
             for modality in model.subsets
         },
+        "contributions": {e.task: found for e in answered if (found := e.contributions(model.name)) is not None},
         "num_params": model.num_params,
         "flops": model.flops,
         "size_bytes": model.size_bytes,

@@ -14,8 +14,11 @@ from distill import metrics
 from distill.contracts import IGNORE
 from distill.metrics import Floats
 from distill.report.context import BASELINE, PRUNED, STUDENT, TEACHER, ModelEntry, ReportContext
+from distill.shapley import contributions
 
 Key = tuple[str, ...]
+FREQUENT: Key = ("most frequent class",)
+"""The column of what is right without reading anything."""
 
 
 class TaskEvidence:
@@ -52,6 +55,8 @@ class TaskEvidence:
                 if self.task in logits:
                     alone = logits[self.task][labelled].argmax(axis=1)
                     columns["right", model.name, modality] = alone == self.targets
+        if len(self.targets):
+            columns[FREQUENT] = self.targets == np.bincount(self.targets).argmax()
         return columns
 
     def mean(self, *key: str) -> dict[str, Any]:
@@ -88,6 +93,23 @@ class TaskEvidence:
             return None
         right = self.mean("right", name, modality)
         return {"accuracy": right["value"], "ci95": right["ci95"], "n": len(self.targets)}
+
+    def contributions(self, name: str) -> dict[str, dict[str, Any]] | None:
+        """Return the Shapley value of each modality, in accuracy; None where not all subsets were tried.
+
+        They add up to the accuracy with all modalities less the share of the most frequent class, which is what no
+        modality at all is worth.
+        """
+        if FREQUENT not in self.means:
+            return None
+        parts = [key[2] for key in self.means if key[:2] == ("right", name) and len(key) == 3]
+        values, replicates = (
+            contributions(of["right", name], {part: of["right", name, part] for part in parts}, of[FREQUENT])
+            for of in (self.means, self.replicates)
+        )
+        if values is None or replicates is None:
+            return None
+        return {part: {"value": float(values[part]), "ci95": _interval(replicates[part])} for part in values}
 
     def comparison(self, model: ModelEntry, reference: ModelEntry, kind: str) -> dict[str, Any]:
         """Return the paired comparison of two models' accuracy, with what an export must not change."""
