@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from textwrap import fill
 from typing import Any
 
@@ -24,12 +23,12 @@ import numpy as np
 import students
 from benchmarks.quickstart_seeds import seed_recipes
 from benchmarks.seed_tables import command_line, mean_and_half, put_out, table
+from benchmarks.student_arms import points_against
 from distill import evaluate, pipeline
 from distill.build import input_spec
 from distill.config import BalanceConfig, Recipe
 from distill.contracts import IGNORE, TEST, UserError
 from distill.report import formats
-from distill.report.compare import t_interval
 from distill.runs import find, fingerprint, finish, start
 from distill.shapley import contributions
 from distill.workspace import BASELINE, STUDENT, Workspace
@@ -112,8 +111,7 @@ def accuracy_table(found: dict[str, list[Result]], task: str) -> str:
     for arm, runs in found.items():
         values = {name: [run["accuracy"][task][name] for run in runs] for name in (ALL, *subsets)}
         against = [run["accuracy"][task][ALL] for run in found[PLAIN]]
-        gaps = [ours - theirs for ours, theirs in zip(values[ALL], against, strict=True)]
-        points = "" if arm == PLAIN else f"{formats.points(fmean(gaps))} ({formats.points_range(t_interval(gaps))})"
+        points = "" if arm == PLAIN else points_against(values[ALL], against)
         rows.append([arm, mean_and_half(values[ALL]), points, *(mean_and_half(values[name]) for name in subsets)])
     return table(["arm", "all, %", f"points against {PLAIN}", *(f"{name}, %" for name in subsets)], rows)
 
