@@ -64,11 +64,12 @@ class Balance:
     then over tasks and members of an ensemble. Modulated are the parameters of ``encoders.M``, ``necks.M`` and
     ``token_necks.M``, not heads and fusion: g becomes k·g + n, where n is normal with the standard deviation of g.
 
-    The paper's code modulates two encoders' weights of four dimensions alone. Here it is all that belongs to one of
-    any number of modalities, as encoders of texts and records have no convolutions. Entries of a gradient that are
-    exactly 0, such as words that no row has, get no noise. The paper trains with SGD: Adam and its kin divide gradients
-    by their usual size, so that a factor which stays is divided out again, and what changes from step to step, and the
-    noise, are left.
+    Differences to the paper, whose scores come from one linear classifier of both modalities, each part with half of
+    its bias: here they come from heads with losses of their own, which balance too. Its code modulates two encoders'
+    weights of four dimensions alone; here it is all that belongs to one of any number of modalities, as encoders of
+    texts and records have no convolutions. Entries of a gradient that are exactly 0, such as words that no row has, get
+    no noise. The paper trains with SGD: Adam and its kin divide gradients by their usual size, so that a factor which
+    stays is divided out again, and what changes from step to step, and the noise, are left.
 
     Args:
         model: what is trained.
