@@ -15,7 +15,7 @@ from distill.runs import write_json
 
 Summary = dict[str, Any]
 
-PLACES = ("--output", "--json", "--markdown")
+PLACES = ("--output", "--out", "--json", "--markdown")
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

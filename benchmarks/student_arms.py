@@ -114,11 +114,12 @@ def columns(runs: Sequence[Result], against: Sequence[Result], tasks: Sequence[s
     for task in tasks:
         ours = [run.accuracy[TEST][task] for run in runs]
         cells.append(mean_and_half(ours))
-        cells.append(_points(ours, [run.accuracy[TEST][task] for run in against]) if comparable else "")
+        cells.append(points_against(ours, [run.accuracy[TEST][task] for run in against]) if comparable else "")
     return cells
 
 
-def _points(ours: Sequence[float], theirs: Sequence[float]) -> str:
+def points_against(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean of paired differences in points, and over several seeds its interval."""
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = formats.points(fmean(gaps))
     return f"{mean} ({formats.points_range(t_interval(gaps))})" if len(gaps) > 1 else mean

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from distill.balance import check_balances
 from distill.build import check_model, told_by_data
 from distill.builders import check_part
 from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
@@ -77,6 +78,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_kept(recipe, encoders)
     for where, model in models.items():
         _check_heads(model, where, recipe)
+    check_balances(recipe)
     tasks = list(recipe.data.targets)
     check_decision(recipe.teacher, {"teacher.objective": recipe.teacher.objective}, tasks)
     trained = {"student.baseline": recipe.student.baseline, "student.objective": recipe.student.objective}

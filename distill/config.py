@@ -97,6 +97,15 @@ class ProgressiveResizing(Strict):
     until: float = Field(0.6, gt=0, lt=1)  # share of all steps; the rest sees whole images
 
 
+class BalanceConfig(Strict):
+    """How modalities are kept from outrunning each other in joint training, or just watched: see distill/balance.py."""
+
+    # 0 measures only. The paper has 0.1 to 0.8; this is their geometric middle, where who leads keeps at most 71 %
+    alpha: float = Field(0.3, ge=0)
+    noise: bool = True  # normal, as strong as each gradient's own deviation
+    until: float = Field(1.0, gt=0, le=1)  # share of all steps; behind it modalities are only measured
+
+
 class TrainConfig(Strict):
     """One training budget, the same schema for teacher, baseline, student and recovery."""
 
@@ -120,6 +129,7 @@ class TrainConfig(Strict):
     precision: Literal["no", "bf16", "fp16"] = "no"
     shard: bool = False  # weights, gradients and optimizer state are split over the ranks (FSDP2)
     progressive_resizing: ProgressiveResizing | None = None
+    balance: BalanceConfig | None = None  # of modalities; needs heads of single ones that learn
     compile: bool = False  # torch.compile of the trained model
     channels_last: bool = False  # memory format of its convolutions and images; "convnet" always has it
     keep: Literal["best", "last"] = "best"  # weights of the best validated epoch, or of the last one

@@ -18,6 +18,9 @@ IGNORE = -100
 
 TRAIN, VALID, TEST = SPLITS = ("train", "valid", "test")
 
+AND = "+"
+"""Between the names of modalities that are read together, as in "image+text"."""
+
 CLEAN_VIEW = -1
 """The view that is not augmented: evaluation, calibration and export read it."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.averaging import Average, MeanTeacher, kept_state, load_state, statistics, trained_state
+from distill.balance import Balance
 from distill.config import TrainConfig
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.batches import Batches, made_and_finished
@@ -102,8 +103,8 @@ class State:
     best: float = -math.inf
     best_epoch: int = -1
     improved: int = 0  # the epoch from which patience counts: the last one that was truly better
-    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's terms, weighted by rows
-    rows: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # of this epoch's values, weighted by rows
+    rows: dict[str, int] = field(default_factory=dict)  # of the steps that have each value
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -164,7 +165,7 @@ def fit(job: Job) -> dict[str, Any]:
                 for group, lr in zip(optimizer.param_groups, base_lrs, strict=True):
                     group["lr"] = lr * factor
                 trainee.image_size = image_size(state.step, total, config)
-                trainee.objective.advance(state.step, total)
+                trainee.advance(state.step, total)
                 rows, values = step(batches, job.reads, ask)
                 if average and values:
                     average.update(state.step)
@@ -172,7 +173,7 @@ def fit(job: Job) -> dict[str, Any]:
                     _restore(place, parts)
                 for name, value in values.items():
                     state.sums[name] = state.sums.get(name, 0.0) + value * rows
-                state.rows += rows
+                    state.rows[name] = state.rows.get(name, 0) + rows
                 state.step, state.batch = state.step + 1, state.batch + 1
                 state.seconds += time.monotonic() - began
                 if values and state.step % EVERY == 0:
@@ -217,6 +218,9 @@ def _trainee(job: Job, ranks: Ranks, device: torch.device) -> Trainee:
         nn.SyncBatchNorm.convert_sync_batchnorm(trainee.model)  # a part may have no rows on some ranks
     if config.shard:
         trainee.shard(ranks)
+    if config.balance:
+        model: Any = job.tapped.model
+        trainee.balance = Balance(model, job.objective.terms, config.balance, job.seed)
     return trainee.to(device)
 
 
@@ -241,9 +245,9 @@ def _end_epoch(
 ) -> dict[str, Tensor]:
     """Log the epoch, validate when due, and return the weights to keep."""
     entry = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
-    entry |= {f"train/{name}": total / max(1, state.rows) for name, total in state.sums.items()}
+    entry |= {f"train/{name}": total / max(1, state.rows[name]) for name, total in state.sums.items()}
     entry |= {f"train/{name}": value for name, value in trainee.objective.moving().items()}
-    state.epoch, state.batch, state.sums, state.rows = state.epoch + 1, 0, {}, 0
+    state.epoch, state.batch, state.sums, state.rows = state.epoch + 1, 0, {}, {}
     if last or state.epoch == job.config.epochs or state.epoch % job.config.validate_every == 0:
         with average.applied(trainee) if average else _unchanged():
             entry |= job.validate(trainee.model)
@@ -306,7 +310,7 @@ def _out_of_time(state: State, config: TrainConfig, ranks: Ranks, device: torch.
 
 
 def _note(state: State) -> str:
-    shown = [f"loss {state.sums['loss'] / state.rows:.3f}"] if state.rows else []
+    shown = [f"loss {state.sums['loss'] / state.rows['loss']:.3f}"] if state.rows else []
     if state.best_epoch >= 0:
         shown.append(f"best valid {state.best:.1%}")
     return " ".join(shown)

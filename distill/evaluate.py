@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from distill import measures
-from distill.contracts import Batch, Outputs, UserError
+from distill.contracts import AND, Batch, Outputs, UserError
 from distill.data.batches import Batches
 from distill.multimodal import evaluating
 from distill.predict import EMBEDDING, Predictor
@@ -29,7 +29,6 @@ from distill.retrieval import Pairs, scores
 from distill.runs import atomic
 from distill.targets import CAPTIONING, CLASSIFICATION, Task, known
 
-AND = "+"
 CHOSEN = (CLASSIFICATION, CAPTIONING)  # kinds whose answer is the largest of logits
 ALL_SUBSETS = 4  # modalities of which all subsets are measured
 Arrays = dict[str, NDArray[np.float32]]

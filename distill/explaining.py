@@ -24,6 +24,7 @@ from distill.multimodal import MultimodalModel
 from distill.preprocess import Tokenizer
 from distill.progress import progress
 from distill.runs import read_json
+from distill.targets import CLASSIFICATION
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 DEFAULT_MODELS = (TEACHER, STUDENT)
@@ -84,9 +85,12 @@ def explain_run(
     Raises:
         UserError: an unknown task or row, or captum is not installed.
     """
-    labels = work.labels()
+    tasks = work.tasks()
+    labels = {name: list(info.names) for name, info in tasks.items() if info.kind == CLASSIFICATION}
+    if not labels:
+        raise UserError(f"answers of classes are explained, and the data's tasks are others ({', '.join(tasks)})")
     if task and task not in labels:
-        raise UserError(f"--task: the data has no task {task!r}; {nearest(task, labels)}")
+        raise UserError(f"--task: the data has no task {task!r} of classes; {nearest(task, labels)}")
     task = task or next(iter(labels))
     if len(labels[task]) < 2:
         raise UserError(f"task {task!r} has one class, which every answer is; choose another --task")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from distill import bench, evaluate
 from distill.build import Model, example_batch, input_spec
-from distill.contracts import TEST, TRAIN, VALID, Batch
+from distill.contracts import AND, TEST, TRAIN, VALID, Batch
 from distill.data.loader import InputSpec
 from distill.dual import DualEncoder
 from distill.export.bundle import parity, write_bundle
@@ -324,7 +324,7 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
         runtime="onnxruntime" if name in BUNDLES else "torch",
         logits={key.removeprefix("logits."): values for key, values in arrays.items() if key.startswith("logits.")},
         embeddings={name: arrays[f"embedding.{name}"] for name in PAIR if f"embedding.{name}" in arrays},
-        subsets={name: subsets[name] for name in sorted(subsets, key=lambda name: (name.count(evaluate.AND), name))},
+        subsets={name: subsets[name] for name in sorted(subsets, key=lambda name: (name.count(AND), name))},
         num_params=measured["num_params"],
         flops=measured["flops"],
         size_bytes=measured["size_bytes"],

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.contracts import AND
+
 Worth = float | NDArray[np.floating[Any]]
 
 
@@ -42,3 +44,21 @@ def shapley_values(worth: Mapping[frozenset[str], Worth], players: Collection[st
                 total = total + share * (np.asarray(worth[chosen | {player}], np.float64) - worth[chosen])
         values[player] = np.asarray(total, np.float64)
     return values
+
+
+def contributions(whole: Worth, parts: Mapping[str, Worth], nothing: Worth) -> dict[str, NDArray[np.float64]] | None:
+    """Divide what several modalities are worth together, above what is had without any, among them.
+
+    Args:
+        whole: the worth of all.
+        parts: each other subset, such as "image" or "image+text" -> its worth.
+        nothing: the worth of none.
+
+    Returns:
+        Modality -> its share, see :func:`shapley_values`; None where not all subsets were measured, or there are none.
+    """
+    players = [name for name in parts if AND not in name]
+    if len(players) < 2 or len(parts) < 2 ** len(players) - 2:
+        return None
+    named = {frozenset(name.split(AND)): worth for name, worth in parts.items()}
+    return shapley_values({frozenset(): nothing, **named, frozenset(players): whole}, players)

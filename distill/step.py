@@ -85,7 +85,8 @@ class Stepper:
             ask: the teacher.
 
         Returns:
-            The rows of the global batch, and "loss" and each term's value over it; no values if the step was skipped.
+            The rows of the global batch, and "loss" and each term's value over it, and those of
+            :meth:`distill.balance.Balance.modulate` where modalities are balanced; no values if the step was skipped.
 
         Raises:
             TrainingError: the loss or its gradient is not finite, or the memory does not suffice for single rows.
@@ -103,9 +104,10 @@ class Stepper:
     def _update(
         self, batch: Batch, teacher: Outputs | None, rows: int, values: dict[str, float], before: list[Tensor]
     ) -> tuple[int, dict[str, float]]:
-        """Check, clip and apply the gradients."""
+        """Balance, check, clip and apply the gradients."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        balanced = {} if self.trainee.balance is None else self.trainee.balance.modulate(self.ranks)
         gradients = [gradient for parameter in self.parameters if (gradient := parameter.grad) is not None]
         total_norm = self._total_norm(gradients)
         norm = float(total_norm)
@@ -131,7 +133,7 @@ class Stepper:
                 f"gradients are beyond what fp16 holds for the {MOST_OVERFLOWN}th step in a row, however small their "
                 "scale; weights are unchanged since; set train.precision to bf16, or lower the weights of terms on taps"
             )
-        return rows, values
+        return rows, values | balanced
 
     def _total_norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm of all gradients as one vector."""
@@ -146,7 +148,7 @@ class Stepper:
         while True:
             for parameter in self.parameters:  # what optimizer.zero_grad does, in a third of its time
                 parameter.grad = None
-            self.trainee.objective.forget()
+            self.trainee.forget()
             try:
                 logged = self._forward_backward(batch, teacher, whole)
                 break

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.balance import Balance
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.transforms import resize_images
 from distill.losses.objective import Objective
@@ -50,6 +51,7 @@ class Trainee(nn.Module):
         self._channels_last = channels_last
         self.image_size: int | None = None  # pixels to which training shrinks images
         self.shards: Shards | None = None
+        self.balance: Balance | None = None
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
 
@@ -58,6 +60,18 @@ class Trainee(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and each term's value; see :meth:`Objective.forward`."""
         return self.loss(self.answer(batch), teacher, batch, shares, ranks)
+
+    def advance(self, step: int, total: int) -> None:
+        """Begin a step, from 0, of all."""
+        self.objective.advance(step, total)
+        if self.balance is not None:
+            self.balance.advance(step, total)
+
+    def forget(self) -> None:
+        """Drop what a step that is not finished would leave behind."""
+        self.objective.forget()
+        if self.balance is not None:
+            self.balance.forget()
 
     def shard(self, ranks: Ranks) -> None:
         """Leave this rank's part of all weights here, on the ranks' device.
@@ -110,6 +124,8 @@ class Trainee(nn.Module):
         """The objective of outputs."""
         if self.shards:  # a unit gives a gradient of zero to each of its inputs that it does not read
             outputs = self.objective.without_unread(outputs)
+        if self.balance is not None:
+            self.balance.see(outputs, batch)
         with self.watch("loss"):
             return self.objective(outputs, teacher, batch, shares, ranks)
 

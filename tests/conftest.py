@@ -53,7 +53,8 @@ def make_job(prepared, wordpiece_file, tmp_path):
             model, objective, loader.at(0, 0)["student"], example, rows=tiny.only_ids(ids)
         )
         valid = tiny.make_loader(prepared, wordpiece_file, split="valid", shuffle=False, augment=None)
-        validate = partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student"))
+        batches = evaluate.clean_batches(valid, "student")
+        validate = partial(evaluate.validation_scores, batches=batches, tasks=tiny.TASKS)
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         settings = TrainConfig.model_validate(BUDGET | config)

@@ -59,8 +59,9 @@ TERMS = [
     {"loss": "dkd", "task": "kind", "teacher": ["teacher", "eye"], "mix": "confidence"},
     {"loss": "dist", "task": "tone", "teacher": ["teacher", "eye"], "mix": "learned"},
     {"loss": "mse_logits", "task": "kind", "teacher": "ema"},
+    {"loss": "cross_entropy", "task": "kind.image"},
 ]
-BY_DEFAULT = len(TERMS) - 1  # the last one needs train.ema
+BY_DEFAULT = 20  # the next one needs train.ema
 EYE = {"eye": ["image"]}
 """What the second teacher reads; the row without an image is the first one's alone."""
 

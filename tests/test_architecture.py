@@ -33,6 +33,7 @@ LEVELS = {
         "distill.operations",
         "distill.build",
         "distill.averaging",
+        "distill.balance",
         "distill.batch_parts",
         "distill.ranks",
         "distill.step",

@@ -93,6 +93,7 @@ def test_a_loss_that_compares_rows_has_the_value_and_gradient_of_one_rank(relati
         pytest.param(["accumulate=3", 'optimizer="sgd"'], id="micro"),
         pytest.param(["terms=[0,1,2,19]", "ema=0.9"], id="mean-teacher", marks=pytest.mark.slow),
         pytest.param(["batch_size=79"], id="one-row-for-two-ranks", marks=pytest.mark.slow),
+        pytest.param(['balance={"alpha":0.5}', "terms=[0,1,4,21]"], id="balance", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_give_what_one_gives(place, settings):

@@ -166,6 +166,44 @@ def test_contract_of_report_json(full):
     json.dumps(full, allow_nan=False)
 
 
+def test_contributions_divide_what_all_modalities_add(full):
+    source = context()
+    for model, task in ((model, task) for model in full["models"] for task in full["tasks"]):
+        found, quality = model["contributions"][task], model["quality"][task]
+        counts = np.bincount(source.targets[task][source.targets[task] != IGNORE])
+        nothing = counts.max() / counts.sum()
+        assert full["tasks"][task]["most_frequent"] == pytest.approx(nothing)
+        image, text = (model["subsets"][name][task]["accuracy"] for name in ("image", "text"))
+        expected = ((image - nothing) + (quality["accuracy"] - text)) / 2
+        assert found["image"]["value"] == pytest.approx(expected)
+        assert sum(share["value"] for share in found.values()) == pytest.approx(quality["accuracy"] - nothing)
+        for share in found.values():
+            low, high = share["ci95"]
+            assert low <= share["value"] <= high and low < high
+
+
+def test_contributions_are_shown_where_all_subsets_were_measured():
+    source = context(names=("teacher", "student"))
+    teacher, student = source.models
+    logits = student.logits
+    three = dict.fromkeys(("image", "text", "audio", "image+text", "image+audio"), logits)
+    some = replace(source, models=[replace(teacher, subsets=three), student])
+    report = build_report(some)
+    assert [list(model["contributions"]) for model in report["models"]] == [[], ["category", "subcategory"]]
+    text = render_markdown(report).split("## What each modality contributes")[1].split("## ")[0]
+    assert "| student | category |" in text and "| teacher |" not in text and "| audio |" not in text
+    assert "What each modality contributes" in render_html(report)
+    whole = replace(
+        source, models=[replace(teacher, subsets=three | {"text+audio": logits}), replace(student, subsets={})]
+    )
+    report = build_report(whole)
+    assert [list(model["contributions"]) for model in report["models"]] == [["category", "subcategory"], []]
+    assert "| audio |" in render_markdown(report).split("## What each modality contributes")[1].split("## ")[0]
+    render_all(report)
+    none = build_report(replace(source, models=[replace(model, subsets={}) for model in source.models]))
+    assert "What each modality contributes" not in render_markdown(none) + render_html(none)
+
+
 def test_quality_is_that_of_the_metrics(full):
     source = context()
     student, teacher, targets = source.model("student"), source.model("teacher"), source.targets["subcategory"]

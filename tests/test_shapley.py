@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.shapley import shapley_values
+from distill.contracts import AND
+from distill.shapley import contributions, shapley_values
 
 NAMES = ("image", "text", "audio", "video")
 
@@ -37,3 +38,22 @@ def test_values_add_up_and_a_useless_player_gets_nothing(count, seed):
 def test_a_subset_without_worth_is_an_error():
     with pytest.raises(KeyError):
         shapley_values({frozenset(): 0.0}, ["image"])
+
+
+@given(st.integers(2, 4), st.integers(0, 2**32 - 1))
+def test_contributions_are_those_of_named_subsets(count, seed):
+    names, generator = NAMES[:count], np.random.default_rng(seed)
+    worth = {each: generator.normal() for each in subsets(names)}
+    parts = {AND.join(sorted(each, key=names.index)): value for each, value in worth.items() if 0 < len(each) < count}
+    whole, nothing = worth[frozenset(names)], worth[frozenset()]
+    found = contributions(whole, parts, nothing)
+    expected = shapley_values(worth, names)
+    assert found.keys() == expected.keys() and all(np.allclose(found[name], expected[name]) for name in names)
+    assert sum(found.values()) == pytest.approx(whole - nothing)
+    if count > 2:
+        parts.popitem()
+        assert contributions(whole, parts, nothing) is None
+
+
+def test_one_modality_has_nothing_to_share():
+    assert contributions(0.9, {}, 0.1) is None

@@ -11,7 +11,7 @@ import numpy as np
 from distill.measures import LEARNT
 from distill.report import details
 from distill.report.context import BASELINE, STUDENT, TEACHER, ModelEntry, ReportContext, shipped
-from distill.report.evidence import TaskEvidence, pairs
+from distill.report.evidence import FREQUENT, TaskEvidence, pairs
 from distill.report.headline import headline
 from distill.report.retrieval import retrieval
 from distill.targets import CLASSIFICATION, MULTILABEL
@@ -37,6 +37,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
                 "num_classes": len(e.info.names),
                 "n": len(e.targets),
                 "num_groups": e.num_groups,
+                "most_frequent": e.means.get(FREQUENT),
             }
             for e in evidences
         },
@@ -99,6 +100,7 @@ def _model(model: ModelEntry, evidences: list[TaskEvidence]) -> dict[str, Any]:
             modality: {e.task: e.subset(model.name, modality) for e in answered if e.task in model.subsets[modality]}
             for modality in model.subsets
         },
+        "contributions": {e.task: found for e in answered if (found := e.contributions(model.name)) is not None},
         "num_params": model.num_params,
         "flops": model.flops,
         "size_bytes": model.size_bytes,

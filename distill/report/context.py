@@ -31,7 +31,7 @@ class ModelEntry:
         stage: the stage that made it.
         runtime: what ran it, for example ``pytorch`` or ``onnxruntime``.
         logits: task -> float32 [N, C] on the test rows.
-        subsets: modality -> task -> float32 [N, C], predicted from that modality alone.
+        subsets: modalities, such as "image" or "image+text" -> task -> float32 [N, C], predicted from these alone.
         embeddings: "image" and "text" -> float32 [N, D], where retrieval is measured.
         num_params: parameters of the whole model.
         flops: floating-point operations of one row (a multiply-add counts as two).

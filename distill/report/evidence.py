@@ -15,9 +15,12 @@ import numpy as np
 from distill import captions, measures, metrics
 from distill.metrics import Floats, Integers
 from distill.report.context import BASELINE, PRUNED, STUDENT, TEACHER, ModelEntry, ReportContext
+from distill.shapley import contributions
 from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL, REGRESSION, known
 
 Key = tuple[str, ...]
+FREQUENT: Key = ("most frequent class",)
+"""The column of what is right without reading anything."""
 Score = Callable[[Floats | None], Any]
 """Weights [R, N] -> a measure of each resample, [R]."""
 
@@ -82,6 +85,8 @@ class TaskEvidence:
             for modality, logits in model.subsets.items():
                 if self.task in logits:
                     columns["score", model.name, modality] = self.rows_score(logits[self.task][answered])
+        if self.kind == CLASSIFICATION and len(self.targets):
+            columns[FREQUENT] = self.targets == np.bincount(self.targets).argmax()
         return columns
 
     def rows_score(self, outputs: Floats) -> Floats:
@@ -134,6 +139,23 @@ class TaskEvidence:
             return None
         score = self.mean("score", name, modality)
         return {self.measure: score["value"], "ci95": score["ci95"], "n": len(self.targets)}
+
+    def contributions(self, name: str) -> dict[str, dict[str, Any]] | None:
+        """Return the Shapley value of each modality, in accuracy; None of other tasks, or where a subset was not tried.
+
+        They add up to the accuracy with all modalities less the share of the most frequent class, which is what no
+        modality at all is worth.
+        """
+        if FREQUENT not in self.means:
+            return None
+        parts = [key[2] for key in self.means if key[:2] == ("score", name) and len(key) == 3]
+        values, replicates = (
+            contributions(of["score", name], {part: of["score", name, part] for part in parts}, of[FREQUENT])
+            for of in (self.means, self.replicates)
+        )
+        if values is None or replicates is None:
+            return None
+        return {part: {"value": float(values[part]), "ci95": _interval(replicates[part])} for part in values}
 
     def comparison(self, model: ModelEntry, reference: ModelEntry, kind: str) -> dict[str, Any]:
         """Return the paired comparison of two models' measures, with what an export must not change."""

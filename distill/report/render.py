@@ -111,6 +111,9 @@ def _names(report: dict[str, Any]) -> dict[str, Any]:
         "kind": {task: entry["kind"] for task, entry in report["tasks"].items()},
         "slot": slots([model["name"] for model in models]),
         "modalities": list(dict.fromkeys(modality for model in models for modality in model["subsets"])),
+        "contributors": list(
+            dict.fromkeys(name for model in models for found in model["contributions"].values() for name in found)
+        ),
         "notes": _latency_notes(models),
         "kinds": KINDS,
         "stages": _stages(report["costs"]),
