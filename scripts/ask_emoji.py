@@ -1,9 +1,10 @@
 """Questions about the emoji sample's drawings and their answers, as a Parquet table: image + question -> answer.
 
-Each drawing is asked twice: for its category, its style or its main colour, or whether it has a given one (subcategories
-too). Words, kind and answer follow from the row's id. Half of the yes-or-no questions name the truth; the others name
-what is true of another drawing of the split. So a value is named in questions to "no" about as often as in those to
-"yes", and a question alone is a poor guide, which is measured and printed. Splits and families are the emoji's.
+Each drawing is asked twice: for its category, its style or its main colour, or whether it has a given one
+(subcategories too). Words, kind and answer follow from the row's id. Half of the yes-or-no questions name the truth;
+the others name what is true of another drawing of the split. So a value is named about as often where "no" is right as
+where "yes" is, and a question alone is a poor guide, which is measured and printed. Splits and families are the
+emoji's.
 
     python scripts/ask_emoji.py emoji_questions.parquet
 """
@@ -15,6 +16,7 @@ import colorsys
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,35 +39,42 @@ QUESTIONS = 2
 """How often a drawing is asked, about another kind of question each time."""
 BINS = 8
 """Values of a channel that count as one, when a drawing's colours are counted."""
-HUES = ((15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (295, "purple"), (345, "pink"))
-"""Hue in degrees below which a colour has a name, in rising order; above the last one it is red again."""
+HUES = {15: "red", 42: "orange", 70: "yellow", 165: "green", 255: "blue", 295: "purple", 345: "pink"}
+"""Hue in degrees -> the name of colours below it, in rising order; above the last one they are red again."""
 
 
 def colour_name(red: float, green: float, blue: float) -> str:
     """The name of a colour of channels in [0, 1].
 
-    Dark ones (value below 0.25) are black, dull ones (saturation below 0.2) grey. Other names are those of ``HUES``, but
-    red to orange is brown where it is dark (value below 0.65), and red is pink where it is pale (saturation below 0.55).
+    Dark ones (value below 0.25) are black, dull ones (saturation below 0.2) grey. Others are named by ``HUES``, but red
+    and orange are brown where they are dark (value below 0.65), and red is pink where it is pale (saturation below
+    0.55).
     """
     hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
     if value < 0.25:
         return "black"
     if saturation < 0.2:
         return "grey"
-    name = next((name for end, name in HUES if 360 * hue < end), "red")
+    name = next((name for end, name in HUES.items() if 360 * hue < end), "red")
     if name in ("red", "orange") and value < 0.65:
         return "brown"
     return "pink" if name == "red" and saturation < 0.55 else name
 
 
+@cache
+def bin_names() -> tuple[str, ...]:
+    """The name of the middle of each bin of colours, the bin of blue running fastest."""
+    return tuple(colour_name(*(np.array(bin) + 0.5) / BINS) for bin in np.ndindex((BINS,) * 3))
+
+
 def main_colour(pixels: NDArray[np.uint8]) -> str:
     """The colour of most pixels [H, W, 3] that are no background; "white" where there are none."""
-    inked = pixels[ink_of(pixels)] // (256 // BINS)
-    bins, counts = np.unique(inked, axis=0, return_counts=True)
+    binned = pixels[ink_of(pixels)] // (256 // BINS)
+    counts = np.bincount(np.ravel_multi_index(binned.T, (BINS,) * 3), minlength=BINS**3)
     names: Counter[str] = Counter()
-    for colour, count in zip((bins + 0.5) / BINS, counts.tolist(), strict=True):
-        names[colour_name(*colour)] += count
-    return max(sorted(names), key=names.__getitem__) if names else "white"
+    for name, count in zip(bin_names(), counts.tolist(), strict=True):
+        names[name] += count
+    return max(sorted(names), key=names.__getitem__) if len(binned) else "white"
 
 
 def asked(row: Row, number: int, others: Sequence[Row]) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: the packaged emoji sample, its pixels, and choices that follow from a row."""
+"""What the scripts beside this file share: the packaged emoji sample, its pixels, choices that follow from a row."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ T = TypeVar("T")
 
 
 def read_sample() -> list[Row]:
-    """The rows of all styles: ``id``, ``emoji``, ``codepoints``, ``style``, ``image``, ``text``, ``category``,
-    ``subcategory``, ``family``, ``split``."""
+    """The rows of all styles, as scripts/build_emoji_sample.py describes them."""
     return [row for file in sorted(SAMPLE.glob("*.parquet")) for row in pa_parquet.read_table(file).to_pylist()]
 
 
