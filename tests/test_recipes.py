@@ -32,7 +32,7 @@ QUICK_TEACHER = [  # it learns more than one task, in several trainings
 ]
 TINY_CLIP = [
     *(f"teacher.encoders.{tower}.weights=path:clip" for tower in ("image", "text")),
-    *("teacher.encoders.text.max_length=32", "student.encoders.text.vocab_size=514"),
+    "teacher.encoders.text.max_length=32",
 ]
 
 
