@@ -227,7 +227,7 @@ def cache_key(work: Workspace) -> dict[str, Any]:
 
 
 def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Cut the teacher's vocabulary, or that which was learnt, to the student's size; learn words beside BPE and the like."""
+    """Cut the teacher's vocabulary, or that which was learnt, to the student's size; beside BPE, learn the words."""
     config, data = work.recipe.student, work.data()
     if not work.takers(config):
         return {}
