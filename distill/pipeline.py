@@ -52,11 +52,9 @@ def _distillation(recipe: Recipe) -> dict[str, Any]:
 
 
 def _vocabulary(recipe: Recipe) -> dict[str, Any]:
-    sizes = [part.params["vocab_size"] for part in recipe.student.encoders.values() if "vocab_size" in part.params]
-    text = _identity(recipe)["teacher"]["encoders"].get("text") if sizes else None
-    free = text is not None and recipe.learnt_words is None and "text" not in recipe.student.inherit
-    own = {"own_words": True} if free else {}  # without an inheritance it need not be the teacher's vocabulary
-    return {"student": {"vocab_size": sizes, **own}, "teacher": {"encoders": {"text": text}}}
+    cut = recipe.students_words
+    text = _identity(recipe)["teacher"]["encoders"].get("text") if cut["vocab_size"] else None
+    return {"student": cut, "teacher": {"encoders": {"text": text}}}
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
