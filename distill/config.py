@@ -283,6 +283,13 @@ class Recipe(Strict):
         size = None if part is None else part.params.get("vocab_size")
         return size if isinstance(size, int) else None
 
+    @property
+    def students_words(self) -> dict[str, Any]:
+        """What the student's vocabulary follows from: sizes, and whether it may have other words than the teacher's."""
+        sizes = [part.params["vocab_size"] for part in self.student.encoders.values() if "vocab_size" in part.params]
+        own = sizes and self.learnt_words is None and "text" not in self.student.inherit
+        return {"vocab_size": sizes} | ({"own_words": True} if own else {})
+
 
 def one_line(error: Exception) -> str:
     """Return an exception's text on one line."""

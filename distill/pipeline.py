@@ -52,9 +52,9 @@ def _distillation(recipe: Recipe) -> dict[str, Any]:
 
 
 def _vocabulary(recipe: Recipe) -> dict[str, Any]:
-    sizes = [part.params["vocab_size"] for part in recipe.student.encoders.values() if "vocab_size" in part.params]
-    text = _identity(recipe)["teacher"]["encoders"].get("text") if sizes else None
-    return {"student": {"vocab_size": sizes}, "teacher": {"encoders": {"text": text}}}
+    cut = recipe.students_words
+    text = _identity(recipe)["teacher"]["encoders"].get("text") if cut["vocab_size"] else None
+    return {"student": cut, "teacher": {"encoders": {"text": text}}}
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

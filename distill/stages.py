@@ -27,6 +27,7 @@ from distill.data.batches import Batches
 from distill.data.loader import InputSpec, Loader
 from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
 from distill.data.transfer import replace_words, whole_words
+from distill.data.vocabulary import learn_vocabulary
 from distill.fitted import ORIGIN, origin
 from distill.formats import TEXT
 from distill.inheritance import freeze_inherited, takes_encoder
@@ -227,7 +228,7 @@ def cache_key(work: Workspace) -> dict[str, Any]:
 
 
 def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Cut the teacher's vocabulary, or that which was learnt, to the size of the student's."""
+    """Cut the teacher's vocabulary, or that which was learnt, to the student's size; beside BPE, learn the words."""
     config, data = work.recipe.student, work.data()
     if not work.takers(config):
         return {}
@@ -237,6 +238,8 @@ def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
     whole, size = work.teachers_tokenizer(), int(part.params["vocab_size"])
     if work.recipe.learnt_words is not None:  # of few texts there are fewer words than asked for
         size = min(size, len(read_json(whole)["model"]["vocab"]))
+    if read_json(whole)["model"]["type"] != "WordPiece" and TEXT not in config.inherit:
+        return {"vocab_size": learn_vocabulary(texts, size, folder / TOKENIZER_FILE)}
     ids = builder.reduce_vocabulary(whole, texts, size, folder / TOKENIZER_FILE)
     np.save(folder / TOKENS_FILE, ids, allow_pickle=False)
     return {"vocab_size": len(ids)}

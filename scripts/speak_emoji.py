@@ -18,13 +18,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pa_parquet
 import soundfile
 import soxr
+from emoji_table import read_sample, write_rows
 
-ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ROOT / "distill" / "data" / "samples" / "emoji"
 VOICES = ("en-us", "en-gb", "en-us+f3", "en-gb-scotland+m4")
 RATE = 8000
 WORDS_A_MINUTE, PITCHES = (150, 200), (35, 65)
@@ -57,11 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if shutil.which("espeak-ng") is None:
         print("espeak-ng is not installed; Debian: apt install espeak-ng", file=sys.stderr)
         return 2
-    table = pa.concat_tables([pa_parquet.read_table(file) for file in sorted(SAMPLE.glob("*.parquet"))])
-    rows = list(zip(table.column("id").to_pylist(), table.column("text").to_pylist(), strict=True))
+    rows = read_sample()
     with ThreadPoolExecutor() as pool:
-        sounds = list(pool.map(lambda row: spoken(*row), rows))
-    pa_parquet.write_table(table.append_column("audio", pa.array(sounds, pa.binary())), out, row_group_size=512)
+        sounds = list(pool.map(lambda row: spoken(row["id"], row["text"]), rows))
+    write_rows([{**row, "audio": sound} for row, sound in zip(rows, sounds, strict=True)], out)
     print(f"{out}: {len(sounds)} rows, {sum(map(len, sounds)) / 1e6:.0f} MB of sound")
     return 0
 

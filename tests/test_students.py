@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import SPECIAL, WORDS
+from tiny_project import RECIPE, distill, make_rows, refusal
 from tokenizers import Tokenizer
 
 from distill.contracts import UserError
+from distill.runs import read_json
 from students import INHERITANCES, CifarResNet, ConvNet, StaticEmbeddings, encoder_weights, token_embeddings
 from students.inherit import embed_tokens, reduce_width, share_rows
 from students.vocabulary import frame_ids, reduce_vocabulary, renumber, word_pieces
@@ -359,3 +361,18 @@ def test_rarity_scales_rows_by_their_rank():
 def test_a_table_cannot_become_wider_than_the_tower():
     with pytest.raises(UserError, match="cannot inherit 20-wide embeddings from 16-wide ones"):
         reduce_width(torch.randn(30, 16), 20)
+
+
+def test_a_student_beside_a_byte_pair_teacher_reads_words_of_its_own(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_rows(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    text = f"{{type: pretrained_text, weights: 'path:{clip_folder}', max_length: 12}}"
+    changes = [f"teacher.encoders.text={text}", "student.inherit={}"]
+    changes += [f"{model}.train.max_steps=2" for model in ("teacher", "student")]
+    answer = distill("train", "recipe.yaml", *changes)
+    assert answer.code == 0, answer.err
+    model = read_json(tmp_path / "runs/tiny/vocabulary/tokenizer.json")["model"]
+    assert model["type"] == "WordPiece" and {"red", "moon", "big"} <= model["vocab"].keys()
+    changes[1] = "student.inherit={text: {type: token_embeddings}}"  # the teacher's tokens are no words
+    assert "only WordPiece vocabularies can be reduced" in refusal(distill("train", "recipe.yaml", *changes))
