@@ -81,7 +81,7 @@ def _accuracy(recipe: Recipe) -> dict[str, dict[str, float]]:
             recalls = evaluate.validation_recall(model, batches, work.pairs(split))
             found[split] = {name.removeprefix("valid/"): share for name, share in recalls.items() if "_to_" in name}
         else:
-            accuracies = evaluate.validation_accuracy(model, batches)
+            accuracies = evaluate.validation_scores(model, batches, work.tasks())
             found[split] = {
                 name.removeprefix("valid/").removesuffix("_accuracy"): share
                 for name, share in accuracies.items()

@@ -161,7 +161,7 @@ def main() -> None:
     def validate(model):
         recall = evaluate.validation_recall(model, batches, pairs, ranks.gather)
         spread = {"valid/apart": apart(model, ranks)} if norm else {}
-        return {**recall, **spread, **evaluate.validation_accuracy(model, batches, ranks.sum)}
+        return {**recall, **spread, **evaluate.validation_scores(model, batches, data.tasks, ranks.gather)}
 
     try:
         info = fit(Job(tapped, made.double(), loader, "student", config, run, 0, validate, ask))

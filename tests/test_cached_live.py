@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_loader, make_model, make_objective, terms
+from tiny import TASKS, make_loader, make_model, make_objective, terms
 from tiny_project import make_project
 from torch import nn
 
@@ -73,7 +73,8 @@ def train(prepared, wordpiece_file, loader, tmp_path):
 
         objective.forward = forward
         valid = make_loader(prepared, wordpiece_file, split="valid", shuffle=False, augment=None)
-        validate = partial(evaluate.validation_accuracy, batches=evaluate.clean_batches(valid, "student"))
+        batches = evaluate.clean_batches(valid, "student")
+        validate = partial(evaluate.validation_scores, batches=batches, tasks=TASKS)
         folder = tmp_path / name
         folder.mkdir()
         settings = TrainConfig.model_validate({"epochs": epochs, "lr": 0.01, "ema": 0.9} | config)

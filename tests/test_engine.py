@@ -827,7 +827,7 @@ def test_validation_rows_without_any_label_are_refused_in_a_sentence(make_job, p
         )
         for batch in valid.epoch(0)
     ]
-    job.validate = partial(evaluate.validation_accuracy, batches=lambda: iter(bare))
+    job.validate = partial(evaluate.validation_scores, batches=lambda: iter(bare), tasks=prepared.tasks)
     with pytest.raises(UserError, match="no validation row has a label"):
         fit(job)
 
