@@ -174,7 +174,7 @@ class Experiment:
             validate_every=epochs,  # the rows that are evaluated are read once, when the weights are settled
         )
         batches = evaluate.clean_batches(self.loader(arm, self.evaluated), READS)
-        validate = partial(evaluate.validation_scores, batches=batches, tasks=self.data.tasks)
+        validate = partial(evaluate.validation_scores, batches=batches, tasks=self.whole.tasks)
         with progress(f"{arm.name}, lr {arm.setting.lr:g}, seed {self.seed}") as report:
             job = engine.Job(tapped, objective, loader, READS, config, place, self.seed, validate)
             found = engine.fit(replace(job, stored=stored, report=report))

@@ -38,6 +38,7 @@ from distill.targets import CAPTIONING, CLASSIFICATION
 from distill.tasks import check_reused
 from distill.trackers import check_trackers
 from distill.workspace import takers
+from distill.writing import check_written
 
 Registry = Mapping[str, Callable[..., Any]]
 DECODER = "decoder"
@@ -71,6 +72,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_fit(recipe.teacher)
     _check_pretraining(recipe.teacher)
     _check_class_names(recipe)
+    check_written(recipe)
     _check_budgets(recipe)
     _check_terms(recipe.teacher.objective, recipe.teacher, recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")

@@ -196,12 +196,20 @@ class TransferConfig(Strict):
     ratio: float = Field(1.0, gt=0)  # of them to labelled rows, in each batch; the last of a pass may have fewer
 
 
+class CaptionsConfig(Strict):
+    """Captions that the teacher writes for training rows, which the student learns in place of the true ones."""
+
+    beams: int = Field(4, ge=1)  # of the teacher's beam search
+    share: float = Field(1.0, gt=0, le=1)  # of rows whose caption is the teacher's
+
+
 class CacheConfig(Strict):
     """Teacher outputs kept on disk."""
 
     enabled: bool = True  # false: the teacher runs live in every step
     views: int = Field(4, ge=1)  # augmentation views a row
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    captions: CaptionsConfig | None = None  # kept whether outputs are or not
     taps: list[str] = []  # of the run's own teacher, stored beside those that terms read: for other terms to come
 
 

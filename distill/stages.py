@@ -7,7 +7,6 @@ A stage never knows which stage called it. What several stages need (the data, a
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,40 +15,29 @@ import numpy as np
 import torch
 
 from distill import checkpoint, engine, prune
-from distill.averaging import as_mean_teacher, join_teachers
-from distill.build import Model, example_batch, input_spec
+from distill.build import example_batch, input_spec
 from distill.builders import build_part
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights, save_weights
-from distill.config import EMA, Recipe, TermConfig, TrainConfig
-from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Batch, Outputs, UserError
+from distill.config import Recipe, TrainConfig
+from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Outputs, UserError
 from distill.data.batches import Batches
-from distill.data.loader import InputSpec, Loader
-from distill.data.mixed import LABELLED, TRANSFER, MixedLoader, join_outputs
+from distill.data.loader import Loader
+from distill.data.mixed import MixedLoader
 from distill.data.transfer import replace_words, whole_words
 from distill.data.vocabulary import learn_vocabulary
 from distill.fitted import ORIGIN, origin
 from distill.formats import TEXT
 from distill.inheritance import freeze_inherited, takes_encoder
 from distill.inventory import TRANSFER as TRANSFER_PART
-from distill.losses.objective import Objective
-from distill.losses.scales import with_own
-from distill.losses.terms import (
-    classifiers,
-    compares_keys,
-    counts_classes,
-    labelled_alone,
-    needs_teacher,
-    stores_rows,
-    tap_paths,
-)
-from distill.multimodal import OneModality, evaluating
+from distill.jobs import SCALE, cache_key, distillation, fit_model, make_job, run_engine, teachers_of
+from distill.losses.terms import labelled_alone
+from distill.multimodal import OneModality
 from distill.optimize import as_many_steps
-from distill.other_teachers import Teachers, cache_parts, modalities_read, own_taps
+from distill.other_teachers import Teachers
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
-from distill.runs import read_array, read_json, seed_everything, write_json
-from distill.tapped import Tapped
+from distill.runs import read_array, read_json, write_json
 from distill.tasks import reuse_classifiers, reuses
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
 from distill.workspace import (
@@ -63,10 +51,9 @@ from distill.workspace import (
     Workspace,
     takes_tokens,
 )
+from distill.writing import write_captions
 
 TOKENS_FILE = "token_ids.npy"
-SCALE = "own_scale"
-"""In the info of the stage ``teacher``: the scale and bias that it was trained with."""
 
 
 def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -85,7 +72,7 @@ def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:
         whole.encoders[modality].thaw()
         model: Any = OneModality(whole, modality)
         loader = _teachers_rows(work, model, train, repeat=False)
-        _fit(work, _job(work, place, model, loader, TEACHER, train, terms), f"pretrain {modality}")
+        run_engine(work, make_job(work, place, model, loader, TEACHER, train, terms), f"pretrain {modality}")
     return {"learnt_alone": list(config.pretrain)}
 
 
@@ -101,8 +88,8 @@ def fit_teacher(work: Workspace, folder: Path) -> dict[str, Any]:
             (folder / "metrics.jsonl").touch()
         return {ORIGIN: origin(work.recipe, work.tasks(), work.formats(), model, TEACHER), SCALE: scale}
     loader = _teachers_rows(work, model, config.train, repeat=any(name != TEXT for name in frozen_towers(model)))
-    job = _job(work, folder, model, loader, TEACHER, config.train, config.objective)
-    info = _fit_model(work, job, "fit teacher", TEACHER)
+    job = make_job(work, folder, model, loader, TEACHER, config.train, config.objective)
+    info = fit_model(work, job, "fit teacher", TEACHER)
     learnt = {name.partition("/")[0]: value for name, value in job.objective.learned_values().items()}
     return {**info, SCALE: scale | learnt}
 
@@ -165,9 +152,10 @@ def make_transfer(work: Workspace, folder: Path) -> dict[str, Any]:
 def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
     """Store the teachers' outputs for every training row and view, and for the transfer set, unless they run live."""
     recipe = work.recipe
+    written = write_captions(work, folder)
     if not recipe.cache.enabled:
-        return {}
-    teachers = _teachers(work)
+        return written
+    teachers = teachers_of(work)
     loader = work.train_loader(teachers.specs, recipe.student.train)
     views = sorted({loader.view(epoch) for epoch in range(recipe.cache.views)})  # the clean one if nothing augments
     info = _fill(work, folder, teachers, work.towers(loader, teachers.own), views, "fill teacher cache")
@@ -176,12 +164,7 @@ def fill_cache(work: Workspace, folder: Path) -> dict[str, Any]:
         label = "ask teacher about the transfer set"
         extra = _fill(work, folder / TRANSFER_PART, teachers, transfer, [CLEAN_VIEW], label)
         info |= {f"transfer_{name}": extra[name] for name in ("rows", "bytes", "seconds")}
-    return info
-
-
-def _teachers(work: Workspace) -> Teachers:
-    """All that the student learns from."""
-    return Teachers(work.recipe, work.encoders, work.tasks(), work.teacher())
+    return info | written
 
 
 def _fill(
@@ -211,20 +194,6 @@ def _fill(
     cache = TeacherCache.open(folder, cache_key(work))
     fields = ("rows", "views", "bytes", "bytes_per_row", "seconds")
     return {**{name: cache.info[name] for name in fields}, "lowest_cosine": cache.check(produce)}
-
-
-def cache_key(work: Workspace) -> dict[str, Any]:
-    """What the cached outputs depend on, part by part."""
-    recipe, done = work.recipe, work.done
-    return {
-        "teacher": done["teacher"].fingerprint,
-        "data": done["data"].fingerprint,
-        "transfer": done["transfer"].fingerprint,
-        "augmentation": recipe.data.augment.model_dump(),
-        "seed": recipe.seed,
-        "outputs": own_taps(recipe),
-        **cache_parts(recipe),
-    }
 
 
 def cut_vocabulary(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -280,13 +249,13 @@ def train_baseline(work: Workspace, folder: Path) -> dict[str, Any]:
     specs = {STUDENT: input_spec(model)}
     loader = work.train_loader(specs, config.train, repeat=read == learnt, labelled=ours)
     train = as_many_steps(config.train, read, learnt)
-    job = _job(work, folder, model, loader, STUDENT, train, config.baseline)
-    return _fit_model(work, job, "train baseline", BASELINE)
+    job = make_job(work, folder, model, loader, STUDENT, train, config.baseline)
+    return fit_model(work, job, "train baseline", BASELINE)
 
 
 def distil_student(work: Workspace, folder: Path) -> dict[str, Any]:
     """Train the student from labels and teacher, from what it inherited on."""
-    return _fit_model(work, student_job(work, folder), "distil student", STUDENT)
+    return fit_model(work, student_job(work, folder), "distil student", STUDENT)
 
 
 def student_job(work: Workspace, folder: Path) -> engine.Job:
@@ -294,7 +263,7 @@ def student_job(work: Workspace, folder: Path) -> engine.Job:
     model = work.blank(STUDENT)
     load_weights(model, work.path("inherit") / WEIGHTS_FILE)
     freeze_inherited(work, model)
-    return _distillation(work, folder, model, work.recipe.student.train)
+    return distillation(work, folder, model, work.recipe.student.train)
 
 
 def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -307,94 +276,4 @@ def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
         plan.save(folder / "plan.json")
     smaller: Any = prune.apply(work.model(STUDENT), plan)
     freeze_inherited(work, smaller)
-    return _fit_model(work, _distillation(work, folder, smaller, recipe.prune.train), "recover pruned", PRUNED)
-
-
-def _distillation(work: Workspace, folder: Path, model: Model, train: TrainConfig) -> engine.Job:
-    """Training with the student's objective, from the cache or from the live teacher."""
-    recipe = work.recipe
-    terms = with_own(recipe.student.objective, work.done[TEACHER].info[SCALE])
-    specs = {STUDENT: input_spec(model)}
-    if not needs_teacher(terms):
-        loader: Batches = work.train_loader(specs, train, labelled=labelled_alone(terms))
-        return _job(work, folder, model, loader, STUDENT, train, terms)
-    if recipe.cache.enabled:
-        stored = _cached(work)
-        job = _job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, lambda b: stored([b])[0])
-        return replace(job, stored=stored)
-    teachers = _teachers(work)
-    loader = _mixed(work, specs | teachers.specs, train, teachers.own)
-    return _job(work, folder, model, loader, STUDENT, train, terms, _live(work, teachers))
-
-
-def _mixed(work: Workspace, specs: dict[str, InputSpec], train: TrainConfig, teacher: Model | None = None) -> Batches:
-    """The training rows that terms learn from, with those of the transfer set behind them if there is one."""
-    rows = work.train_loader(specs, train, labelled=labelled_alone(work.recipe.student.objective))
-    loader = rows if teacher is None else work.towers(rows, teacher)
-    transfer = work.transfer_loader(specs, train.batch_size)
-    return loader if transfer is None else MixedLoader(loader, transfer, STUDENT, specs[STUDENT].pad_id)
-
-
-def _cached(work: Workspace) -> engine.Stored:
-    """The teachers' stored answers."""
-    cache = TeacherCache.open(work.path("cache"), cache_key(work))
-    if not work.recipe.transfer.texts:
-        return lambda steps: cache.lookup_each([batches[STUDENT] for batches in steps])
-    transfer = TeacherCache.open(work.path("cache") / TRANSFER_PART, cache_key(work))
-
-    def both(steps: list[dict[str, Batch]]) -> list[Outputs]:
-        labelled = cache.lookup_each([batches[STUDENT + LABELLED] for batches in steps])
-        return list(map(join_outputs, labelled, transfer.lookup_each([b[STUDENT + TRANSFER] for b in steps])))
-
-    return both
-
-
-def _live(work: Workspace, teachers: Teachers) -> engine.Teacher:
-    """The teachers themselves."""
-    if not work.recipe.transfer.texts:
-        return teachers
-    return lambda batches: join_outputs(teachers(batches, LABELLED), teachers(batches, TRANSFER))
-
-
-def _fit_model(work: Workspace, job: engine.Job, label: str, stage: str) -> dict[str, Any]:
-    """Run the engine for a model that other runs may name as a teacher."""
-    model: Any = job.tapped.model
-    return {**_fit(work, job, label), ORIGIN: origin(work.recipe, work.tasks(), work.formats(), model, stage)}
-
-
-def _fit(work: Workspace, job: engine.Job, label: str) -> dict[str, Any]:
-    """Run the engine once."""
-    with progress(label, quiet=work.quiet) as report:
-        info = engine.fit(replace(job, report=report, track=work.tracking(job.folder, job.config)))
-    num_params = sum(parameter.numel() for parameter in job.tapped.model.parameters())
-    return {**info, "num_params": num_params, "seed": work.recipe.seed}
-
-
-def _job(
-    work: Workspace,
-    folder: Path,
-    model: Model,
-    loader: Batches,
-    reads: str,
-    train: TrainConfig,
-    terms: list[TermConfig],
-    teacher: engine.Teacher | None = None,
-) -> engine.Job:
-    """What the engine is given."""
-    tapped = Tapped(model, tap_paths(terms, "student"))
-    first = loader.at(0, 0)
-    with evaluating(model):
-        student_example = tapped(first[reads])
-    seed_everything(work.recipe.seed)  # projectors and parts start alike, whatever ran before in this process
-    counts = work.class_counts() if counts_classes(terms) else None
-    read = {**(modalities_read(work.recipe) if teacher else {}), EMA: list(model.encoders)}
-    said = teacher(first) if teacher else None
-    if any(EMA in term.teachers for term in terms):
-        said = join_teachers(said, as_mean_teacher(student_example))
-    rows, heads = work.training_rows() if stores_rows(terms) else None, work.classifiers(classifiers(terms))
-    keys, seed = work.row_keys() if compares_keys(terms) else None, work.recipe.seed
-    objective = Objective(
-        terms, student_example, said, counts, read, seed=seed, rows=rows, classifiers=heads, row_keys=keys
-    )
-    validate, select = work.validator(model, reads)
-    return engine.Job(tapped, objective, loader, reads, train, folder, seed, validate, teacher, select=select)
+    return fit_model(work, distillation(work, folder, smaller, recipe.prune.train), "recover pruned", PRUNED)

@@ -85,6 +85,8 @@ LEVELS = {
         "distill.other_teachers",
         "distill.planning",
         "distill.stages",
+        "distill.jobs",
+        "distill.writing",
         "distill.results",
         "distill.explaining",
         "distill.check",

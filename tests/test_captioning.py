@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from tiny_project import distill, make_project
 
 from distill import captions
-from distill.contracts import IGNORE
+from distill.contracts import IGNORE, Batch
+from distill.data.batches import Batches
 from distill.data.prepared import PreparedData
+from distill.evaluate import read_arrays
 from distill.losses import token_cross_entropy, token_kd
 from distill.predict import load
 from distill.runs import read_json
 from distill.targets import CAPTIONING, FIRST, LAST, PAD, Task
 from distill.tasks import CaptionHead
+from distill.writing import Retold, targets_of
 
 VOCABULARY, LENGTH, DIM = 11, 5, 16
 
@@ -30,12 +33,6 @@ def made(seed=0, rows=4, tokens=3):
     mask = torch.ones(rows, tokens, dtype=torch.bool)
     mask[1:, -1] = False
     return head, (torch.randn(rows, DIM), torch.randn(rows, tokens, DIM), mask)
-
-
-def targets_of(written):
-    """What was written as targets: closed, and IGNORE behind that."""
-    ended = (written == LAST).cumsum(1) - (written == LAST).int() > 0
-    return torch.where(ended, IGNORE, written)
 
 
 @torch.no_grad()
@@ -234,6 +231,56 @@ def test_a_bundle_writes_what_its_source_writes(finished):
     assert "3 closes a caption" in (folder / "export" / "onnx-fp32" / "README.md").read_text()
 
 
+class Fixed(Batches):
+    """One batch of rows 3, 5, 8, 9, whose captions all are token 4."""
+
+    workers = 0
+
+    def __len__(self):
+        return 1
+
+    def at(self, epoch, number):
+        targets = {"words": torch.tensor([[4, LAST, IGNORE]] * 4), "colour": torch.arange(4)}
+        return {"student": Batch(torch.tensor([3, 5, 8, 9]), torch.zeros(4).long(), {}, {}, targets)}
+
+
+def test_rows_are_told_the_captions_of_their_ids_and_others_keep_theirs():
+    ids, captions = np.array([5, 9, 11]), {"words": np.array([[6, 7, LAST], [8, LAST, PAD], [9, 9, 9]])}
+    batch = Retold(Fixed(), ids, captions, 1.0, 0).at(0, 0)["student"]
+    expected = [[4, LAST, IGNORE], [6, 7, LAST], [4, LAST, IGNORE], [8, LAST, IGNORE]]
+    assert batch.targets["words"].tolist() == expected and batch.targets["colour"].tolist() == [0, 1, 2, 3]
+    assert (
+        Retold(Fixed(), ids[:0], {"words": captions["words"][:0]}, 1.0, 0)
+        .at(0, 0)["student"]
+        .targets["words"]
+        .eq(Fixed().at(0, 0)["student"].targets["words"])
+        .all()
+    )
+
+
+def test_a_share_of_rows_is_told_and_a_larger_share_holds_a_smaller_one():
+    ids, captions = np.arange(1000), {"words": np.full((1000, 3), LAST)}
+    told = {share: set(Retold(Fixed(), ids, captions, share, 7)._ids.tolist()) for share in (0.2, 0.5, 1.0)}
+    assert told[0.2] < told[0.5] < told[1.0] == set(range(1000))
+    assert 150 < len(told[0.2]) < 250
+    assert set(Retold(Fixed(), ids, captions, 0.2, 8)._ids.tolist()) != told[0.2]
+
+
+def test_a_teacher_writes_captions_that_the_student_learns(finished):
+    folder, _ = finished
+    recipe = folder.parents[1] / "recipe.yaml"
+    wanted = ("cache.enabled=false", "cache.captions={beams: 3, share: 0.5}", "student.train.epochs=1")
+    answer = distill("train", recipe, *wanted, f"output={folder.parent}", "--force", "cache")
+    assert answer.code == 0, answer.err
+    arrays = read_arrays(folder / "cache" / "captions.safetensors")
+    data = PreparedData.open(folder / "data")
+    assert arrays["ids"].tolist() == data.ids[data.rows("train")].tolist() and arrays["words"].shape == (72, 7)
+    task = data.tasks["words"]
+    assert all(task.text(row).startswith("a ") for row in arrays["words"])
+    again = distill("train", recipe, *wanted, f"output={folder.parent}")
+    assert again.code == 0 and "write captions" not in again.err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,11 +291,12 @@ def test_a_bundle_writes_what_its_source_writes(finished):
             "student.objective.0={loss: token_kd, task: colour}",
             "token_kd is for captioning, and task 'colour' is a class",
         ),
+        ("cache.captions={}", "token_kd compares under the captions that the student is told"),
         ("data.targets.words.vocab_size=20", "the characters of the training texts alone take"),
     ],
 )
 def test_wrong_recipes_are_told_in_a_sentence(finished, change, message, tmp_path):
     recipe = finished[0].parents[1] / "recipe.yaml"
-    verb = ("prepare",) if change.startswith("data.") else ("validate",)
+    verb = ("run",) if change.startswith("data.") else ("validate",)
     answer = distill(*verb, recipe, change, f"output={tmp_path}")
     assert answer.code == 2 and message in " ".join(answer.err.split()), answer.err

@@ -90,6 +90,8 @@ class CaptionHead(nn.Module):
     """
 
     reads_tokens = True
+    beams = 1
+    """Captions that are continued at each step where it writes."""
 
     def __init__(
         self, in_dim: int, num_outputs: int, *, length: int, depth: int = 2, heads: int = 4, dropout: float = 0.0
@@ -121,7 +123,7 @@ class CaptionHead(nn.Module):
         """
         memory = self.read(fused, tokens, mask)
         if targets is None:
-            return self.write(memory)
+            return self.write(memory) if self.beams == 1 else self.beam_search(memory, self.beams)
         begin = torch.full_like(targets[:, :1], FIRST)
         given = torch.cat([begin, targets[:, :-1]], dim=1)
         given = torch.where(given == IGNORE, PAD, given)
