@@ -208,6 +208,10 @@ def test_a_run_writes_and_measures_captions(finished):
     assert models["onnx-fp32"]["cider"] == pytest.approx(models["pruned"]["cider"])
     assert "CIDEr-D" in answer.out
     assert report["parity"]["onnx-fp32"]["logits.words"]["agreement"] == 1
+    rows = report["written"]["words"]
+    assert len(rows) == 2 and {"teacher", "baseline", "student"} < rows[0]["answers"].keys()
+    assert all(row["true"].startswith("a ") and row["image"].startswith("data:image/png") for row in rows)
+    assert rows[1]["true"] in (folder / "report" / "report.md").read_text()
     assert "exact match" in (folder / "report" / "report.md").read_text()
     assert "token accuracy" in (folder / "report" / "report.html").read_text()
 

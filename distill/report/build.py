@@ -14,7 +14,7 @@ from distill.report.context import BASELINE, STUDENT, TEACHER, ModelEntry, Repor
 from distill.report.evidence import FREQUENT, TaskEvidence, pairs
 from distill.report.headline import headline
 from distill.report.retrieval import retrieval
-from distill.targets import CLASSIFICATION, MULTILABEL
+from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL
 
 SCHEMA_VERSION = 1
 
@@ -113,7 +113,7 @@ def _model(model: ModelEntry, evidences: list[TaskEvidence]) -> dict[str, Any]:
 
 def _details(context: ReportContext, evidences: list[TaskEvidence], focus: ModelEntry | None) -> dict[str, Any]:
     if focus is None:
-        return {"reliability": {}, "class_differences": {}, "confusions": {}, "regressions": []}
+        return {"reliability": {}, "class_differences": {}, "confusions": {}, "written": {}, "regressions": []}
     shown = [name for name in (TEACHER, BASELINE, STUDENT, focus.name) if context.model(name)]
     answered = [evidence for evidence in evidences if focus.name in evidence.logits]
     taught = [evidence for evidence in answered if TEACHER in evidence.logits]
@@ -134,6 +134,9 @@ def _details(context: ReportContext, evidences: list[TaskEvidence], focus: Model
             e.task: details.confusions(e, names[e.task], focus.name, TEACHER if e in taught else None)
             for e in answered
             if e.kind == CLASSIFICATION
+        },
+        "written": {
+            e.task: details.written(context, e, list(dict.fromkeys(shown))) for e in evidences if e.kind == CAPTIONING
         },
         "regressions": details.regressions(context, evidences, focus),
     }

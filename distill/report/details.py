@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,26 @@ def regressions(context: ReportContext, evidences: list[TaskEvidence], model: Mo
     return chosen
 
 
+def written(context: ReportContext, evidence: TaskEvidence, shown: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what models wrote for some rows, evenly spread over the first rows of groups: typical cases."""
+    _, first = np.unique(context.groups[evidence.rows], return_index=True)
+    first = np.sort(first)
+    chosen = (
+        first[np.linspace(0, len(first) - 1, min(context.num_examples, len(first))).astype(int)] if len(first) else []
+    )
+    task, found = context.tasks[evidence.task], []
+    for position in chosen:
+        row_id = int(context.ids[evidence.rows[position]])
+        answers = {name: task.text(evidence.logits[name][position]) for name in shown if name in evidence.logits}
+        image = _inlined(_shown(context, row_id).get("image_png"))
+        found.append({"id": row_id, "true": task.text(evidence.targets[position]), "answers": answers, "image": image})
+    return found
+
+
+def _inlined(image: bytes | None) -> str | None:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}" if image else None
+
+
 def _worst_rows(evidence: TaskEvidence, model: str) -> Any:
     """Positions among the rows with a target, the worst first."""
     if evidence.kind != CLASSIFICATION:
@@ -134,7 +154,6 @@ def _true_probability(logits: Any, targets: Any) -> Any:
 def _example(context: ReportContext, evidence: TaskEvidence, model: str, position: int) -> dict[str, Any]:
     task, row_id = context.tasks[evidence.task], int(context.ids[evidence.rows[position]])
     shown = _shown(context, row_id)
-    image = shown.get("image_png")
     return {
         "id": row_id,
         "task": evidence.task,
@@ -142,7 +161,7 @@ def _example(context: ReportContext, evidence: TaskEvidence, model: str, positio
         "teacher": _guess(task, evidence.logits[TEACHER][position]),
         "model": {"name": model} | _guess(task, evidence.logits[model][position]),
         "text": str(shown.get("text") or "")[:TEXT_LENGTH],
-        "image": f"data:image/png;base64,{base64.b64encode(image).decode()}" if image else None,
+        "image": _inlined(shown.get("image_png")),
     }
 
 
