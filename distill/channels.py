@@ -132,7 +132,8 @@ def importance(
 
 
 def _label_loss(outputs: Outputs, example: Batch) -> Tensor:
-    labelled = {task: labels for task, labels in example.targets.items() if (labels != IGNORE).any()}
+    integers = {task: labels for task, labels in example.targets.items() if not labels.is_floating_point()}
+    labelled = {task: labels for task, labels in integers.items() if labels.ndim == 1 and (labels != IGNORE).any()}
     if not labelled:
         raise UserError("prune.importance=taylor needs rows with labels; choose prune.importance=magnitude")
     losses = [cross_entropy(outputs.logits[task], labels, ignore_index=IGNORE) for task, labels in labelled.items()]

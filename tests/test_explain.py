@@ -33,7 +33,7 @@ from distill.fusion import FUSIONS
 from distill.multimodal import MultimodalModel
 from distill.preprocess import Tokenizer
 from distill.recipe import load_recipe
-from distill.tasks import ClassificationHead
+from distill.tasks import LinearHead
 from students import ENCODERS, ConvNet
 from teachers import PretrainedAudio, PretrainedText, PretrainedVision
 
@@ -139,7 +139,7 @@ def corner_model():
     model = MultimodalModel(
         {"image": encoder},
         FUSIONS["pooled"](["image"]),
-        {"kind": ClassificationHead(2, 2)},
+        {"kind": LinearHead(2, 2)},
         {},
         dim=2,
         embedding_dim=2,

@@ -322,9 +322,10 @@ def _check_mix(term: TermConfig, mix: MixConfig, place: str) -> None:
 
 
 def mixes(term: TermConfig) -> bool:
-    """Whether a term weighs several teachers: a loss on logits that learns nothing itself, with a list of them."""
+    """Whether a term weighs several teachers: a loss on logits of rows, learning nothing itself, with a list of them."""
     loss = LOSSES[term.loss]
-    return isinstance(term.teacher, list) and loss.kind in ("teacher", "teacher+labels") and loss.part is None
+    plain = loss.kind in ("teacher", "teacher+labels") and loss.part is None and CAPTIONING not in loss.tasks
+    return isinstance(term.teacher, list) and plain
 
 
 def needs_teacher(terms: Sequence[TermConfig]) -> bool:
