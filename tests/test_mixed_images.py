@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_project import RECIPE
+from tiny_project import RECIPE, make_project
 
 import students
 from distill import pipeline
@@ -17,6 +17,7 @@ from distill.data.prepared import PreparedData
 from distill.data_config import AugmentConfig
 from distill.losses import objective as objectives
 from distill.losses.logits import cross_entropy, kd
+from distill.other_teachers import Teachers
 from distill.recipe import load_recipe
 from distill.targets import CLASSIFICATION, MULTILABEL, Task
 
@@ -238,3 +239,20 @@ def test_images_are_mixed_where_models_read_them_alone_and_live(recipe_of):
 def test_what_cannot_be_mixed_or_balanced_is_refused_before_a_run(recipe_of, overrides, sentence):
     with pytest.raises(UserError, match=sentence):
         recipe_of(*overrides)
+
+
+def test_a_student_learns_from_a_live_teacher_that_sees_mixed_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    balanced = [f"{where}.train.class_balance={{task: shape}}" for where in ("teacher", "student")]
+    small = ["teacher.train.epochs=1", "student.train.epochs=2", "trackers=[]", *balanced]
+    recipe = load_recipe(make_project(tmp_path), [*IMAGES_ALONE, LIVE, MIXED, *small])
+    asked = []
+    answer = Teachers.__call__
+    monkeypatch.setattr(
+        Teachers, "__call__", lambda self, batches, *a: asked.append(batches) or answer(self, batches, *a)
+    )
+    done = pipeline.run(recipe, until="student", quiet=True)
+    assert done["student"].info["num_params"] > 0
+    assert len(asked) > 4 and all(batches["teacher"].mixed for batches in asked)
+    for batches in asked:
+        assert torch.equal(batches["teacher"].inputs["image"], batches["student"].inputs["image"])
