@@ -33,6 +33,7 @@ from distill.losses.terms import (
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import check_teachers
+from distill.sampled import check_class_balance, check_mixing
 from distill.sharding import check_sharding
 from distill.targets import CAPTIONING, CLASSIFICATION
 from distill.tasks import check_reused
@@ -73,7 +74,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_pretraining(recipe.teacher)
     _check_class_names(recipe)
     check_written(recipe)
-    _check_budgets(recipe)
+    _check_budgets(recipe, others)
     _check_terms(recipe.teacher.objective, recipe.teacher, recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
@@ -217,10 +218,13 @@ def _check_class_names(recipe: Recipe) -> None:
             raise UserError(f"{where}: the teacher has no text encoder to read the names of {task!r}; leave it out")
 
 
-def _check_budgets(recipe: Recipe) -> None:
+def _check_budgets(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
     budgets = {f"teacher.pretrain.{modality}": train for modality, train in recipe.teacher.pretrain.items()}
     budgets |= {"teacher.train": recipe.teacher.train, "student.train": recipe.student.train}
-    for where, train in (budgets | {"prune.train": recipe.prune.train}).items():
+    budgets["prune.train"] = recipe.prune.train
+    check_mixing(recipe, budgets, {name: other.modalities for name, other in others.items()})
+    for where, train in budgets.items():
+        check_class_balance(recipe, train, where)
         check_optimizer(train, where)
         check_sharding(train, where)
         _check_resizing(recipe, train, where)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from distill.data_config import DataConfig, Part, Strict
 from distill.schedules import Weight
@@ -106,6 +106,27 @@ class BalanceConfig(Strict):
     until: float = Field(1.0, gt=0, le=1)  # share of all steps; behind it modalities are only measured
 
 
+class ClassBalance(Strict):
+    """An epoch draws as many rows as there are, with replacement, rare classes' more often."""
+
+    task: str  # whose classes; of several labels a row's rarest counts
+    power: float = Field(1.0, ge=0, le=2)  # a row's weight is (rows of its class) ** -power; 1: all classes alike
+
+
+class MixImages(Strict):
+    """Images of two rows of a batch made one; batches are mixed in one way each."""
+
+    mixup: float = Field(0.0, ge=0)  # alpha of Beta(alpha, alpha), from which the share comes; 0: never
+    cutmix: float = Field(0.0, ge=0)  # the same of CutMix; where both are given, each has half of the batches
+    probability: float = Field(1.0, gt=0, le=1)  # of a batch
+
+    @model_validator(mode="after")
+    def _mix_somehow(self) -> MixImages:
+        if not self.mixup and not self.cutmix:
+            raise ValueError("mixup and cutmix are both 0, so nothing is mixed; raise one, as mixup to 0.2")
+        return self
+
+
 class TrainConfig(Strict):
     """One training budget, the same schema for teacher, baseline, student and recovery."""
 
@@ -130,6 +151,8 @@ class TrainConfig(Strict):
     shard: bool = False  # weights, gradients and optimizer state are split over the ranks (FSDP2)
     progressive_resizing: ProgressiveResizing | None = None
     balance: BalanceConfig | None = None  # of modalities; needs heads of single ones that learn
+    class_balance: ClassBalance | None = None  # draw rows of rare classes more often
+    mix_images: MixImages | None = None  # mixup and CutMix, of a student that reads images alone
     compile: bool = False  # torch.compile of the trained model
     channels_last: bool = False  # memory format of its convolutions and images; "convnet" always has it
     keep: Literal["best", "last"] = "best"  # weights of the best validated epoch, or of the last one

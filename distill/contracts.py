@@ -40,6 +40,9 @@ INPUTS = {
 """The inputs of models: those of a modality begin with its name. Rows that lack it hold zeros."""
 
 
+SHARE = "share"
+
+
 class Batch(NamedTuple):
     """One model's inputs for the same rows and views that every other model of the run sees.
 
@@ -52,6 +55,9 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]  # as INPUTS says
     present: dict[str, Tensor]  # modality -> bool [B]
     targets: dict[str, Tensor]  # task -> int64 [B] class labels, IGNORE where missing, or as distill.targets says
+    # of rows with others' images mixed in: SHARE -> float32 [B], their own, the same in all; "target.TASK" -> [B, ...],
+    # what targets the others have
+    mixed: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
 
     def inputs_of(self, modality: str) -> dict[str, Tensor]:
         """Return the inputs of one modality, in the order of their names."""

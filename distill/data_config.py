@@ -25,15 +25,27 @@ class Part(BaseModel):
         return dict(self.model_extra or {})
 
 
+class RandAugment(Strict):
+    """Operations drawn for each image from a list of fourteen: see distill/data/randaugment.py."""
+
+    ops: int = Field(2, ge=1, le=14)  # one after the other
+    magnitude: float = Field(9.0, ge=0, le=30)  # of each, on the paper's scale; 30 turns by 30 degrees
+
+
 class ImageAugment(Strict):
     """Replayable image augmentation of uint8 images at working size."""
 
     flip: float = Field(0.0, ge=0, le=1)  # probability of a horizontal flip
     shift: int = Field(0, ge=0)  # largest translation, pixels
-    fill: Literal["white", "black"] = "white"  # what a shift uncovers
+    fill: Literal["white", "black"] = "white"  # what a shift, a rotation or RandAugment uncovers
     crop: float = Field(1.0, gt=0, le=1)  # least share of the area that a random resized crop keeps; 1 crops nothing
     brightness: float = Field(0.0, ge=0, le=1)  # largest relative change
     contrast: float = Field(0.0, ge=0, le=1)  # largest relative change
+    rotate: float = Field(0.0, ge=0, le=180)  # largest angle, degrees, either way
+    randaugment: RandAugment | None = None  # {}: its defaults
+    saturation: float = Field(0.0, ge=0, le=1)  # largest relative change
+    hue: float = Field(0.0, ge=0, le=0.5)  # largest turn, share of the colour circle
+    erase: float = Field(0.0, ge=0, le=1)  # probability that a box of random size and place is filled with noise
 
 
 class TextAugment(Strict):

@@ -79,7 +79,9 @@ def distillation(work: Workspace, folder: Path, model: Model, train: TrainConfig
 def _mixed(work: Workspace, specs: dict[str, InputSpec], train: TrainConfig, teacher: Model | None = None) -> Batches:
     """The training rows that terms learn from, with those of the transfer set behind them if there is one."""
     rows = work.train_loader(specs, train, labelled=labelled_alone(work.recipe.student.objective))
-    loader = rows if teacher is None else work.towers(rows, teacher)
+    loader: Batches = rows
+    if teacher is not None and train.mix_images is None:  # towers have kept nothing about mixed images
+        loader = work.towers(rows, teacher)
     transfer = work.transfer_loader(specs, train.batch_size)
     told = as_told(work, loader)
     return told if transfer is None else MixedLoader(told, transfer, STUDENT, specs[STUDENT].pad_id)

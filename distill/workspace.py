@@ -192,6 +192,8 @@ class Workspace:
             views=recipe.cache.views if repeat else None,
             shuffle=True,
             labelled=labelled,
+            class_balance=config.class_balance,
+            mix_images=config.mix_images,
             group_by_length=config.group_by_length,
             two_level_rows=recipe.data.two_level_order,
             **self._slices(),

@@ -90,6 +90,7 @@ LEVELS = {
         "distill.results",
         "distill.explaining",
         "distill.check",
+        "distill.sampled",
         "distill.estimate",
         "distill.profile",
         "distill.taps",

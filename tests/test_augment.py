@@ -161,7 +161,8 @@ def test_dropped_columns_are_missing_ones(drop, seed):
 def test_all_frames_of_a_clip_change_alike():
     frame = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (B, 1, 3, 8, 8), dtype=np.uint8))
     inputs = {"video": frame.repeat(1, 5, 1, 1, 1)}
-    config = one("video", {"flip": 0.5, "shift": 3, "brightness": 0.4, "crop": 0.5})
+    changes = {"rotate": 20, "randaugment": {}, "saturation": 0.5, "hue": 0.2, "erase": 0.5}
+    config = one("video", {"flip": 0.5, "shift": 3, "brightness": 0.4, "crop": 0.5} | changes)
     found = augment("video", inputs, torch.arange(B), torch.ones(B, dtype=torch.int64), 0, config)["video"]
     assert (found == found[:, :1]).all() and not torch.equal(found, inputs["video"])
 

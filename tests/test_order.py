@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.data import scratch
-from distill.data.order import GroupedOrder, TwoLevelOrder, shuffled
+from distill.data.order import Drawn, GroupedOrder, TwoLevelOrder, shuffled
 
 SHAPES = {"rows": st.integers(1, 300), "block": st.integers(1, 40), "window": st.integers(1, 8)}
 
@@ -95,3 +95,49 @@ def test_each_window_is_shuffled_in_its_own_way():
     whole = make(240, block=60, window=1)[:].reshape(4, 60)
     within = {tuple(np.argsort(rows).tolist()) for rows in whole}
     assert len(within) == 4
+
+
+GROUPS = np.random.default_rng(5).permutation(np.repeat([0, 1, 2], [200, 50, 6]))
+
+
+def drawn(power, folder, groups=GROUPS):
+    counts = np.bincount(groups)
+    return Drawn(np.arange(len(groups)) * 3, groups, np.maximum(1, counts) ** -float(power), folder)
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 13])
+@pytest.mark.parametrize("power", [0, 0.5, 1])
+def test_groups_are_drawn_by_their_weight(tmp_path, monkeypatch, power, chunk):
+    monkeypatch.setattr(scratch, "CHUNK", chunk)
+    rows = drawn(power, tmp_path)
+    draws = np.concatenate([rows.order(1, epoch)[:] for epoch in range(100)])
+    assert len(rows) == len(GROUPS) and draws.dtype == np.int64
+    seen = np.bincount(GROUPS[draws // 3]) / len(draws)
+    wanted = np.bincount(GROUPS) ** (1.0 - power)
+    assert seen == pytest.approx(wanted / wanted.sum(), abs=0.01)
+    rare = np.bincount(draws // 3)[GROUPS == 2]
+    assert (abs(rare - rare.mean()) < 5 * np.sqrt(rare.mean())).all()  # rows of a group are drawn alike
+    assert set(draws) == set(range(0, 3 * len(GROUPS), 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(sum),
+    seed=st.integers(0, 2**31 - 1),
+    epoch=st.integers(0, 2**20),
+    start=st.integers(0, 130),
+    count=st.integers(0, 50),
+)
+def test_any_part_of_draws_is_the_part_of_the_whole(tmp_path_factory, sizes, seed, epoch, start, count):
+    rows = drawn(1, tmp_path_factory.getbasetemp(), np.repeat(np.arange(len(sizes)), sizes))
+    order = rows.order(seed, epoch)
+    whole = order[:]
+    assert len(whole) == len(order) == sum(sizes) and set(whole // 3) <= set(range(sum(sizes)))
+    assert order[start : start + count].tolist() == whole[start : start + count].tolist()
+    assert rows.order(seed, epoch)[:].tolist() == whole.tolist()
+
+
+def test_draws_differ_from_epoch_to_epoch(tmp_path):
+    rows = drawn(1, tmp_path)
+    orders = {tuple(rows.order(seed, epoch)[:].tolist()) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4

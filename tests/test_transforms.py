@@ -12,11 +12,14 @@ from torchvision.transforms import RandomResizedCrop
 
 from distill.contracts import CLEAN_VIEW
 from distill.data.transforms import augment_images, crop_boxes, drop_words, hash_uniform, resize_images
-from distill.data_config import ImageAugment
+from distill.data_config import ImageAugment, RandAugment
 
 FULL = ImageAugment(flip=0.5, shift=3, brightness=0.3, contrast=0.3)
 CROPPED = FULL.model_copy(update={"crop": 0.3, "fill": "black"})
-DIGESTS = ["6a615f185072", "39b598f60372"]
+STRONG = CROPPED.model_copy(
+    update={"rotate": 30.0, "randaugment": RandAugment(ops=3), "saturation": 0.5, "hue": 0.2, "erase": 0.5}
+)
+DIGESTS = ["6a615f185072", "39b598f60372", "fdaf8bff39ad"]
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -66,7 +69,7 @@ def test_golden_values_never_change():
     seed=st.integers(0, 2**31 - 1),
     order=st.permutations(range(6)),
     size=st.integers(1, 6),
-    config=st.sampled_from([FULL, CROPPED]),
+    config=st.sampled_from([FULL, CROPPED, STRONG]),
 )
 def test_augmentation_does_not_depend_on_the_batch(seed, order, size, config):
     images, ids, views = images_of(6), torch.arange(6) * 11, torch.tensor([0, 1, 2, 3, CLEAN_VIEW, 0])
@@ -75,7 +78,7 @@ def test_augmentation_does_not_depend_on_the_batch(seed, order, size, config):
     assert torch.equal(augment_images(images[part], ids[part], views[part], seed, config), whole[part])
 
 
-@pytest.mark.parametrize("config", [FULL, CROPPED])
+@pytest.mark.parametrize("config", [FULL, CROPPED, STRONG])
 def test_clean_rows_are_not_touched(config):
     images, ids = images_of(8), torch.arange(8)
     views = torch.tensor([0, CLEAN_VIEW] * 4)
@@ -85,7 +88,7 @@ def test_clean_rows_are_not_touched(config):
     assert torch.equal(augment_images(images, ids, torch.full((8,), CLEAN_VIEW), 0, config), images)
 
 
-@pytest.mark.parametrize("config", [FULL, CROPPED])
+@pytest.mark.parametrize("config", [FULL, CROPPED, STRONG])
 def test_input_is_not_modified(config):
     images = images_of(8)
     before = images.clone()
@@ -97,9 +100,18 @@ def test_augmented_images_never_change():
     images, ids = images_of(16), torch.arange(16)
     digests = [
         hashlib.sha256(augment_images(images, ids, ids % 3, 0, config).numpy().tobytes()).hexdigest()[:12]
-        for config in (ImageAugment(flip=0.5, shift=3), ImageAugment(flip=0.5, shift=3, fill="black"))
+        for config in (ImageAugment(flip=0.5, shift=3), ImageAugment(flip=0.5, shift=3, fill="black"), FULL)
     ]
     assert digests == DIGESTS
+
+
+def test_what_is_off_changes_nothing():
+    images, ids = images_of(8), torch.arange(8)
+    assert augment_images(images, ids, ids, 0, ImageAugment()) is images
+    named = {"rotate": 0, "randaugment": None, "saturation": 0, "hue": 0, "erase": 0}
+    for config in (FULL, CROPPED):
+        spelled = ImageAugment(**(config.model_dump() | named))
+        assert torch.equal(augment_images(images, ids, ids, 0, config), augment_images(images, ids, ids, 0, spelled))
 
 
 @settings(max_examples=50, deadline=None)

@@ -17,10 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.config import ClassBalance, MixImages
 from distill.contracts import CLEAN_VIEW, INPUTS, Batch, UserError
 from distill.data.augment import augment
 from distill.data.batches import Batches
-from distill.data.order import GroupedOrder, Order, TwoLevelOrder, shuffled
+from distill.data.class_balance import drawn_rows
+from distill.data.hashing import mix
+from distill.data.mix_images import draw_mix, mix_batch
+from distill.data.order import GroupedOrder, Order, TwoLevelOrder, draw_hashes, shuffled
 from distill.data.prepared import PreparedData
 from distill.data.texts import Texts
 from distill.data.tokens import TokenTable
@@ -81,6 +85,8 @@ class Loader(Batches):
         view: int | None = None,
         shuffle: bool,
         labelled: bool = False,
+        class_balance: ClassBalance | None = None,
+        mix_images: MixImages | None = None,
         group_by_length: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -100,6 +106,9 @@ class Loader(Batches):
             view: the one view of every epoch, augmented also where ``shuffle`` is False.
             shuffle: a new order each epoch. Without it rows come in order of id, and clean unless ``view`` is given.
             labelled: only rows with a label of any task.
+            class_balance: shuffled rows are drawn with replacement, those of rare classes more often. Where views
+                repeat, each draw has one of them by itself: so a row that is drawn often is not the same each time.
+            mix_images: batches that :meth:`at` returns have their images mixed; all models read images alone.
             group_by_length: shuffled batches have texts of like length.
             rank: this process, which takes its slice of each global batch.
             world_size: number of processes.
@@ -117,6 +126,8 @@ class Loader(Batches):
         self.row_positions = data.rows(split, labelled=labelled)
         self.num_rows = len(self.row_positions)
         self._two_level_rows = two_level_rows
+        self._drawn = drawn_rows(data, split, self.row_positions, class_balance) if class_balance and shuffle else None
+        self._mix = mix_images
         texts = data.texts if isinstance(data.texts, Texts) else Texts.of(data.texts)
         self._texts: dict[InputSpec, TokenTable] = {}
         for name, spec in specs.items():
@@ -143,12 +154,17 @@ class Loader(Batches):
         """Return the positions in ``data`` of an epoch's rows, in the order they are read."""
         if not self._shuffle:
             return self.row_positions
+        if self._drawn is not None:
+            return self._in_groups(self._drawn.order(self._seed, epoch), epoch)
         two_levels = self.num_rows > self._two_level_rows
         order: Order = (
             TwoLevelOrder(self.row_positions, self._seed, epoch)
             if two_levels
             else shuffled(self.row_positions, self._seed, epoch, self.data.folder)
         )
+        return self._in_groups(order, epoch)
+
+    def _in_groups(self, order: Order, epoch: int) -> Order:
         if not self._grouped:
             return order
         return GroupedOrder(order, next(iter(self._texts.values())).lengths, self.batch_size, self._seed, epoch)
@@ -175,8 +191,25 @@ class Loader(Batches):
                     del self._orders[next(iter(self._orders))]
                 self._orders[epoch] = self.order(epoch)
             order = self._orders[epoch]
-        rows = self._slice(order[number * self.batch_size : (number + 1) * self.batch_size])
-        return self.batch(rows, torch.full((len(rows),), self.view(epoch)))
+        start = number * self.batch_size
+        rows = order[start : start + self.batch_size]
+        views = self._views_of(epoch, start, len(rows))
+        mixing = None if self._mix is None else draw_mix(self._mix, (self._seed, epoch, number), len(rows))
+        own = self._slice(np.arange(len(rows)))
+        if mixing is None:
+            return self.batch(rows[own], views[own])
+        read, places = np.unique(np.concatenate([own, mixing.partners[own]]), return_inverse=True)
+        first, second = torch.from_numpy(places[: len(own)]), torch.from_numpy(places[len(own) :])
+        batches = self.batch(rows[read], views[read])
+        return dict.fromkeys(batches, mix_batch(next(iter(batches.values())), first, second, mixing))
+
+    def _views_of(self, epoch: int, start: int, count: int) -> Tensor:
+        """The views of an epoch's places from ``start`` on, [count]."""
+        view = self.view(epoch)
+        if self._drawn is None or not self._views or self._view is not None or view == CLEAN_VIEW:
+            return torch.full((count,), view)
+        others = mix(~draw_hashes(self._seed, epoch, start, start + count)) % np.uint64(self._views)
+        return torch.from_numpy((view + others.astype(np.int64)) % self._views)
 
     def batch(self, rows: NDArray[np.int64], views: Tensor) -> dict[str, Batch]:
         """Return one batch a model of exactly these rows and views.

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.data.hashing import mix
 from distill.data.scratch import chunks, scratch
 
 BLOCK = 1 << 12  # rows that stay neighbours until their window is shuffled
@@ -136,3 +138,76 @@ class GroupedOrder(_Windows):
         whole = len(rows) // self._batch * self._batch
         batches = np.random.default_rng((*self._key, number)).permutation(rows[:whole].reshape(-1, self._batch))
         return np.concatenate([batches.ravel(), rows[whole:]])
+
+
+class Drawn:
+    """Rows in groups, of which each epoch draws as many as there are, with replacement.
+
+    Draw ``i`` of an epoch is a hash of (seed, epoch, i): first a group, then one of its rows, all of them alike. Rows
+    are read anywhere in the files.
+
+    Args:
+        positions: int64 [N].
+        groups: int64 [N], the group of each, from 0.
+        weights: float64 [G], in proportion, of a row of each group.
+        folder: where large arrays are kept.
+    """
+
+    def __init__(
+        self, positions: NDArray[np.int64], groups: NDArray[np.int64], weights: NDArray[np.float64], folder: Path
+    ) -> None:
+        self._sizes = np.bincount(groups, minlength=len(weights))
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._rows, free = scratch(folder, len(positions), np.int64), self._starts.copy()
+        for part in chunks(len(positions)):
+            order = np.argsort(groups[part], kind="stable")
+            own, here = groups[part][order], np.bincount(groups[part], minlength=len(weights))
+            within = np.arange(len(own)) - np.repeat(np.cumsum(here) - here, here)
+            self._rows[free[own] + within] = positions[part][order]
+            free += here
+        mass = self._sizes * weights
+        self._ends = np.cumsum(mass) / mass.sum()
+        self._last = int(np.flatnonzero(mass)[-1])  # rounding may leave the last end below 1
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """Return an epoch's rows."""
+        return _Draws(self, seed, epoch)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self._rows)
+
+    def draw(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Return the position that each of some hashes, int64 [B], stands for."""
+        groups = np.minimum(np.searchsorted(self._ends, _unit(hashes), "right"), self._last)
+        within = (_unit(mix(hashes)) * self._sizes[groups]).astype(np.int64)
+        found: NDArray[np.int64] = self._rows[self._starts[groups] + within]
+        return found
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """One epoch of :class:`Drawn`."""
+
+    drawn: Drawn
+    seed: int
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def __getitem__(self, rows: slice) -> NDArray[np.int64]:
+        start, stop, step = rows.indices(len(self))
+        assert step == 1
+        return self.drawn.draw(draw_hashes(self.seed, self.epoch, start, stop))
+
+
+def draw_hashes(seed: int, epoch: int, start: int, stop: int) -> NDArray[np.uint64]:
+    """Return a hash of each of an epoch's places from ``start`` to before ``stop``, uint64."""
+    state = mix(mix(np.array([seed], np.uint64)) ^ np.uint64(epoch))
+    return mix(state ^ np.arange(start, max(start, stop), dtype=np.uint64))
+
+
+def _unit(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Numbers in [0, 1), multiples of 2**-53."""
+    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53

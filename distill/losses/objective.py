@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import EMA, MixConfig, TermConfig
-from distill.contracts import Batch, Outputs
+from distill.contracts import SHARE, Batch, Outputs
 from distill.layouts import layout_of
 from distill.losses.mixing import Mixed
 from distill.losses.numeric import unit, upcast, within_half
 from distill.losses.parts import Known, Part, need_vectors
 from distill.losses.picks import check_tokens, check_widths, keys_of, need, read_batch, read_head, read_models
 from distill.losses.projectors import build_projector
-from distill.losses.rows import Reads, num_rows, term_ids, term_rows
+from distill.losses.rows import Reads, num_rows, term_ids, term_rows, with_others
 from distill.losses.scales import learned_numbers
 from distill.losses.terms import (
     FEATURES,
@@ -218,6 +218,24 @@ class Objective(nn.Module):
         return total, values
 
     def _value(
+        self,
+        index: int,
+        term: TermConfig,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        ranks: Ranks | None,
+    ) -> Tensor:
+        """A term's value; of labels beside mixed images, those of both rows count by their share of the image."""
+        if not batch.mixed or LOSSES[term.loss].kind not in LABELS:
+            return self._plain(index, term, student, teacher, batch, ranks)
+        own, other = (
+            self._plain(index, term, student, teacher, some, ranks)
+            for some in (batch._replace(mixed={}), with_others(batch))
+        )
+        return torch.lerp(other, own, batch.mixed[SHARE][0].to(own.dtype)) if len(batch.ids) else own
+
+    def _plain(
         self,
         index: int,
         term: TermConfig,

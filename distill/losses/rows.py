@@ -64,6 +64,11 @@ def num_rows(term: TermConfig, batch: Batch, reads: Reads) -> int:
     return int(counted.sum())
 
 
+def with_others(batch: Batch) -> Batch:
+    """Return a batch whose images are mixed with the targets of the rows that were mixed in."""
+    return batch._replace(targets={task: batch.mixed[f"target.{task}"] for task in batch.targets}, mixed={})
+
+
 def _has_target(targets: Tensor) -> Tensor:
     """Whether a row has a label, or one of several, a number or a token: bool [B]."""
     if not targets.is_floating_point():
