@@ -1,5 +1,7 @@
 """Names of classes as texts: what they say, and that a teacher with a frozen tower learns from them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,15 @@ from distill.stages import _teachers_rows
 NAMES = "teacher.class_names={tasks: [shape], ratio: 0.25}"
 
 
+def renamed(data, task, *names):
+    """The data with other names of the first classes."""
+    info = data.tasks[task]
+    return replace(data, tasks=data.tasks | {task: replace(info, names=(*names, *info.names[len(names) :]))})
+
+
 def test_each_name_has_its_label_and_no_other(prepared):
     task, other = list(prepared.labels)[:2]
-    prepared.labels[task][0], before = "face-hand_left", prepared.labels[task][0]
-    rows = class_names(prepared, [task])
-    prepared.labels[task][0] = before
+    rows = class_names(renamed(prepared, task, "face-hand_left"), [task])
     assert list(rows.texts) == ["face hand left", *prepared.labels[task][1:]]
     assert rows.targets[task].tolist() == list(range(len(prepared.labels[task])))
     assert set(rows.targets[other].tolist()) == {IGNORE}
@@ -29,9 +35,7 @@ def test_each_name_has_its_label_and_no_other(prepared):
 
 def test_a_name_without_words_is_never_an_empty_text(prepared):
     task = next(iter(prepared.labels))
-    before, prepared.labels[task][:2] = prepared.labels[task][:2], ["-", " "]
-    rows = class_names(prepared, [task])
-    prepared.labels[task][:2] = before
+    rows = class_names(renamed(prepared, task, "-", " "), [task])
     assert rows.texts[0] == "-" and all(text.strip() for text in rows.texts)
     assert rows.targets[task].tolist() == [0, *range(2, len(prepared.labels[task]))]
 

@@ -200,7 +200,7 @@ def test_each_teacher_reads_inputs_of_its_own(project):
 def test_logits_have_this_runs_order_of_classes_and_images_the_size_of_the_other_run(project):
     work = workspace()
     teachers, batches = asked(work)
-    ours, theirs = work.tasks()["colour"], read_json(Path("runs/eye/data/labels.json"))["colour"]
+    ours, theirs = list(work.tasks()["colour"].names), read_json(Path("runs/eye/data/labels.json"))["colour"]
     assert ours == ["10", "2", "33"] and theirs == ["2", "10", "33"]
     fitted = find_fitted("eye", work.recipe)
     assert fitted.columns(work.tasks()) == {"colour": [1, 0, 2]}

@@ -322,7 +322,7 @@ def _check_mix(term: TermConfig, mix: MixConfig, place: str) -> None:
 
 
 def mixes(term: TermConfig) -> bool:
-    """Whether a term weighs several teachers: a loss on logits of rows, learning nothing itself, with a list of them."""
+    """Whether a term weighs several teachers: a loss on logits that learns nothing itself, not on captions, with a list."""
     loss = LOSSES[term.loss]
     plain = loss.kind in ("teacher", "teacher+labels") and loss.part is None and CAPTIONING not in loss.tasks
     return isinstance(term.teacher, list) and plain
