@@ -322,7 +322,7 @@ def _check_mix(term: TermConfig, mix: MixConfig, place: str) -> None:
 
 
 def mixes(term: TermConfig) -> bool:
-    """Whether a term weighs several teachers: a loss on logits that learns nothing itself, not on captions, with a list."""
+    """Whether a term weighs several teachers: a list, and a loss on logits that learns nothing, not of captions."""
     loss = LOSSES[term.loss]
     plain = loss.kind in ("teacher", "teacher+labels") and loss.part is None and CAPTIONING not in loss.tasks
     return isinstance(term.teacher, list) and plain

@@ -178,7 +178,7 @@ class TaskEvidence:
             a_right, b_right = a.argmax(axis=1) == self.targets, b.argmax(axis=1) == self.targets
             result["only_model_right"] = int((a_right & ~b_right).sum())
             result["only_reference_right"] = int((b_right & ~a_right).sum())
-        if kind == "source":
+        if kind == "source" and self.kind != CAPTIONING:
             gap = np.abs(model.logits[self.task].astype(np.float64) - reference.logits[self.task])
             result["max_abs_logit_difference"] = gap.max(initial=0.0)
         return result
