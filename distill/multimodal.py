@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distill.contracts import Batch, Outputs
 from distill.decision import Decision
 from distill.dropout import Dropout
+from distill.exchange import HIDDEN, HIDDEN_MASK, Exchange, Hidden, excited, squeezed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Encoder(nn.Module):
         projected: whether its pooled vector lies in an embedding space that it shares with another encoder.
         unprunable: why it has no channels that pruning could remove; empty where it has some.
         keep_float: its modules that int8 would spoil, such as a spectrogram.
+        stage_widths: channels behind each of its stages; empty where it cannot stop between them for an exchange.
         own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
     """
 
@@ -58,10 +60,19 @@ class Encoder(nn.Module):
     projected: bool = False
     unprunable: str = ""
     keep_float: tuple[str, ...] = ()
+    stage_widths: tuple[int, ...] = ()
     own_scale: Mapping[str, float] = {}
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
-        """Encode a batch."""
+        """Encode a batch; one that has stages goes on behind the last where it is given ``HIDDEN``."""
+        raise NotImplementedError
+
+    def begin(self, inputs: dict[str, Tensor]) -> Hidden:
+        """What the first stage reads."""
+        raise NotImplementedError
+
+    def advance(self, stage: int, hidden: Hidden) -> Hidden:
+        """Run one stage, counted from 0."""
         raise NotImplementedError
 
     def thaw(self) -> None:
@@ -149,14 +160,13 @@ class Reader(nn.Module):
 
         Args:
             encoded: of each modality.
-            present: modality -> bool [B].
+            present: modality -> bool [B]; in training, of :meth:`dropped`.
             targets: task -> int64 [B, L], of heads that write, if they are not to write by themselves.
 
         Returns:
             logits ``task``, ``task.fused`` and ``task.modality``, each [B, C], of heads that write ``task`` [B, L, V]
             or what they wrote, int64 [B, L]; embeddings of each modality and "fused", each [B, E].
         """
-        present = self._dropped(present)
         pooled = {name: self.necks[name](item.pooled) for name, item in encoded.items()}
         tokens = {name: neck(encoded[name].tokens) for name, neck in self.token_necks.items()}
         masks = {name: item.mask for name, item in encoded.items()}
@@ -184,7 +194,7 @@ class Reader(nn.Module):
         decided = self.decision(task, fused, alone, present)
         return {f"{task}.fused": fused, **{f"{task}.{m}": logits for m, logits in alone.items()}, task: decided}
 
-    def _dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
         """In training, let some rows that have every modality lose one at random."""
         if not self.training or not self.modality_dropout or len(present) < 2:
             return present
@@ -204,15 +214,22 @@ class MultimodalModel(Reader):
     Args:
         encoders: modality -> encoder.
         others: further members, beside the one that the other arguments describe.
+        exchange: what the encoders tell each other between their stages; for a model of one member.
         arguments: of :class:`Reader`.
     """
 
     def __init__(
-        self, encoders: dict[str, Encoder], *arguments: Any, others: Sequence[Reader] = (), **options: Any
+        self,
+        encoders: dict[str, Encoder],
+        *arguments: Any,
+        others: Sequence[Reader] = (),
+        exchange: Exchange | None = None,
+        **options: Any,
     ) -> None:
         super().__init__({name: encoder.out_dim for name, encoder in encoders.items()}, *arguments, **options)
         self.encoders = nn.ModuleDict(encoders)
         self.others = nn.ModuleList(others)
+        self.exchange = exchange
 
     @property
     def members(self) -> list[Reader]:
@@ -229,9 +246,13 @@ class MultimodalModel(Reader):
             As :meth:`Reader.read`. Embeddings of an ensemble are its members', side by side: [B, members * E]. In
             training it gives each member's answers, under names that :func:`by_member` takes apart.
         """
-        encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
         present = {name: batch.present[name] for name in self.encoders}
-        answers = [member.read(encoded, present, batch.targets) for member in self.members]
+        if self.exchange is not None:
+            present = self.dropped(present)
+            encoders: Any = dict(self.encoders)
+            return self.read(encode_exchanging(encoders, self.exchange, batch, present), present, batch.targets)
+        encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
+        answers = [member.read(encoded, member.dropped(present), batch.targets) for member in self.members]
         if len(answers) == 1:
             return answers[0]
         if self.training:
@@ -318,6 +339,59 @@ def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
     encoded = encoder.eval()(blank)
     encoder.train(training)
     return Encoded(*(spread(part[:rows][given], present) for part in encoded))
+
+
+def encode_exchanging(
+    encoders: Mapping[str, Encoder], exchange: Exchange, batch: Batch, present: Mapping[str, Tensor]
+) -> dict[str, Encoded]:
+    """Encode the rows that have a modality, stage by stage, with an exchange in between.
+
+    Args:
+        encoders: modality -> encoder with ``stage_widths``.
+        exchange: what is told behind which stages.
+        batch: may lack a modality's inputs where no row has it.
+        present: modality -> bool [B], what others are told of.
+
+    Returns:
+        As :func:`encode_present` of each.
+    """
+    everywhere = torch.compiler.is_exporting()
+    given = {name: inputs for name in encoders if (inputs := batch.inputs_of(name))}
+    rows = {name: batch.present[name][: len(next(iter(inputs.values())))] for name, inputs in given.items()}
+    if not everywhere:
+        rows = {name: here for name, here in rows.items() if bool(here.any())}
+        given = {name: {k: v[here] for k, v in given[name].items()} for name, here in rows.items()}
+    hidden, done = {name: encoders[name].begin(given[name]) for name in rows}, dict.fromkeys(rows, 0)
+    size = len(batch.ids)
+
+    def whole(name: str, values: Tensor) -> Tensor:
+        if everywhere:
+            return values
+        here = torch.nn.functional.pad(rows[name], (0, size - len(rows[name])))
+        return spread(values, here)
+
+    def advance(name: str, until: int) -> None:
+        for stage in range(done[name], until):
+            hidden[name] = encoders[name].advance(stage, hidden[name])
+        done[name] = until
+
+    for number, until in enumerate(exchange.at):
+        for name in rows:
+            advance(name, until)
+        told = {name: whole(name, squeezed(hidden[name])) for name in rows}
+        gates = exchange(number, told, present)
+        for name, here in rows.items():
+            own = gates[name] if everywhere else gates[name][: len(here)][here]
+            hidden[name] = excited(hidden[name], own)
+    encoded = {}
+    for name, encoder in encoders.items():
+        if name not in rows:
+            encoded[name] = encode_present(encoder, name, batch)
+            continue
+        advance(name, len(encoder.stage_widths))
+        last = encoder({HIDDEN: hidden[name].values, HIDDEN_MASK: hidden[name].mask})
+        encoded[name] = Encoded(*(whole(name, part) for part in last))
+    return encoded
 
 
 def spread(values: Tensor, rows: Tensor) -> Tensor:

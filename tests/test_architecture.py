@@ -53,6 +53,7 @@ LEVELS = {
         "distill.fusion",
         "distill.tasks",
         "distill.decision",
+        "distill.exchange",
         "distill.multimodal",
         "distill.tapped",
         "distill.dual",
