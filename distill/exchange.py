@@ -121,8 +121,8 @@ class MMTM(Exchange):
         gates: Any = self.gates[number]
         vectors = []
         for name in self.modalities:
-            stand_in = missing[name].expand(len(present[name]), -1)
-            vectors.append(torch.where(present[name][:, None], told[name], stand_in) if name in told else stand_in)
+            there = present[name][:, None]
+            vectors.append(torch.where(there, told.get(name, missing[name]), missing[name]))
         joint = self.joints[number](torch.cat(vectors, dim=1))
         return {name: 2 * gates[name](joint).sigmoid() for name in told}
 

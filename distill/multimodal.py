@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,67 +18,29 @@ from torch import Tensor, nn
 from distill.contracts import Batch, Outputs
 from distill.decision import Decision
 from distill.dropout import Dropout
-from distill.exchange import HIDDEN, HIDDEN_MASK, Exchange, Hidden, excited, squeezed
+from distill.encoders import Encoded, Encoder, encode_exchanging, encode_present, spread
+from distill.exchange import Exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+__all__ = [
+    "MEMBER",
+    "Encoded",
+    "Encoder",
+    "MultimodalModel",
+    "Neck",
+    "OneModality",
+    "PlainNeck",
+    "Reader",
+    "by_member",
+    "encode_present",
+    "evaluating",
+    "spread",
+]
+
 MEMBER = "@"  # "TASK@1" is what the ensemble's second member answers in training, when no teacher answers "TASK@NAME"
-
-
-class Encoded(NamedTuple):
-    """What an encoder gives.
-
-    Attributes:
-        tokens: [B, T, D].
-        mask: bool [B, T], True where there is a token.
-        pooled: [B, D].
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    pooled: Tensor
-
-
-class Encoder(nn.Module):
-    """Base of all encoders: reads its own entries of ``Batch.inputs``.
-
-    Attributes:
-        out_dim: D, the width of tokens and pooled vector.
-        frozen: whether its parameters are fixed; outputs may then be computed once and kept.
-        projected: whether its pooled vector lies in an embedding space that it shares with another encoder.
-        unprunable: why it has no channels that pruning could remove; empty where it has some.
-        keep_float: its modules that int8 would spoil, such as a spectrogram.
-        stage_widths: channels behind each of its stages; empty where it cannot stop between them for an exchange.
-        own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
-    """
-
-    reads: str  # its modality
-    out_dim: int
-    frozen: bool = False
-    projected: bool = False
-    unprunable: str = ""
-    keep_float: tuple[str, ...] = ()
-    stage_widths: tuple[int, ...] = ()
-    own_scale: Mapping[str, float] = {}
-
-    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
-        """Encode a batch; one that has stages goes on behind the last where it is given ``HIDDEN``."""
-        raise NotImplementedError
-
-    def begin(self, inputs: dict[str, Tensor]) -> Hidden:
-        """What the first stage reads."""
-        raise NotImplementedError
-
-    def advance(self, stage: int, hidden: Hidden) -> Hidden:
-        """Run one stage, counted from 0."""
-        raise NotImplementedError
-
-    def thaw(self) -> None:
-        """Let all parameters learn, those of a frozen tower too."""
-        self.frozen = False
-        self.requires_grad_(True)
 
 
 class Neck(nn.Module):
@@ -311,98 +273,6 @@ class OneModality(nn.Module):
         pooled = self.neck(encode_present(self.encoders[self.modality], self.modality, batch).pooled)
         logits = {task: head(pooled) for task, head in self.heads.items()}
         return Outputs({**logits, **{f"{task}.{self.modality}": value for task, value in logits.items()}}, {}, {})
-
-
-def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
-    """Encode the rows that have a modality; the others get zeros, take no time and enter no batch statistics.
-
-    An exported graph has no such choice: it encodes blank inputs, and the masks of ``present`` keep them out of logits.
-
-    Args:
-        encoder: the modality's encoder.
-        name: the modality.
-        batch: may lack the modality's inputs where no row has it.
-    """
-    present, inputs = batch.present[name], batch.inputs_of(name)
-    if not inputs:
-        nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
-        return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])
-    if torch.compiler.is_exporting():
-        return encoder(inputs)
-    given = present[: len(next(iter(inputs.values())))]
-    if len(given) and bool(given.all()):
-        return Encoded(*(_lengthened(part, len(present)) for part in encoder(inputs)))
-    if bool(given.any()):
-        return Encoded(*(spread(part, present) for part in encoder({k: v[given] for k, v in inputs.items()})))
-    rows, training = len(given), encoder.training  # nobody has it: shapes for taps, and no batch statistics
-    blank = inputs if rows else {k: v.new_ones((1, *v.shape[1:])) for k, v in inputs.items()}  # transformers want one
-    encoded = encoder.eval()(blank)
-    encoder.train(training)
-    return Encoded(*(spread(part[:rows][given], present) for part in encoded))
-
-
-def encode_exchanging(
-    encoders: Mapping[str, Encoder], exchange: Exchange, batch: Batch, present: Mapping[str, Tensor]
-) -> dict[str, Encoded]:
-    """Encode the rows that have a modality, stage by stage, with an exchange in between.
-
-    Args:
-        encoders: modality -> encoder with ``stage_widths``.
-        exchange: what is told behind which stages.
-        batch: may lack a modality's inputs where no row has it.
-        present: modality -> bool [B], what others are told of.
-
-    Returns:
-        As :func:`encode_present` of each.
-    """
-    everywhere = torch.compiler.is_exporting()
-    given = {name: inputs for name in encoders if (inputs := batch.inputs_of(name))}
-    rows = {name: batch.present[name][: len(next(iter(inputs.values())))] for name, inputs in given.items()}
-    if not everywhere:
-        rows = {name: here for name, here in rows.items() if bool(here.any())}
-        given = {name: {k: v[here] for k, v in given[name].items()} for name, here in rows.items()}
-    hidden, done = {name: encoders[name].begin(given[name]) for name in rows}, dict.fromkeys(rows, 0)
-    size = len(batch.ids)
-
-    def whole(name: str, values: Tensor) -> Tensor:
-        if everywhere:
-            return values
-        here = torch.nn.functional.pad(rows[name], (0, size - len(rows[name])))
-        return spread(values, here)
-
-    def advance(name: str, until: int) -> None:
-        for stage in range(done[name], until):
-            hidden[name] = encoders[name].advance(stage, hidden[name])
-        done[name] = until
-
-    for number, until in enumerate(exchange.at):
-        for name in rows:
-            advance(name, until)
-        told = {name: whole(name, squeezed(hidden[name])) for name in rows}
-        gates = exchange(number, told, present)
-        for name, here in rows.items():
-            own = gates[name] if everywhere else gates[name][: len(here)][here]
-            hidden[name] = excited(hidden[name], own)
-    encoded = {}
-    for name, encoder in encoders.items():
-        if name not in rows:
-            encoded[name] = encode_present(encoder, name, batch)
-            continue
-        advance(name, len(encoder.stage_widths))
-        last = encoder({HIDDEN: hidden[name].values, HIDDEN_MASK: hidden[name].mask})
-        encoded[name] = Encoded(*(whole(name, part) for part in last))
-    return encoded
-
-
-def spread(values: Tensor, rows: Tensor) -> Tensor:
-    """Put values [M, ...] at the M rows that are True in bool [B], zeros elsewhere: [B, ...]."""
-    return values.new_zeros((len(rows), *values.shape[1:])).index_put((rows,), values)
-
-
-def _lengthened(values: Tensor, rows: int) -> Tensor:
-    """Values with zeros behind them, up to a number of rows."""
-    missing = rows - len(values)
-    return torch.cat([values, values.new_zeros((missing, *values.shape[1:]))]) if missing else values
 
 
 @contextmanager

@@ -54,6 +54,7 @@ LEVELS = {
         "distill.tasks",
         "distill.decision",
         "distill.exchange",
+        "distill.encoders",
         "distill.multimodal",
         "distill.tapped",
         "distill.dual",

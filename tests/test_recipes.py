@@ -93,6 +93,9 @@ RECIPES = {
     "video_text": ("animated", []),
     "listing_fraud": ("listings", ["student.inherit={}"]),  # a table of 29,528 tokens takes half a minute
     "clip_mobile": ("emoji", TINY_CLIP),
+    "early_fusion": ("emoji", []),
+    "middle_fusion": ("emoji", []),
+    "late_fusion": ("emoji", []),
 }
 """Recipe -> the table that stands for its own, and what else is changed."""
 
