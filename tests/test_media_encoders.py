@@ -34,6 +34,9 @@ GIVEN = {
     "series_transformer": {"channels": CHANNELS, "num_steps": STEPS},
     "tabular_mlp": {"num_numbers": NUMBERS, "num_codes": CODES, "code_size": CODE_SIZE},
     "frame_convnet": {"num_frames": FRAMES},
+    "audio_patches": {"sample_rate": RATE, "num_samples": SAMPLES},
+    "series_patches": {"channels": CHANNELS, "num_steps": STEPS},
+    "tabular_tokens": {"num_numbers": NUMBERS, "num_codes": CODES, "code_size": CODE_SIZE},
 }
 STAGES = {"widths": [16, 32], "blocks": [0, 1]}
 
@@ -61,6 +64,9 @@ CASES = {
     "columns": Case(
         "tabular", "tabular_mlp", {"dim": 32, "tokens": "columns"}, NUMBERS + CODES, (128, 64), SelfAttentionFusion
     ),
+    "audio_patches": Case("audio", "audio_patches", {"dim": 32}, 16, (32, 16), SelfAttentionFusion),
+    "series_patches": Case("series", "series_patches", {"dim": 32, "patch": 6}, 7, (32, 16), SelfAttentionFusion),
+    "tabular_tokens": Case("tabular", "tabular_tokens", {"dim": 32}, NUMBERS + CODES, None, SelfAttentionFusion),
     "video_gru": Case("video", "frame_convnet", STAGES, FRAMES, (16, 8)),
     "video_attention": Case("video", "frame_convnet", STAGES | {"pooling": "attention"}, FRAMES, (80, 40)),
     "video_mean": Case("video", "frame_convnet", STAGES | {"pooling": "mean"}, FRAMES, (80, 40)),
