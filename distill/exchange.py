@@ -160,8 +160,7 @@ def check_exchange(config: ModelConfig, encoders: Mapping[str, Callable[..., Any
             )
     if getattr(config, "members", 1) > 1:
         raise UserError(
-            f"{place}: members of an ensemble share encoders, and each drops modalities of its own; set {where}.members "
-            "to 1"
+            f"{place}: members of an ensemble share encoders, and each drops other modalities; set {where}.members to 1"
         )
 
 

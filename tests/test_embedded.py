@@ -21,7 +21,7 @@ from distill.multimodal import evaluating
 from distill.pipeline import ENCODERS
 from distill.predict import open_session
 from distill.targets import unnamed
-from students.embedded import ImagePatches, SeriesPatches, TabularTokens, TextTokens
+from students.embedded import AudioPatches, ImagePatches, SeriesPatches, TabularTokens, TextTokens
 
 EMBEDDED = {
     "image": "image_patches",
@@ -83,6 +83,17 @@ def test_a_window_of_steps_is_a_token():
     before, after = (encoder({"series": s, "series_length": length}).tokens for s in (series, changed))
     assert before.shape == (1, 3, 6)
     assert differing(before, after) == [1]
+
+
+def test_a_sound_has_a_token_for_each_band_of_each_time_that_is_there():
+    encoder = AudioPatches(sample_rate=8000, num_samples=2000, dim=6, patch=8, bands=10)
+    audio = torch.randint(-9000, 9000, (2, 2000), dtype=torch.int16)
+    found = encoder({"audio": audio, "audio_length": torch.tensor([2000, 700])})
+    assert found.tokens.shape == (2, 16, 6)  # 25 frames in four times, four bands
+    assert found.mask.sum(1).tolist() == [16, 8]  # the third time begins with the sample 1280
+    assert found.mask[1, :8].all() and not found.tokens[1, 8:].any()
+    audio[1, 700:] = 5
+    assert torch.equal(found.tokens, encoder({"audio": audio, "audio_length": torch.tensor([2000, 700])}).tokens)
 
 
 def test_a_column_is_a_token_and_an_unknown_code_is_one_of_its_own():
