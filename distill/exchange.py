@@ -102,18 +102,19 @@ class MMTM(Exchange):
             raise ValueError(f"ratio is {ratio}, expected at least 1")
         self.at, self.modalities = tuple(at), tuple(stages)
         depths = [{name: widths[stage - 1] for name, widths in stages.items()} for stage in at]
-        self.joints = nn.ModuleList(_joint(sum(widths.values()), ratio) for widths in depths)
+        joined = [sum(widths.values()) for widths in depths]
+        inner = [max(1, width // ratio) for width in joined]
+        self.joints = nn.ModuleList(
+            nn.Sequential(nn.Linear(*sizes), nn.ReLU()) for sizes in zip(joined, inner, strict=True)
+        )
         self.gates = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(joint[0].out_features, width) for name, width in widths.items()})
-            for widths, joint in zip(depths, self.joints, strict=True)
+            nn.ModuleDict({name: _silent(width, wide) for name, wide in widths.items()})
+            for width, widths in zip(inner, depths, strict=True)
         )
         self.missing = nn.ModuleList(
             nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name, width in widths.items()})
             for widths in depths
         )
-        for linear in (linear for by_name in self.gates for linear in by_name.values()):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
 
     def forward(self, number: int, told: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As :meth:`Exchange.forward`."""
@@ -127,8 +128,12 @@ class MMTM(Exchange):
         return {name: 2 * gates[name](joint).sigmoid() for name in told}
 
 
-def _joint(width: int, ratio: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, max(1, width // ratio)), nn.ReLU())
+def _silent(in_dim: int, out_dim: int) -> nn.Linear:
+    """A linear layer that gives zeros at first."""
+    linear = nn.Linear(in_dim, out_dim)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 EXCHANGES: dict[str, type[Exchange]] = {"mmtm": MMTM}
