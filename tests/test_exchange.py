@@ -15,6 +15,7 @@ from test_encoders import DATA, PARAMS, largest
 from torch import Tensor, nn
 
 from distill.build import build_model, check_model, example_batch, input_spec, told_by_data
+from distill.check import check_recipe
 from distill.config import ModelConfig, TeacherConfig
 from distill.contracts import Batch, UserError
 from distill.encoders import Encoded, encode_exchanging
@@ -24,8 +25,10 @@ from distill.export.onnx import export_onnx
 from distill.multimodal import evaluating
 from distill.pipeline import ENCODERS
 from distill.predict import open_session
+from distill.recipe import load_recipe
 from distill.tapped import Tapped
 from distill.targets import unnamed
+from students import INHERITANCES
 
 STAGED = [kind for kind in PARAMS if has_stages(ENCODERS[kind])]
 THREE = {"image": "convnet", "text": "small_transformer", "audio": "audio_convnet"}
@@ -238,3 +241,10 @@ def test_members_of_an_ensemble_do_not_exchange(wordpiece_file):
     config = TeacherConfig.model_validate(found)
     with pytest.raises(UserError, match=r"teacher.exchange: members .* set teacher.members to 1"):
         check_model(config, ENCODERS, "teacher", ["kind"], {"text": {"tokenizer_file": wordpiece_file}})
+
+
+@pytest.mark.parametrize("where", ["teacher.train", "prune.train"])
+def test_encoders_that_exchange_are_not_split_over_ranks(where):
+    recipe = load_recipe("middle_fusion", [f"{where}.shard=true"])
+    with pytest.raises(UserError, match=rf"{where}.shard splits encoders as wholes, and an exchange runs their stages"):
+        check_recipe(recipe, ENCODERS, INHERITANCES)
