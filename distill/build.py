@@ -18,6 +18,7 @@ from distill.data.loader import InputSpec
 from distill.data_config import DataConfig, Part
 from distill.decision import FUSED
 from distill.dual import DualEncoder
+from distill.exchange import build_exchange, check_exchange
 from distill.formats import TABULAR, TEXT, formats_of
 from distill.fusion import FUSIONS
 from distill.multimodal import Encoder, MultimodalModel, Reader
@@ -65,6 +66,7 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
     if config.fusion is None:
         _check_unfused(config, where)
         return
+    check_exchange(config, registry, where)
     check_part(FUSIONS, config.fusion, f"{where}.fusion", ("modalities",))
     plain = FUSIONS[config.fusion.type].plain
     if plain and len(config.encoders) > 1:
@@ -98,6 +100,7 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
 def _check_unfused(config: ModelConfig, where: str) -> None:
     """Encoders of one embedding space have nothing behind them that answers tasks."""
     for name in (
+        "exchange",
         "heads",
         "decision",
         "head_weights",
@@ -142,9 +145,9 @@ def build_model(
     widths = {name: encoder.out_dim for name, encoder in encoders.items()}
     members = config.members if isinstance(config, TeacherConfig) else 1
     build = partial(_build_reader, config=config, tasks=tasks, widths=widths, where=where)
-    model = build(
-        partial(MultimodalModel, encoders, others=[build(partial(Reader, widths)) for _ in range(members - 1)])
-    )
+    others = [build(partial(Reader, widths)) for _ in range(members - 1)]
+    exchange = build_exchange(config, encoders, where)
+    model = build(partial(MultimodalModel, encoders, others=others, exchange=exchange))
     for name, encoder in encoders.items():
         if getattr(encoder, "own_classifier", None) is not None:
             _take_classifier(encoder, model, f"{where}.encoders.{name}.classifier")

@@ -227,6 +227,11 @@ def _check_budgets(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
         check_class_balance(recipe, train, where)
         check_optimizer(train, where)
         check_sharding(train, where)
+        model = recipe.teacher if where.startswith("teacher") else recipe.student
+        if train.shard and model.exchange and "pretrain" not in where:
+            raise UserError(
+                f"{where}.shard splits encoders as wholes, and an exchange runs their stages; set it to false"
+            )
         _check_resizing(recipe, train, where)
 
 

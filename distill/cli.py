@@ -221,12 +221,13 @@ def predict(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, e.g. runs/a runs/b.")],
+    markdown: Annotated[Path | None, typer.Option(help="Also write all of it to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare finished runs: accuracies, differences with intervals, and settings that differ."""
     from rich.console import Console
 
-    from distill.report import compare_runs, comparison_table
+    from distill.report import compare_runs, comparison_table, render_comparison
     from distill.runs import read_json
 
     files = [folder / "report" / "report.json" for folder in runs]
@@ -239,6 +240,8 @@ def compare(
         raise UserError(f"a report is damaged: {error}; make it again with --force report") from error
     names = [folder.name for folder in runs]
     result = compare_runs(reports, names if len(set(names)) == len(names) else [str(folder) for folder in runs])
+    if markdown is not None:
+        markdown.write_text(render_comparison(result), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(result))
     else:

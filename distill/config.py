@@ -168,6 +168,7 @@ class ModelConfig(Strict):
     """Encoders, one a modality, their fusion, and one head a task; without fusion, encoders of one embedding space."""
 
     encoders: dict[str, Part] = Field(min_length=1)
+    exchange: Part | None = None  # what encoders that have stages tell each other between these
     fusion: Part | None = Part(type="concat")
     heads: dict[str, Part] = {}  # task -> head; every task of the data gets a linear one if empty
     embedding_dim: int = Field(128, ge=1)  # width of the shared image / text / fused embedding space

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,56 +18,29 @@ from torch import Tensor, nn
 from distill.contracts import Batch, Outputs
 from distill.decision import Decision
 from distill.dropout import Dropout
+from distill.encoders import Encoded, Encoder, encode_exchanging, encode_present, spread
+from distill.exchange import Exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+__all__ = [
+    "MEMBER",
+    "Encoded",
+    "Encoder",
+    "MultimodalModel",
+    "Neck",
+    "OneModality",
+    "PlainNeck",
+    "Reader",
+    "by_member",
+    "encode_present",
+    "evaluating",
+    "spread",
+]
+
 MEMBER = "@"  # "TASK@1" is what the ensemble's second member answers in training, when no teacher answers "TASK@NAME"
-
-
-class Encoded(NamedTuple):
-    """What an encoder gives.
-
-    Attributes:
-        tokens: [B, T, D].
-        mask: bool [B, T], True where there is a token.
-        pooled: [B, D].
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    pooled: Tensor
-
-
-class Encoder(nn.Module):
-    """Base of all encoders: reads its own entries of ``Batch.inputs``.
-
-    Attributes:
-        out_dim: D, the width of tokens and pooled vector.
-        frozen: whether its parameters are fixed; outputs may then be computed once and kept.
-        projected: whether its pooled vector lies in an embedding space that it shares with another encoder.
-        unprunable: why it has no channels that pruning could remove; empty where it has some.
-        keep_float: its modules that int8 would spoil, such as a spectrogram.
-        own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
-    """
-
-    reads: str  # its modality
-    out_dim: int
-    frozen: bool = False
-    projected: bool = False
-    unprunable: str = ""
-    keep_float: tuple[str, ...] = ()
-    own_scale: Mapping[str, float] = {}
-
-    def forward(self, inputs: dict[str, Tensor]) -> Encoded:
-        """Encode a batch."""
-        raise NotImplementedError
-
-    def thaw(self) -> None:
-        """Let all parameters learn, those of a frozen tower too."""
-        self.frozen = False
-        self.requires_grad_(True)
 
 
 class Neck(nn.Module):
@@ -149,14 +122,13 @@ class Reader(nn.Module):
 
         Args:
             encoded: of each modality.
-            present: modality -> bool [B].
+            present: modality -> bool [B]; in training, of :meth:`dropped`.
             targets: task -> int64 [B, L], of heads that write, if they are not to write by themselves.
 
         Returns:
             logits ``task``, ``task.fused`` and ``task.modality``, each [B, C], of heads that write ``task`` [B, L, V]
             or what they wrote, int64 [B, L]; embeddings of each modality and "fused", each [B, E].
         """
-        present = self._dropped(present)
         pooled = {name: self.necks[name](item.pooled) for name, item in encoded.items()}
         tokens = {name: neck(encoded[name].tokens) for name, neck in self.token_necks.items()}
         masks = {name: item.mask for name, item in encoded.items()}
@@ -184,7 +156,7 @@ class Reader(nn.Module):
         decided = self.decision(task, fused, alone, present)
         return {f"{task}.fused": fused, **{f"{task}.{m}": logits for m, logits in alone.items()}, task: decided}
 
-    def _dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
+    def dropped(self, present: dict[str, Tensor]) -> dict[str, Tensor]:
         """In training, let some rows that have every modality lose one at random."""
         if not self.training or not self.modality_dropout or len(present) < 2:
             return present
@@ -204,15 +176,22 @@ class MultimodalModel(Reader):
     Args:
         encoders: modality -> encoder.
         others: further members, beside the one that the other arguments describe.
+        exchange: what the encoders tell each other between their stages; for a model of one member.
         arguments: of :class:`Reader`.
     """
 
     def __init__(
-        self, encoders: dict[str, Encoder], *arguments: Any, others: Sequence[Reader] = (), **options: Any
+        self,
+        encoders: dict[str, Encoder],
+        *arguments: Any,
+        others: Sequence[Reader] = (),
+        exchange: Exchange | None = None,
+        **options: Any,
     ) -> None:
         super().__init__({name: encoder.out_dim for name, encoder in encoders.items()}, *arguments, **options)
         self.encoders = nn.ModuleDict(encoders)
         self.others = nn.ModuleList(others)
+        self.exchange = exchange
 
     @property
     def members(self) -> list[Reader]:
@@ -229,9 +208,13 @@ class MultimodalModel(Reader):
             As :meth:`Reader.read`. Embeddings of an ensemble are its members', side by side: [B, members * E]. In
             training it gives each member's answers, under names that :func:`by_member` takes apart.
         """
-        encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
         present = {name: batch.present[name] for name in self.encoders}
-        answers = [member.read(encoded, present, batch.targets) for member in self.members]
+        if self.exchange is not None:
+            present = self.dropped(present)
+            encoders: Any = dict(self.encoders)
+            return self.read(encode_exchanging(encoders, self.exchange, batch, present), present, batch.targets)
+        encoded = {name: encode_present(encoder, name, batch) for name, encoder in self.encoders.items()}
+        answers = [member.read(encoded, member.dropped(present), batch.targets) for member in self.members]
         if len(answers) == 1:
             return answers[0]
         if self.training:
@@ -290,45 +273,6 @@ class OneModality(nn.Module):
         pooled = self.neck(encode_present(self.encoders[self.modality], self.modality, batch).pooled)
         logits = {task: head(pooled) for task, head in self.heads.items()}
         return Outputs({**logits, **{f"{task}.{self.modality}": value for task, value in logits.items()}}, {}, {})
-
-
-def encode_present(encoder: Any, name: str, batch: Batch) -> Encoded:
-    """Encode the rows that have a modality; the others get zeros, take no time and enter no batch statistics.
-
-    An exported graph has no such choice: it encodes blank inputs, and the masks of ``present`` keep them out of logits.
-
-    Args:
-        encoder: the modality's encoder.
-        name: the modality.
-        batch: may lack the modality's inputs where no row has it.
-    """
-    present, inputs = batch.present[name], batch.inputs_of(name)
-    if not inputs:
-        nothing = torch.zeros(len(present), 1, encoder.out_dim, device=present.device)
-        return Encoded(nothing, torch.zeros_like(present)[:, None], nothing[:, 0])
-    if torch.compiler.is_exporting():
-        return encoder(inputs)
-    given = present[: len(next(iter(inputs.values())))]
-    if len(given) and bool(given.all()):
-        return Encoded(*(_lengthened(part, len(present)) for part in encoder(inputs)))
-    if bool(given.any()):
-        return Encoded(*(spread(part, present) for part in encoder({k: v[given] for k, v in inputs.items()})))
-    rows, training = len(given), encoder.training  # nobody has it: shapes for taps, and no batch statistics
-    blank = inputs if rows else {k: v.new_ones((1, *v.shape[1:])) for k, v in inputs.items()}  # transformers want one
-    encoded = encoder.eval()(blank)
-    encoder.train(training)
-    return Encoded(*(spread(part[:rows][given], present) for part in encoded))
-
-
-def spread(values: Tensor, rows: Tensor) -> Tensor:
-    """Put values [M, ...] at the M rows that are True in bool [B], zeros elsewhere: [B, ...]."""
-    return values.new_zeros((len(rows), *values.shape[1:])).index_put((rows,), values)
-
-
-def _lengthened(values: Tensor, rows: int) -> Tensor:
-    """Values with zeros behind them, up to a number of rows."""
-    missing = rows - len(values)
-    return torch.cat([values, values.new_zeros((missing, *values.shape[1:]))]) if missing else values
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from students.audio import AudioConvNet
+from students.embedded import AudioPatches, ImagePatches, SeriesPatches, TabularTokens, TextTokens
 from students.inherit import encoder_weights, token_embeddings, tower_weights, word_vectors
 from students.recurrent import RecurrentText
 from students.resnet import CifarResNet
@@ -17,17 +18,22 @@ from students.vision import ConvNet
 
 ENCODERS = {
     "audio_convnet": AudioConvNet,
+    "audio_patches": AudioPatches,
     "convnet": ConvNet,
     "frame_convnet": FrameConvNet,
+    "image_patches": ImagePatches,
     "recurrent_text": RecurrentText,
     "resnet_cifar": CifarResNet,
     "series_convnet": SeriesConvNet,
+    "series_patches": SeriesPatches,
     "series_recurrent": SeriesRecurrent,
     "series_transformer": SeriesTransformer,
     "small_transformer": SmallTransformer,
     "static_embeddings": StaticEmbeddings,
     "tabular_mlp": TabularMLP,
+    "tabular_tokens": TabularTokens,
     "text_cnn": TextCNN,
+    "text_tokens": TextTokens,
 }
 
 INHERITANCES: dict[str, Callable[..., Any]] = {
@@ -41,17 +47,22 @@ __all__ = [
     "ENCODERS",
     "INHERITANCES",
     "AudioConvNet",
+    "AudioPatches",
     "CifarResNet",
     "ConvNet",
     "FrameConvNet",
+    "ImagePatches",
     "RecurrentText",
     "SeriesConvNet",
+    "SeriesPatches",
     "SeriesRecurrent",
     "SeriesTransformer",
     "SmallTransformer",
     "StaticEmbeddings",
     "TabularMLP",
+    "TabularTokens",
     "TextCNN",
+    "TextTokens",
     "encoder_weights",
     "token_embeddings",
     "tower_weights",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from distill.dropout import Dropout
+from distill.exchange import HIDDEN, HIDDEN_MASK, Hidden
 from distill.fusion.base import masked_mean
 from distill.multimodal import Encoded, Encoder
 from students.masked import masked_stages, run_stages
@@ -72,11 +73,22 @@ class AudioConvNet(Encoder):
         check_halvings("the number of frames", self.spectrogram.num_frames(num_samples), len(widths))
         self.stages = masked_stages(1, widths, blocks, (3, 3))
         self.dropout = Dropout(dropout)
-        self.out_dim = widths[-1]
+        self.out_dim, self.stage_widths = widths[-1], tuple(widths)
+
+    def begin(self, inputs: dict[str, Tensor]) -> Hidden:
+        """As :meth:`Encoder.begin`: the spectrogram."""
+        levels, mask = self.spectrogram(inputs["audio"], inputs["audio_length"])
+        return Hidden(levels[:, None], mask)
+
+    def advance(self, stage: int, hidden: Hidden) -> Hidden:
+        """As :meth:`Encoder.advance`."""
+        return Hidden(*run_stages(self.stages[stage : stage + 1], *hidden))
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode ``audio`` int16 [B, S] and ``audio_length`` int64 [B]; tokens [B, T, D], T = S / (hop · 2^stages)."""
-        levels, mask = self.spectrogram(inputs["audio"], inputs["audio_length"])
-        features, mask = run_stages(self.stages, levels[:, None], mask)
+        if HIDDEN in inputs:
+            features, mask = inputs[HIDDEN], inputs[HIDDEN_MASK]
+        else:
+            features, mask = run_stages(self.stages, *self.begin(inputs))
         tokens = features.mean(dim=2).transpose(1, 2)
         return Encoded(tokens, mask, self.dropout(masked_mean(tokens, mask)))

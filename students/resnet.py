@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from distill.exchange import HIDDEN, Hidden
 from distill.multimodal import Encoded, Encoder
 from students.vision import conv_bn
 
@@ -80,11 +81,19 @@ class CifarResNet(Encoder):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.out_dim = widths[-1]
+        self.out_dim, self.stage_widths = widths[-1], tuple(widths[1:])
+
+    def begin(self, inputs: dict[str, Tensor]) -> Hidden:
+        """As :meth:`Encoder.begin`, the stem included."""
+        return Hidden.of_map(self.stem((inputs["image"].float() - self.mean) / self.std))
+
+    def advance(self, stage: int, hidden: Hidden) -> Hidden:
+        """As :meth:`Encoder.advance`."""
+        return Hidden.of_map(self.stages[stage](hidden.values))
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode ``image`` uint8 [B, 3, H, W]; tokens [B, H·W / 16, D], pooled their mean."""
-        features = self.stages(self.stem((inputs["image"].float() - self.mean) / self.std))
+        features = inputs[HIDDEN] if HIDDEN in inputs else self.stages(self.begin(inputs).values)
         tokens = features.flatten(2).transpose(1, 2)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Encoded(tokens, mask, features.mean(dim=(2, 3)))

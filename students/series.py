@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.dropout import Dropout
+from distill.exchange import HIDDEN, HIDDEN_MASK, Hidden
 from distill.fusion.base import masked_mean
 from distill.multimodal import Encoded, Encoder
 from students.masked import masked_stages, run_stages, within
@@ -60,12 +61,23 @@ class SeriesConvNet(Encoder):
             raise ValueError(f"kernel is {kernel}, expected an odd number of steps")
         self.stages = masked_stages(channels, widths, blocks, (1, kernel))
         self.dropout = Dropout(dropout)
-        self.out_dim = widths[-1]
+        self.out_dim, self.stage_widths = widths[-1], tuple(widths)
+
+    def begin(self, inputs: dict[str, Tensor]) -> Hidden:
+        """As :meth:`Encoder.begin`."""
+        series, mask = cut_series(inputs)
+        return Hidden(series.transpose(1, 2)[:, :, None], mask)
+
+    def advance(self, stage: int, hidden: Hidden) -> Hidden:
+        """As :meth:`Encoder.advance`."""
+        return Hidden(*run_stages(self.stages[stage : stage + 1], *hidden))
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode a batch; tokens [B, T / 2^stages, D]."""
-        series, mask = _cut(inputs)
-        features, mask = run_stages(self.stages, series.transpose(1, 2)[:, :, None], mask)
+        if HIDDEN in inputs:
+            features, mask = inputs[HIDDEN], inputs[HIDDEN_MASK]
+        else:
+            features, mask = run_stages(self.stages, *self.begin(inputs))
         tokens = features[:, :, 0].transpose(1, 2)
         return Encoded(tokens, mask, self.dropout(masked_mean(tokens, mask)))
 
@@ -111,7 +123,7 @@ class SeriesRecurrent(Encoder):
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode a batch; tokens [B, T, D]."""
-        series, mask = _cut(inputs)
+        series, mask = cut_series(inputs)
         states, _ = self.recurrent(series)
         tokens = torch.where(mask[..., None], states, 0.0)
         if self.pooling == "mean":
@@ -164,7 +176,7 @@ class SeriesTransformer(Encoder):
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode a batch; tokens [B, T / patch, D]."""
-        series, mask = _cut(inputs)
+        series, mask = cut_series(inputs)
         mask = mask[:, :: self.patch]
         series = F.pad(series, (0, 0, 0, mask.shape[1] * self.patch - series.shape[1]))
         tokens = self.embed(series.unflatten(1, (mask.shape[1], self.patch)).flatten(2))
@@ -175,7 +187,7 @@ class SeriesTransformer(Encoder):
         return Encoded(tokens, mask, self.dropout(masked_mean(tokens, mask)))
 
 
-def _cut(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def cut_series(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The series [B, T, C] with zeros behind each row's end, and the mask bool [B, T] of what lies before it."""
     series = inputs["series"]
     mask = within(inputs["series_length"], series.shape[1])

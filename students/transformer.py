@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.dropout import Dropout
+from distill.exchange import HIDDEN, HIDDEN_MASK, Hidden
 from distill.fusion.attention import CrossAttention
 from distill.fusion.base import masked_mean
 from distill.multimodal import Encoded
@@ -73,6 +74,17 @@ class SmallTransformer(TextEncoder):
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, inner, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
+        self.stage_widths = (dim,) * depth
+
+    def begin(self, inputs: dict[str, Tensor]) -> Hidden:
+        """As :meth:`Encoder.begin`; a stage is a block."""
+        mask = inputs["text_mask"]
+        places = torch.arange(mask.shape[1], device=mask.device)
+        return Hidden(self.dropout(self.table(inputs["text"]) + self.positions(places)), mask)
+
+    def advance(self, stage: int, hidden: Hidden) -> Hidden:
+        """As :meth:`Encoder.advance`."""
+        return hidden._replace(values=self.blocks[stage](*hidden))
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Read ``text`` int64 [B, L] under ``text_mask`` bool [B, L], L at most ``max_length``.
@@ -80,10 +92,11 @@ class SmallTransformer(TextEncoder):
         Returns:
             tokens [B, L, D], the mask, pooled [B, D].
         """
-        mask = inputs["text_mask"]
-        places = torch.arange(mask.shape[1], device=mask.device)
-        x = self.dropout(self.table(inputs["text"]) + self.positions(places))
-        for block in self.blocks:
-            x = block(x, mask)
+        if HIDDEN in inputs:
+            x, mask = inputs[HIDDEN], inputs[HIDDEN_MASK]
+        else:
+            x, mask = self.begin(inputs)
+            for block in self.blocks:
+                x = block(x, mask)
         states = cleared(self.norm(x), mask)
         return Encoded(states, mask, self.dropout(masked_mean(states, mask)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.dropout import Dropout
+from distill.exchange import HIDDEN, Hidden
 from distill.multimodal import Encoded, Encoder
 from students.sizes import check_stages
 
@@ -71,11 +72,19 @@ class ConvNet(Encoder):
         super().__init__()
         self.stages = convnet_stages(widths, blocks)
         self.dropout = Dropout(dropout)
-        self.out_dim = widths[-1]
+        self.out_dim, self.stage_widths = widths[-1], tuple(widths)
+
+    def begin(self, inputs: dict[str, Tensor]) -> Hidden:
+        """As :meth:`Encoder.begin`."""
+        return Hidden.of_map(centred(inputs["image"]))
+
+    def advance(self, stage: int, hidden: Hidden) -> Hidden:
+        """As :meth:`Encoder.advance`."""
+        return Hidden.of_map(self.stages[stage](hidden.values))
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode ``image`` uint8 [B, 3, H, W]; tokens [B, T, D] with T = H·W / 4^stages, pooled their mean."""
-        features = self.stages(centred(inputs["image"]))
+        features = inputs[HIDDEN] if HIDDEN in inputs else self.stages(centred(inputs["image"]))
         tokens = features.flatten(2).transpose(1, 2)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return Encoded(tokens, mask, self.dropout(features.mean(dim=(2, 3))))

@@ -53,6 +53,8 @@ LEVELS = {
         "distill.fusion",
         "distill.tasks",
         "distill.decision",
+        "distill.exchange",
+        "distill.encoders",
         "distill.multimodal",
         "distill.tapped",
         "distill.dual",

@@ -36,8 +36,10 @@ STAGES = {"widths": [8, 16], "blocks": [1, 1]}
 WORDS = {"vocab_size": 80, "dim": 16, "max_length": 12}
 PARAMS: dict[str, dict[str, Any]] = {
     "audio_convnet": STAGES,
+    "audio_patches": {"dim": 16},
     "convnet": STAGES,
     "frame_convnet": STAGES,
+    "image_patches": {"dim": 16},
     "open_clip_image": {"weights": "path:open_clip"},
     "open_clip_text": {"weights": "path:open_clip"},
     "pretrained_audio": {"weights": "path:audio"},
@@ -46,12 +48,15 @@ PARAMS: dict[str, dict[str, Any]] = {
     "recurrent_text": WORDS | {"hidden": 8},
     "resnet_cifar": {"depth": 8, "widths": [4, 8, 8, 16]},
     "series_convnet": STAGES,
+    "series_patches": {"dim": 16},
     "series_recurrent": {"dim": 16},
     "series_transformer": {"dim": 16, "heads": 2},
     "small_transformer": WORDS | {"heads": 2},
     "static_embeddings": WORDS,
     "tabular_mlp": {"dim": 16},
+    "tabular_tokens": {"dim": 16},
     "text_cnn": WORDS | {"channels": 16},
+    "text_tokens": WORDS,
     "timm": {"name": "test_resnet"},
     "torchvision": {"name": "resnet18", "weights": None, "size": 64},
 }

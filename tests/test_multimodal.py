@@ -90,19 +90,19 @@ def test_modality_dropout_acts_in_training_only(wordpiece_file):
     batch = make_batch(rows=400)
     model = make_model(wordpiece_file, modality_dropout=0.5)
     torch.manual_seed(0)
-    dropped = torch.stack(list(model._dropped(batch.present).values()), dim=1)
+    dropped = torch.stack(list(model.dropped(batch.present).values()), dim=1)
     assert dropped.any(dim=1).all()  # never both
     lost = (~dropped).float().mean(dim=0)
     assert 0.17 < lost[0] < 0.33 and 0.17 < lost[1] < 0.33
     model.eval()
-    assert all(mask.all() for mask in model._dropped(batch.present).values())
+    assert all(mask.all() for mask in model.dropped(batch.present).values())
     assert torch.equal(model(batch).logits["kind"], model(batch).logits["kind"])
 
 
 def test_modality_dropout_leaves_rows_that_have_one_modality_alone(wordpiece_file):
     batch = absent(make_batch(rows=100), "image", slice(0, 50))
     model = make_model(wordpiece_file, modality_dropout=0.9)
-    dropped = model._dropped(batch.present)
+    dropped = model.dropped(batch.present)
     assert dropped["text"][:50].all() and not dropped["image"][:50].any()
     assert (~dropped["text"][50:]).any()
     assert batch.present["text"].all()  # the batch itself, which losses read, is unchanged

@@ -162,7 +162,8 @@ def test_compare(project, tmp_path):
     shutil.copytree("runs/tiny/report", other / "report")
     answer = distill("compare", "runs/tiny", other, "--json")
     assert answer.code == 0 and json.loads(answer.out)
-    assert "onnx-int8" in distill("compare", "runs/tiny", other).out
+    assert "onnx-int8" in distill("compare", "runs/tiny", other, "--markdown", "table.md").out
+    assert Path("table.md").read_text().startswith("# Comparison of runs\n")
     assert "no report in nowhere/report" in refusal(distill("compare", "runs/tiny", "nowhere"))
     (other / "report/report.json").write_text("{")
     assert "a report is damaged" in refusal(distill("compare", "runs/tiny", other))

@@ -112,6 +112,9 @@ RECIPES = {
     "medical_findings": ("findings", ["data.working_size=32", "data.random_split={valid: 0.2, test: 0.2}"]),
     "caption": ("spoken", []),
     "speech_to_text": ("spoken", []),
+    "early_fusion": ("emoji", []),
+    "middle_fusion": ("emoji", []),
+    "late_fusion": ("emoji", []),
 }
 """Recipe -> the table that stands for its own, and what else is changed."""
 

@@ -37,6 +37,11 @@ class ImageFormat(Format):
         """As :attr:`Format.arrays`."""
         return {"image": ("uint8", (3, self.size, self.size))}
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """As :attr:`Format.parameters`."""
+        return {"image_size": self.size}
+
     def doubt(self, arrays: Arrays) -> str:
         """As :meth:`Format.doubt`: all pixels are alike."""
         return "of one colour" if one_colour(arrays["image"]) else ""
