@@ -90,7 +90,8 @@ def explain_run(
     if not labels:
         raise UserError(f"answers of classes are explained, and the data's tasks are others ({', '.join(tasks)})")
     if task and task not in labels:
-        raise UserError(f"--task: the data has no task {task!r} of classes; {nearest(task, labels)}")
+        why = f"is a {tasks[task].kind}, and answers of classes are explained" if task in tasks else "is unknown"
+        raise UserError(f"--task: task {task!r} {why}; {nearest(task, labels)}")
     task = task or next(iter(labels))
     if len(labels[task]) < 2:
         raise UserError(f"task {task!r} has one class, which every answer is; choose another --task")

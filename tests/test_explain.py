@@ -463,7 +463,7 @@ def test_by_default_those_of_teacher_and_student_that_are_there():
         (("--models", "studnt"), "no model 'studnt'; did you mean 'student'"),
         (("--rows", "1000"), "1000 is the id of no test row; they begin with"),
         (("--rows", "1,x"), "'x' is no row id"),
-        (("--task", "colr"), "the data has no task 'colr'; did you mean 'colour'"),
+        (("--task", "colr"), "task 'colr' is unknown; did you mean 'colour'"),
         (("seed=5",), "the teacher is not there yet, or was made with other settings"),
     ],
 )

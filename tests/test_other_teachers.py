@@ -308,7 +308,7 @@ def test_what_stands_in_rows_without_an_image_changes_no_term(project):
 
 def test_a_stage_counts_no_rows_that_its_model_cannot_read(project, tmp_path, monkeypatch):
     jobs = []
-    monkeypatch.setattr(stages, "_fit_model", lambda work, job, *names: jobs.append(job) or {})
+    monkeypatch.setattr(stages, "fit_model", lambda work, job, *names: jobs.append(job) or {})
     stages.train_baseline(workspace(READER), tmp_path)
     batches = [batches[STUDENT] for batches in jobs[0].loader.epoch(0)]
     there = sum(int((batch.present["image"] & (batch.targets["shape"] >= 0)).sum()) for batch in batches)
