@@ -71,6 +71,5 @@ def with_others(batch: Batch) -> Batch:
 
 def _has_target(targets: Tensor) -> Tensor:
     """Whether a row has a label, or one of several, a number or a token: bool [B]."""
-    if not targets.is_floating_point():
-        return (targets != IGNORE).reshape(len(targets), -1).any(dim=-1)
-    return ~targets.isnan().reshape(len(targets), -1).all(dim=-1)
+    known = ~targets.isnan() if targets.is_floating_point() else targets != IGNORE
+    return known if known.ndim == 1 else known.flatten(1).any(dim=1)  # of no rows too
