@@ -10,7 +10,7 @@ arXiv 2203.15332.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf, tanh
 from statistics import fmean
 
@@ -152,7 +152,11 @@ def noise_generator(seed: int, step: int, device: torch.device) -> torch.Generat
 
 
 def check_balance(
-    train: TrainConfig, model: ModelConfig, objectives: Mapping[str, Sequence[TermConfig]], where: str
+    train: TrainConfig,
+    model: ModelConfig,
+    objectives: Mapping[str, Sequence[TermConfig]],
+    where: str,
+    classes: Collection[str],
 ) -> None:
     """Check that a model's modalities can be told apart by what their heads say.
 
@@ -161,6 +165,7 @@ def check_balance(
         model: what it trains.
         objectives: dotted path -> terms, of each training that has this budget.
         where: dotted path of the budget.
+        classes: tasks that have classes.
 
     Raises:
         UserError: they cannot, or the weights are split over the ranks.
@@ -178,12 +183,12 @@ def check_balance(
     if train.shard:
         raise UserError(f"{place}: its noise needs whole gradients, which {where}.shard splits; leave one of them out")
     for objective, terms in objectives.items():
-        if not scored_tasks(terms, list(model.encoders)):
+        if not set(classes).intersection(scored_tasks(terms, list(model.encoders))):
             on = {str(term.task).partition(".")[2] for term in terms}
             missing = next((name for name in model.encoders if name not in on), min(model.encoders))
             raise UserError(
-                f"{place}: {objective} has no task with a term on the head of each modality, and what a head says that "
-                f"learns nothing means nothing; add a term on TASK.{missing}"
+                f"{place}: {objective} has no task of classes with a term on each modality's head, and what a head "
+                f"says that learns nothing means nothing; add a term on TASK.{missing}"
             )
 
 
@@ -200,10 +205,11 @@ def check_balances(recipe: Recipe) -> None:
                 "teacher.train"
             )
     teacher, student = recipe.teacher, recipe.student
+    classes = [task for task, target in recipe.data.targets.items() if target.kind == CLASSIFICATION]
     distilled = {"student.objective": student.objective}
-    check_balance(teacher.train, teacher, {"teacher.objective": teacher.objective}, "teacher.train")
-    check_balance(student.train, student, {"student.baseline": student.baseline, **distilled}, "student.train")
-    check_balance(recipe.prune.train, student, distilled, "prune.train")
+    check_balance(teacher.train, teacher, {"teacher.objective": teacher.objective}, "teacher.train", classes)
+    check_balance(student.train, student, {"student.baseline": student.baseline, **distilled}, "student.train", classes)
+    check_balance(recipe.prune.train, student, distilled, "prune.train", classes)
 
 
 def _parameters(model: MultimodalModel, name: str) -> list[nn.Parameter]:

@@ -275,7 +275,7 @@ def _check_terms(
         raise UserError(f"{where}: a term reads a teacher, and this stage has none; use losses on labels here")
     for number, term in enumerate(terms):
         place, ours = f"{where}[{number}]", list(recipe.data.targets)
-        _check_names(term, model, ours, f"{place}: no")
+        _check_names(term, model, ours, f"{place}: no", recipe)
         _check_kind(term, recipe, place)
         if "group" in term.positives and recipe.data.group is None:
             raise UserError(f"{place}.positives: the data names no group column; set data.group, or leave 'group' out")
@@ -290,7 +290,7 @@ def _check_terms(
         _check_own(term, recipe.teacher, place)
         for name in term.teachers:
             if name is None:
-                _check_names(term, recipe.teacher, ours, f"{place}: no")
+                _check_names(term, recipe.teacher, ours, f"{place}: no", recipe)
                 _check_width(term, recipe.student, recipe.teacher, place)
             elif name == EMA:
                 _check_average(term, recipe, place)
@@ -299,7 +299,7 @@ def _check_terms(
                 raise UserError(f"{place}: no teacher {name!r} under 'teachers'; {hint}")
             else:
                 other, having = others[name], f"{place}: teacher {name!r} has no"
-                _check_names(term, other.config, [task for task in other.tasks if task in ours], having)
+                _check_names(term, other.config, [task for task in other.tasks if task in ours], having, recipe)
                 _check_width(term, recipe.student, other.config, place)
 
 
@@ -330,11 +330,12 @@ def _check_average(term: TermConfig, recipe: Recipe, place: str) -> None:
         raise UserError(f"{place}: teacher 'ema' is the student with other weights; give both sides the same taps")
 
 
-def _check_names(term: TermConfig, model: ModelConfig, tasks: Sequence[str], missing: str) -> None:
+def _check_names(term: TermConfig, model: ModelConfig, tasks: Sequence[str], missing: str, recipe: Recipe) -> None:
     """A term's task and embedding are among those of a model; ``missing`` begins what is said if not."""
     names = list(model.heads or tasks) if model.fusion else []
     if model.unimodal_heads:
-        names += [f"{task}.{name}" for task in names for name in (*model.encoders, "fused")]
+        writing = {task for task, target in recipe.data.targets.items() if target.kind == CAPTIONING}
+        names += [f"{task}.{name}" for task in names if task not in writing for name in (*model.encoders, "fused")]
     embeddings = [*model.encoders, *(["fused"] if model.fusion else [])]
     if term.task is not None and not names:
         raise UserError(f"{missing} task {term.task!r}, as there is no task or no fusion; use losses on embeddings")

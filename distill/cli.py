@@ -199,11 +199,11 @@ def predict(
     video: Annotated[list[Path] | None, typer.Option("--video", help="Video file; may be repeated.")] = None,
     series: Annotated[list[Path] | None, typer.Option("--series", help="File of numbers; may be repeated.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="CSV with columns named image, text, ...")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes listed a row.")] = 3,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes or labels listed a row.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify rows of files and texts with an exported bundle; needs no torch."""
-    from distill.predict import predict_rows
+    """Answer for rows of files and texts with an exported bundle; needs no torch."""
+    from distill.predict import in_words, predict_rows
 
     given = {"image": image, "text": text, "audio": audio, "video": video, "series": series}
     rows = predict_rows(bundle, {name: values for name, values in given.items() if values}, table, top_k=top_k)
@@ -214,8 +214,7 @@ def predict(
         if len(rows) > 1:
             typer.echo(" | ".join(str(v) for name, v in row.items() if name != "predictions" and v is not None))
         for task, answer in row["predictions"].items():
-            listed = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer["top"])
-            typer.echo(f"{'  ' if len(rows) > 1 else ''}{task}: {listed}")
+            typer.echo(f"{'  ' if len(rows) > 1 else ''}{task}: {in_words(answer)}")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from distill.config import ModelConfig, Recipe
 from distill.contracts import Artifact, UserError
 from distill.data.prepared import FORMATS_FILE, LABELS_FILE
 from distill.runs import MANIFEST, find, fingerprint, read_json, sha256_file
-from distill.targets import REGRESSION, Task, tasks_from_json, tasks_to_json
+from distill.targets import CAPTIONING, REGRESSION, Task, tasks_from_json, tasks_to_json
 from distill.workspace import BASELINE, PRUNED, STUDENT, TEACHER, WEIGHTS_FILE, Registry, Workspace
 
 Tasks = Mapping[str, Task]
@@ -69,13 +69,13 @@ class Fitted:
     def columns(self, ours: Tasks) -> dict[str, list[int]]:
         """Each task that is the same as in ``ours`` -> its output of each name there, in order.
 
-        Classes and labels may be in another order; numbers are standardised alike.
+        Classes and labels may be in another order; numbers are standardised alike, captions have the same vocabulary.
         """
         found = {}
         for name in self.tasks:
             theirs, own = self.answers[name], ours.get(name)
             alike = own and own.kind == theirs.kind and set(own.names) == set(theirs.names)
-            if own and alike and (own.kind != REGRESSION or own == theirs):
+            if own and alike and (own.kind not in (REGRESSION, CAPTIONING) or own == theirs):
                 found[name] = [theirs.names.index(each) for each in own.names]
         return found
 

@@ -17,6 +17,7 @@ from distill.metrics import Floats
 from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL, REGRESSION, known
 
 Weights = Floats | None
+ALIKE = 0.01  # deviations within which a number is the same
 
 NAMES = {CLASSIFICATION: "accuracy", MULTILABEL: "map", REGRESSION: "r2", CAPTIONING: "cider"}
 """Kind of task -> the measure by which its models are compared, as reports name it."""
@@ -74,13 +75,20 @@ def mean_average_precision(logits: Floats, targets: Floats, weights: Weights = N
 
 def r2(values: Floats, targets: Floats, weights: Weights = None) -> Floats:
     """Return the coefficient of determination, the mean over columns, [R]: 1 - Σ (y - f)² / Σ (y - mean y)²."""
-    rows, there = _weights(weights, targets), known_entries(targets)
-    filled = np.where(there, targets, 0.0).astype(np.float64)
+    return _mean(_r2(values, targets, _weights(weights, targets)))
+
+
+def _r2(values: Floats, targets: Floats, rows: Floats) -> Floats:
+    """Of each column, [R, K]; NaN where its targets are one number, within rounding."""
+    there = known_entries(targets)
+    wide = np.where(there, targets, 0.0).astype(np.float64)
+    centre = wide.sum(0) / np.maximum(1, there.sum(0))
+    filled = np.where(there, wide - centre, 0.0)  # else the sums of squares cancel
     total = rows @ there.astype(np.float64)
-    mean = _divide(rows @ filled, total)
-    spread = rows @ filled**2 - total * mean**2
-    error = rows @ np.where(there, (filled - values) ** 2, 0.0)
-    return _mean(1 - _divide(error, spread))
+    spread = rows @ filled**2 - total * np.nan_to_num(_divide(rows @ filled, total)) ** 2
+    error = rows @ np.where(there, (wide - values) ** 2, 0.0)
+    rounding = 1e-12 * total * (centre**2 + (filled**2).max(axis=0, initial=0.0))
+    return 1 - np.divide(error, spread, out=np.full(spread.shape, np.nan), where=spread > np.maximum(rounding, 1e-12))
 
 
 def mean_absolute_error(values: Floats, targets: Floats, weights: Weights = None) -> Floats:
@@ -117,7 +125,8 @@ def agreement(kind: str, outputs: Floats, reference: Floats, weights: Weights = 
     """Return how alike two models answer, [R]; 1 if all is the same.
 
     The share of rows on which they name the same class or write the same caption, the share of labels that both give
-    or both withhold, or R² of the numbers against the reference's.
+    or both withhold, or R² of the numbers against the reference's; of a column in which the reference says one number
+    everywhere, 1 if the other says it too and else 0.
     """
     rows = _weights(weights, reference)
     if kind == CLASSIFICATION:
@@ -126,7 +135,11 @@ def agreement(kind: str, outputs: Floats, reference: Floats, weights: Weights = 
         return _divide(rows @ (outputs == reference).all(1), rows.sum(1))
     if kind == MULTILABEL:
         return _divide(rows @ ((outputs > 0) == (reference > 0)).mean(1), rows.sum(1))
-    return np.ones(len(rows)) if np.array_equal(outputs, reference) else r2(outputs, reference, weights)
+    if not np.isfinite(outputs).all() or np.array_equal(outputs, reference):
+        return np.full(len(rows), float(np.isfinite(outputs).all()))
+    found = _r2(outputs, reference, rows)
+    near = np.abs(outputs.astype(np.float64) - reference).max(axis=0, initial=0.0) <= ALIKE
+    return np.where(np.isnan(found), near, found).mean(axis=1)
 
 
 def known_entries(targets: NDArray[Any]) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ from distill.formats import TABULAR, formats_of
 from distill.losses.terms import reads_text_tokens, tap_paths
 from distill.runs import fingerprint, read_json, sha256_file
 from distill.tapped import Tapped
-from distill.targets import tasks_to_json
+from distill.targets import CAPTIONING, tasks_to_json
 from distill.workspace import BASELINE, TEACHER, Registry, Workspace
 
 SHOWN = 5  # names that a message lists
@@ -93,6 +93,11 @@ def _check_classes(fitted: Fitted, task: str, tasks: Tasks, number: int) -> None
         raise UserError(
             f"student.objective[{number}]: task {task!r} is a {theirs.kind} of teacher {fitted.name!r} and a "
             f"{ours.kind} of this run's data; read its embeddings or taps instead"
+        )
+    if ours.kind == CAPTIONING:
+        raise UserError(
+            f"student.objective[{number}]: teacher {fitted.name!r} writes {task!r} in tokens of another vocabulary or "
+            "to another length; fit it on this run's data, or read its embeddings or taps instead"
         )
     if set(ours.names) == set(theirs.names):
         raise UserError(
@@ -286,4 +291,4 @@ class _Other:
         )
 
     def _in_our_order(self, task: str, logits: Tensor) -> Tensor:
-        return logits.index_select(1, self._columns[task].to(logits.device))
+        return logits.index_select(-1, self._columns[task].to(logits.device))

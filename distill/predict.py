@@ -304,6 +304,16 @@ def answer(task: Task, outputs: NDArray[np.float32], top_k: int) -> dict[str, An
     return {"labels": [entry["label"] for entry in ranked if entry["probability"] > 0.5], "top": ranked[:top_k]}
 
 
+def in_words(said: Mapping[str, Any]) -> str:
+    """Return what :func:`answer` gave as a line: a caption, numbers, or classes and labels with probabilities."""
+    if "text" in said:
+        return str(said["text"])
+    if "values" in said:
+        return ", ".join(f"{name} {value:.6g}" for name, value in said["values"].items())
+    listed = ", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in said["top"])
+    return f"{', '.join(said['labels']) or 'none'} ({listed})" if "labels" in said else listed
+
+
 def _read_tasks(path: Path) -> dict[str, Task]:
     try:
         return tasks_from_json(read_json(path))

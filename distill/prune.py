@@ -324,7 +324,8 @@ def _run(model: nn.Module, example: Batch) -> tuple[Outputs, int, dict[str, int]
 def _default_modules(model: nn.Module) -> list[str]:
     parts = {path: module for path, module in model.named_modules() if isinstance(module, Encoder)}
     able = [path.removeprefix("encoders.") for path, module in parts.items() if not module.unprunable]
-    return default_modules(able, fusion=hasattr(model, "fusion"))
+    found = default_modules(able, fusion=hasattr(model, "fusion"))
+    return [*found, "exchange"] if getattr(model, "exchange", None) is not None else found
 
 
 def _on_cpu(batch: Batch) -> Batch:

@@ -28,7 +28,7 @@ from distill.losses.terms import FEATURES, LOSSES, one_modality, tap_paths
 from distill.multimodal import evaluating
 from distill.runs import read_json
 from distill.tapped import Tapped, tapped_tensor
-from distill.targets import Task, tasks_from_json, unnamed
+from distill.targets import CAPTIONING, LAST, Task, tasks_from_json, unnamed
 from distill.towers import frozen_towers
 from distill.workspace import STUDENT, TEACHER, untrained
 
@@ -265,7 +265,9 @@ def _tasks(recipe: Recipe, config: ModelConfig, *, part: bool) -> tuple[dict[str
     note = f"heads are shown with {CLASSES} classes: no run has counted those of the data yet"
     targets = recipe.data.targets
     kinds = {name: (targets[name].kind, targets[name].max_length) for name in tasks if name in targets}
-    return {name: unnamed(CLASSES, *kinds.get(name, ())) for name in tasks}, [note]
+    found = {name: unnamed(CLASSES, *kinds.get(name, ())) for name in tasks}
+    written = {name: unnamed(LAST + CLASSES, task.kind, task.length) for name, task in found.items() if task.length}
+    return found | {name: task for name, task in written.items() if task.kind == CAPTIONING}, [note]
 
 
 def _without_weights(config: Any, encoders: Mapping[str, Callable[..., Any]]) -> Any:

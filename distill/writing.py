@@ -36,7 +36,8 @@ def write_captions(work: Workspace, folder: Path) -> dict[str, Any]:
     ``captions.safetensors`` holds ``ids`` int64 [N], rising, and for each task that has captions int64 [N, L].
     """
     config = work.recipe.cache.captions
-    names = [name for name, task in work.tasks().items() if task.kind == CAPTIONING]
+    heads = work.recipe.teacher.heads or work.tasks()
+    names = [name for name, task in work.tasks().items() if task.kind == CAPTIONING and name in heads]
     if config is None:
         return {}
     path = folder / WRITTEN_FILE

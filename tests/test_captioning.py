@@ -216,6 +216,12 @@ def test_a_run_writes_and_measures_captions(finished):
     assert "token accuracy" in (folder / "report" / "report.html").read_text()
 
 
+def test_taps_are_listed_before_there_are_data(finished, tmp_path):
+    recipe = finished[0].parents[1] / "recipe.yaml"
+    answer = distill("inspect", recipe, f"output={tmp_path}")
+    assert answer.code == 0 and "encoders.image" in answer.out, answer.err
+
+
 def test_prepared_captions(finished):
     data = PreparedData.open(finished[0] / "data")
     task = data.tasks["words"]
@@ -232,6 +238,8 @@ def test_a_bundle_writes_what_its_source_writes(finished):
     images = sorted((folder.parents[1] / "images").iterdir())[:6]
     answers = [row["words"]["text"] for row in bundle.predict([{"image": image} for image in images])]
     assert all(answer.startswith("a ") for answer in answers)
+    said = distill("predict", folder / "export" / "onnx-fp32", "--image", images[0])
+    assert said.code == 0 and f"words: {answers[0]}" in said.out.splitlines()
     assert "3 closes a caption" in (folder / "export" / "onnx-fp32" / "README.md").read_text()
 
 
@@ -295,6 +303,7 @@ def test_a_teacher_writes_captions_that_the_student_learns(finished):
             "student.objective.0={loss: token_kd, task: colour}",
             "token_kd is for captioning, and task 'colour' is a class",
         ),
+        ("student.objective.0={loss: token_cross_entropy, task: words.image}", "no task 'words.image'"),
         ("cache.captions={}", "token_kd compares under the captions that the student is told"),
         ("data.targets.words.vocab_size=20", "the characters of the training texts alone take"),
     ],

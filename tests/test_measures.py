@@ -92,3 +92,18 @@ def test_agreement_of_a_model_with_itself_and_with_its_opposite():
     assert measures.agreement(MULTILABEL, -logits, logits).tolist() == [0]
     assert measures.agreement(REGRESSION, logits + 0.1, logits)[0] > 0.9
     assert measures.agreement(REGRESSION, -logits, logits)[0] < 0
+
+
+@pytest.mark.parametrize(("rows", "value"), [(20_000, 0.7), (5_000, 3.3), (50, 0.3)])
+def test_one_number_everywhere_has_no_r2_and_agrees_only_with_itself(rows, value):
+    targets = np.full((rows, 1), value, np.float32)
+    weights = np.random.default_rng(0).integers(0, 3, (4, rows)).astype(np.float64)
+    assert (
+        np.isnan(measures.r2(targets + 0.1, targets)).all()
+        and np.isnan(measures.r2(targets + 0.1, targets, weights)).all()
+    )
+    assert measures.agreement(REGRESSION, targets + 100, targets).tolist() == [0]
+    assert measures.agreement(REGRESSION, targets + 0.001, targets).tolist() == [1]
+    mixed = np.concatenate([targets, np.arange(rows)[:, None].astype(np.float32)], axis=1)
+    assert measures.agreement(REGRESSION, mixed + np.array([100, 0]), mixed)[0] == pytest.approx(0.5)
+    assert measures.agreement(REGRESSION, np.full_like(targets, np.nan), targets).tolist() == [0]

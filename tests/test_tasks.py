@@ -128,6 +128,31 @@ def test_a_bundle_answers_in_labels_and_in_the_columns_own_units(finished):
     assert labels["colour"] == ["blue", "green", "red"] and labels["sizes"]["std"][1] > 1
 
 
+def test_predict_answers_in_words(finished):
+    folder, _ = finished
+    image = next((folder.parents[1] / "images").iterdir())
+    answer = distill("predict", folder / "export" / "onnx-fp32", "--image", image, "--text", "a big red moon")
+    assert answer.code == 0, answer.err
+    lines = dict(line.split(": ", 1) for line in answer.out.splitlines())
+    assert lines.keys() == {"colour", "traits", "sizes"} and lines["sizes"].startswith("place 1")
+    assert "%" in lines["traits"] and "(" in lines["traits"]
+
+
+def test_a_row_is_known_by_what_it_says_and_not_by_what_training_makes_of_it(tmp_path):
+    prints = []
+    for extra in ([], [50.0]):
+        folder = tmp_path / str(len(extra))
+        folder.mkdir()
+        rows(folder, found=[1.0, 2.0, *extra, 3.0, 4.5])
+        table = pa_parquet.read_table(folder / "rows.parquet").append_column(
+            "id", pa.array([0, 1, *[9] * len(extra), 2, 3])
+        )
+        table = table.set_column(0, "text", pa.array(["word"] * len(table)))
+        pa_parquet.write_table(table, folder / "rows.parquet")
+        prints.append(prepared(folder, {"column": "found", "kind": "regression"}, id="id").fingerprint("test"))
+    assert prints[0] == prints[1]
+
+
 def test_prepared_targets(finished):
     data = PreparedData.open(finished[0] / "data")
     assert (
@@ -154,11 +179,12 @@ def rows(folder, **columns):
     pa_parquet.write_table(table, folder / "rows.parquet")
 
 
-def prepared(folder, target):
+def prepared(folder, target, **more):
     config = {
         "source": {"type": "table", "path": str(folder / "rows.parquet")},
         "modalities": {"text": "text"},
         "targets": {"task": target},
+        **more,
     }
     prepare(DataConfig.model_validate(config), folder / "data", folder)
     return PreparedData.open(folder / "data")

@@ -25,7 +25,16 @@ from distill.data.sources import open_source
 from distill.data.texts import Texts, TextWriter
 from distill.data_config import DataConfig
 from distill.formats import MEDIA, BadInput, Format, from_json, to_json
-from distill.targets import CLASSIFICATION, MULTILABEL, Task, known, tasks_from_json, tasks_to_json
+from distill.targets import (
+    CAPTIONING,
+    CLASSIFICATION,
+    MULTILABEL,
+    REGRESSION,
+    Task,
+    known,
+    tasks_from_json,
+    tasks_to_json,
+)
 
 ROWS_FILE, TEXT_FILE, LABELS_FILE, FORMATS_FILE = "rows.npy", "text.arrow", "labels.json", "formats.json"
 PRESENT, TARGET, CODE = "present.", "target.", "code."
@@ -198,10 +207,14 @@ class PreparedData:
 
 
 def _answers(task: Task, values: NDArray[Any]) -> Any:
-    """Targets as JSON values by which rows are told apart: names of classes, whatever their numbers."""
+    """Targets as JSON values by which rows are told apart: whatever the training rows make of them."""
     if task.kind == CLASSIFICATION:
         return [None if label == IGNORE else task.names[label] for label in values.tolist()]
-    return [task.names, hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()]
+    if task.kind == CAPTIONING:
+        return [task.text(row) for row in values]
+    if task.kind == REGRESSION:
+        return [task.names, [[f"{number:.4g}" for number in row] for row in task.numbers(values).tolist()]]
+    return [[task.names[place] for place in np.flatnonzero(row == 1)] for row in values]
 
 
 def _open_arrays(

@@ -19,7 +19,7 @@ from distill.data.tabular import LARGEST, numbers_of
 from distill.data.vocabulary import learnt_tokenizer
 from distill.data_config import TargetConfig
 from distill.preprocess import has_text
-from distill.targets import CAPTIONING, CLASSIFICATION, LAST, MULTILABEL, REGRESSION, Task
+from distill.targets import CAPTIONING, CLASSIFICATION, FIRST, LAST, MULTILABEL, PAD, REGRESSION, Task
 
 MISSING = -1  # code of a missing label
 
@@ -262,8 +262,10 @@ class Captions(Targets):
         length = self.config.max_length
         self._table = np.full((len(self.texts) + 1, length), IGNORE, np.int64)  # MISSING is -1: the last entry
         for text, number in self.texts.items():
-            ids = [*tokenizer.encode(text, add_special_tokens=False).ids[: length - 1], LAST]
-            self._table[number, : len(ids)] = ids
+            found = tokenizer.encode(text, add_special_tokens=False).ids
+            ids = [token for token in found if token not in (PAD, FIRST, LAST)][: length - 1]  # texts may spell these
+            if ids:  # else a text of nothing that can be written, which is missing
+                self._table[number, : len(ids) + 1] = [*ids, LAST]
         names = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         return Task(CAPTIONING, tuple(name for name, _ in names), length=length)
 

@@ -147,9 +147,14 @@ def _explain_input(subject: Subject, modality: str, label: int) -> Explained:
     panel = _panel(modality, found.values, inputs, values, note, starts)
     panels = [panel]
     if modality == IMAGE:
-        layer = last_map(encoder, inputs)
+        exchanging = subject.model.exchange is not None
+        layer = None if exchanging else last_map(encoder, inputs)
         if layer is None:
-            numbers["grad_cam"] = {"why_not": "the tokens of its encoder are not the positions of a feature map"}
+            why = "the tokens of its encoder are not the positions of a feature map"
+            other = (
+                "its last feature map is changed by other modalities (exchange), so no module of it gives the tokens"
+            )
+            numbers["grad_cam"] = {"why_not": other if exchanging else why}
         else:
             heat = grad_cam(forward, layer, starts[0].value)
             numbers["grad_cam"] = {"map": heat.tolist()}

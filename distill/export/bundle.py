@@ -152,7 +152,7 @@ def parity(
             "max_difference": float(difference[worst]),
             "row": int(names[worst]),
         }
-        if entry["agreement"] < min_agreement:
+        if not entry["agreement"] >= min_agreement:  # NaN too
             what, form = AGREES[kind]
             shown, least = (form.format(value) for value in (entry["agreement"], min_agreement))
             raise ParityError(
