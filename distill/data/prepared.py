@@ -38,7 +38,7 @@ from distill.targets import (
 
 ROWS_FILE, TEXT_FILE, LABELS_FILE, FORMATS_FILE = "rows.npy", "text.arrow", "labels.json", "formats.json"
 PRESENT, TARGET, CODE = "present.", "target.", "code."
-COUNTED, HASHED = 1 << 20, 1 << 8  # rows at a time
+HASHED = 1 << 8  # rows at a time
 
 
 def any_target(targets: Iterable[NDArray[Any]], num_rows: int) -> NDArray[np.bool_]:
@@ -194,8 +194,7 @@ class PreparedData:
             for name, task in self.tasks.items()
             if task.kind in shapes
         }
-        for start in range(0, len(self), COUNTED):  # the columns may be larger than the memory
-            here = slice(start, start + COUNTED)
+        for here in chunks(len(self)):  # the columns may be larger than the memory
             rows = self.split[here] == split
             for name, total in counts.items():
                 values = self.targets[name][here][rows]
