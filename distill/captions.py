@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.targets import Task
+
 ORDERS = (1, 2, 3, 4)  # words of an n-gram
 SIGMA = 6.0  # of the penalty for another length, in words
-TOP = 10.0  # CIDEr-D of a caption that is the true one
 
 NGrams = Counter[tuple[str, ...]]
 
@@ -73,6 +74,6 @@ def _weighted(ngrams: NGrams, seen: NGrams, rows: float) -> dict[tuple[str, ...]
     return {ngram: count * (rows - math.log(max(1, seen[ngram]))) for ngram, count in ngrams.items()}
 
 
-def texts(task: Any, ids: NDArray[Any]) -> list[str]:
-    """Return the captions of token ids [N, L] as a :class:`~distill.targets.Task` of them spells them."""
+def texts(task: Task, ids: NDArray[Any]) -> list[str]:
+    """Return the captions of token ids [N, L] as their task spells them."""
     return [task.text(row) for row in ids]
