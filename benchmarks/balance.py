@@ -24,18 +24,18 @@ import students
 from benchmarks.quickstart_seeds import seed_recipes
 from benchmarks.seed_tables import command_line, mean_and_half, put_out, table
 from benchmarks.student_arms import points_against
-from distill import evaluate, pipeline
-from distill.build import input_spec
+from benchmarks.subset_accuracy import ALL, shares_right
+from distill import pipeline
 from distill.config import BalanceConfig, Recipe
 from distill.contracts import IGNORE, TEST, UserError
 from distill.report import formats
 from distill.runs import find, fingerprint, finish, start
 from distill.shapley import contributions
-from distill.workspace import BASELINE, STUDENT, Workspace
+from distill.workspace import BASELINE, Workspace
 
 VERSION = 1  # raised when the code changes what is trained or measured
 PLAIN = "plain"
-ALL, NOTHING = "all", "most frequent class"
+NOTHING = "most frequent class"
 
 Result = dict[str, Any]
 """``accuracy``: task -> ALL, subset or NOTHING -> share of test rows; ``shapley``: task -> modality -> share;
@@ -74,22 +74,16 @@ def measured(recipe: Recipe) -> Result:
     """Train the baseline, and ask it about the test rows with each subset of modalities."""
     done = pipeline.run(recipe, until=BASELINE)
     work = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, done)
-    model: Any = work.model(BASELINE)
-    parts = evaluate.subsets_of(list(model.encoders))
-    batches = evaluate.clean_batches(work.clean_loader(TEST, input_spec(model), STUDENT), STUDENT)
-    arrays = evaluate.predict_torch(model, batches, subsets=parts)
-    data, accuracy, shapley = work.data(), {}, {}
-    for task, targets in data.targets.items():
-        labels = targets[data.rows(TEST)]
-        known = labels != IGNORE
-        passes = {ALL: f"logits.{task}", **{part: f"subset.{part}.{task}" for part in parts}}
-        found = {name: float((arrays[key].argmax(1) == labels)[known].mean()) for name, key in passes.items()}
-        found[NOTHING] = float(np.bincount(labels[known]).max() / known.sum())
-        accuracy[task] = found
-        shares = contributions(found[ALL], {part: found[part] for part in parts}, found[NOTHING])
+    data, accuracy, shapley = work.data(), shares_right(work, BASELINE), {}
+    for task, found in accuracy.items():
+        labels = data.targets[task][data.rows(TEST)]
+        known = labels[labels != IGNORE]
+        parts = {part: share for part, share in found.items() if part != ALL}
+        found[NOTHING] = float(np.bincount(known).max() / len(known))
+        shares = contributions(found[ALL], parts, found[NOTHING])
         shapley[task] = {name: float(share) for name, share in (shares or {}).items()}
     last = json.loads((work.path(BASELINE) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    scores = {name: last[f"train/balance/score/{name}"] for name in model.encoders}
+    scores = {name: last[f"train/balance/score/{name}"] for name in recipe.student.encoders}
     return {"accuracy": accuracy, "shapley": shapley, "scores": scores}
 
 

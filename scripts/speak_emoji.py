@@ -35,9 +35,8 @@ def voice_of(row: int) -> list[str]:
     return ["-v", VOICES[chance[0] % len(VOICES)], "-s", str(speed), "-p", str(pitch)]
 
 
-def spoken(row: int, text: str) -> bytes:
-    """The first of an emoji's names, as a FLAC file of 8 kHz."""
-    name = text.split(",")[0]
+def spoken(row: int, name: str) -> bytes:
+    """A name as a FLAC file of 8 kHz."""
     command = ["espeak-ng", *voice_of(row), "--stdout", name]
     wave = subprocess.run(command, check=True, capture_output=True).stdout
     samples, rate = soundfile.read(io.BytesIO(wave), dtype="float32")
@@ -55,9 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("espeak-ng is not installed; Debian: apt install espeak-ng", file=sys.stderr)
         return 2
     rows = read_sample()
+    for row in rows:
+        row["spoken"] = row["text"].split(",")[0]  # the first of its names
     with ThreadPoolExecutor() as pool:
-        sounds = list(pool.map(lambda row: spoken(row["id"], row["text"]), rows))
-    write_rows([{**row, "audio": sound} for row, sound in zip(rows, sounds, strict=True)], out)
+        sounds = pool.map(lambda row: spoken(row["id"], row["spoken"]), rows)
+        write_rows([{**row, "audio": sound} for row, sound in zip(rows, sounds, strict=True)], out)
     print(f"{out}: {len(sounds)} rows, {sum(map(len, sounds)) / 1e6:.0f} MB of sound")
     return 0
 

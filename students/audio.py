@@ -16,7 +16,7 @@ from students.spectrogram import LogMel
 
 
 class AudioConvNet(Encoder):
-    """Log-mel spectrogram, and stages of 3x3 convolutions that halve time and frequency; a token is a time.
+    """Log-mel spectrogram, and stages of 3x3 convolutions that halve frequency, and time; a token is a time.
 
     Padding behind a clip's end changes nothing. Tokens are the means of the last map over frequencies, and the pooled
     vector is the mean of the tokens that are there, zero in a clip without samples.
@@ -32,13 +32,16 @@ class AudioConvNet(Encoder):
         n_fft: points of the transform; those of the window where None.
         f_min: where the first filter begins, Hz.
         f_max: where the last one ends, Hz; half the sampling rate where None.
+        halve_time: how many stages, from the first on, halve the time; all of them where None. Speech that is to be
+            written down wants a token every 40 ms or so: ``hop_ms: 10`` and ``halve_time: 2``.
         dropout: probability of dropping a channel of the pooled vector in training.
 
     Attributes:
         keep_float: parts of it whose operators int8 graphs leave in float: a spectrogram covers more than 8 bits.
 
     Raises:
-        ValueError: as :class:`~students.spectrogram.LogMel`, lists of stages that do not fit, or too many stages.
+        ValueError: as :class:`~students.spectrogram.LogMel`, lists of stages that do not fit, too many stages, or fewer
+            than ``halve_time``.
     """
 
     reads = "audio"
@@ -57,6 +60,7 @@ class AudioConvNet(Encoder):
         n_fft: int | None = None,
         f_min: float = 20.0,
         f_max: float | None = None,
+        halve_time: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -70,8 +74,11 @@ class AudioConvNet(Encoder):
             f_min=f_min,
             f_max=f_max,
         )
-        check_halvings("the number of frames", self.spectrogram.num_frames(num_samples), len(widths))
-        self.stages = masked_stages(1, widths, blocks, (3, 3))
+        halvings = len(widths) if halve_time is None else halve_time
+        if not 0 <= halvings <= len(widths):
+            raise ValueError(f"halve_time is {halve_time}, expected 0 to {len(widths)}, the number of stages")
+        check_halvings("the number of frames", self.spectrogram.num_frames(num_samples), halvings)
+        self.stages = masked_stages(1, widths, blocks, (3, 3), halvings)
         self.dropout = Dropout(dropout)
         self.out_dim, self.stage_widths = widths[-1], tuple(widths)
 
@@ -85,7 +92,7 @@ class AudioConvNet(Encoder):
         return Hidden(*run_stages(self.stages[stage : stage + 1], *hidden))
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
-        """Encode ``audio`` int16 [B, S] and ``audio_length`` int64 [B]; tokens [B, T, D], T = S / (hop · 2^stages)."""
+        """Encode ``audio`` int16 [B, S] and ``audio_length`` int64 [B]; tokens [B, T, D], T = S/hop/2^halve_time."""
         if HIDDEN in inputs:
             features, mask = inputs[HIDDEN], inputs[HIDDEN_MASK]
         else:

@@ -14,7 +14,7 @@ def within(lengths: Tensor, size: int) -> Tensor:
 
 
 class MaskedStage(nn.Module):
-    """A strided convolution, which halves the time, and residual blocks, each behind a BatchNorm.
+    """A strided convolution, which halves height and time, and residual blocks, each behind a BatchNorm.
 
     Maps are zero behind a row's end before every convolution, as they are beyond their edges: so longer padding gives
     the same values at the positions that are there. (Statistics of BatchNorm count the zeros in training.)
@@ -24,16 +24,18 @@ class MaskedStage(nn.Module):
         width: channels of what goes out.
         blocks: residual blocks (He et al. 2016, arXiv 1512.03385) behind the strided convolution.
         kernel: height and time of the kernels, odd numbers; with a height of 1 only the time is halved.
+        step: positions in time from one to the next that stays: 2, or 1 where only the height is halved.
     """
 
-    def __init__(self, in_channels: int, width: int, blocks: int, kernel: tuple[int, int]) -> None:
+    def __init__(self, in_channels: int, width: int, blocks: int, kernel: tuple[int, int], step: int = 2) -> None:
         super().__init__()
-        self.entry = _conv_bn(in_channels, width, kernel, (1 if kernel[0] == 1 else 2, 2))
+        self.step = step
+        self.entry = _conv_bn(in_channels, width, kernel, (1 if kernel[0] == 1 else 2, step))
         self.blocks = nn.ModuleList(MaskedBlock(width, kernel) for _ in range(blocks))
         self.activation = nn.ReLU()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Map [B, C, H, T] to [B, width, H / 2, T / 2] (rounded up), zero where bool [B, T / 2] is False."""
+        """Map [B, C, H, T] to [B, width, H / 2, T / step] (rounded up), zero where bool [B, T / step] is False."""
         there = mask.to(x.dtype)[:, None, None]
         x = self.activation(self.entry(x)) * there
         for block in self.blocks:
@@ -56,11 +58,18 @@ class MaskedBlock(nn.Module):
 
 
 def masked_stages(
-    in_channels: int, widths: Sequence[int], blocks: Sequence[int], kernel: tuple[int, int]
+    in_channels: int,
+    widths: Sequence[int],
+    blocks: Sequence[int],
+    kernel: tuple[int, int],
+    halve_time: int | None = None,
 ) -> nn.ModuleList:
-    """Stages one behind the other, for :func:`run_stages`."""
+    """Stages one behind the other, for :func:`run_stages`; the first ``halve_time`` halve the time, or all of them."""
+    halving = len(widths) if halve_time is None else halve_time
+    steps = [2 if number < halving else 1 for number in range(len(widths))]
     inputs = [in_channels, *widths[:-1]]
-    stages = (MaskedStage(*sizes, kernel) for sizes in zip(inputs, widths, blocks, strict=True))
+    sizes = zip(inputs, widths, blocks, steps, strict=True)
+    stages = (MaskedStage(before, width, depth, kernel, step) for before, width, depth, step in sizes)
     return nn.ModuleList(stages).to(memory_format=torch.channels_last)
 
 
@@ -77,7 +86,7 @@ def run_stages(stages: nn.ModuleList, x: Tensor, mask: Tensor) -> tuple[Tensor, 
     """
     x = x.contiguous(memory_format=torch.channels_last)
     for stage in stages:
-        mask = mask[:, ::2]
+        mask = mask[:, :: stage.step]
         x = stage(x, mask)
     return x, mask
 

@@ -1,6 +1,7 @@
 """Captions: the decoder, what it writes, how it is measured, and a run from a table to a report and a bundle."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from distill.predict import load
 from distill.runs import read_json
 from distill.targets import CAPTIONING, FIRST, LAST, PAD, Task
 from distill.tasks import CaptionHead
+from distill.tasks.captioning import sinusoids
 from distill.writing import Retold, targets_of
 
 VOCABULARY, LENGTH, DIM = 11, 5, 16
@@ -70,6 +72,26 @@ def test_a_position_reads_no_later_token_and_nothing_that_is_masked():
     torch.testing.assert_close(one[:, :3], two[:, :3])
     assert not torch.allclose(one[:, 3], two[:, 3])
     torch.testing.assert_close(one, three)
+
+
+def test_what_is_written_depends_on_the_order_of_what_is_read():
+    head, (fused, tokens, mask) = made()
+    targets = torch.tensor([[5, 6, 7, LAST, IGNORE]]).expand(4, -1)
+    with torch.no_grad():
+        one, two = head(fused, tokens, mask, targets), head(fused, tokens.flip(1), mask.flip(1), targets)
+    assert (one - two).abs().amax((1, 2)).min() > 1e-2
+
+
+@pytest.mark.parametrize(("count", "dim"), [(1, 8), (9, 8), (5, 7)])
+def test_places_have_vectors_of_their_own(count, dim):
+    vectors = sinusoids(count, dim)
+    assert vectors.shape == (count, dim) and vectors.unique(dim=0).shape == (count, dim)
+    half = (dim + 1) // 2
+    for place in range(count):
+        for number in range(dim):
+            angle = place / 10000 ** ((number % half) / half)
+            expected = math.sin(angle) if number < half else math.cos(angle)
+            assert vectors[place, number] == pytest.approx(expected, abs=1e-5)
 
 
 def test_one_beam_writes_as_the_most_probable_next_token_does():

@@ -54,6 +54,7 @@ class Case(NamedTuple):
 
 CASES = {
     "audio_convnet": Case("audio", "audio_convnet", STAGES, 7, (80, 40)),
+    "fine_audio": Case("audio", "audio_convnet", {**STAGES, "halve_time": 1}, 13, (80, 40)),
     "series_convnet": Case("series", "series_convnet", STAGES, 10, (80, 40)),
     "gru": Case("series", "series_recurrent", {"dim": 32}, STEPS, None),
     "lstm": Case(
@@ -447,6 +448,8 @@ def test_frames_are_images() -> None:
     [
         ("audio_convnet", {"widths": [8] * 5, "blocks": [0] * 5}, "the number of frames is 25, and 5 stages"),
         ("audio_convnet", {"widths": [], "blocks": []}, "give one stage or more"),
+        ("audio_convnet", {"halve_time": 3}, "halve_time is 3, expected 0 to 2, the number of stages"),
+        ("audio_convnet", {"halve_time": -1}, "halve_time is -1, expected 0 to 2, the number of stages"),
         ("audio_convnet", {"hop_ms": 30.0}, "hop_ms is 30.0 and window_ms 25.0, at 8000 Hz 240 and 200 samples"),
         ("audio_convnet", {"window_ms": 0.1}, "hop_ms is 10.0 and window_ms 0.1"),
         ("audio_convnet", {"n_fft": 128}, "n_fft is 128, expected at least the 200 samples"),

@@ -228,6 +228,32 @@ def test_image_folder(tmp_path):
     assert len(data) == 10 and data.labels == {"kind": ["a", "b"]}
 
 
+def test_coco_captions_keep_those_of_an_image_together(tmp_path):
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    for split, first, count in (("train", 0, 20), ("val", 20, 4)):
+        (tmp_path / "coco" / split).mkdir()
+        numbers = range(first, first + count)
+        for number in numbers:
+            (tmp_path / "coco" / split / f"{number}.png").write_bytes(picture(number))
+        captions = [
+            {"id": 5 * n + k, "image_id": n, "caption": f"drawing {n} again"} for n in numbers for k in range(5)
+        ]
+        content = {"images": [{"id": n, "file_name": f"{n}.png"} for n in numbers], "annotations": captions}
+        (tmp_path / "coco" / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+    info, data, _ = run(
+        tmp_path,
+        good_rows(),
+        source={"type": "coco_captions", "path": "coco"},
+        modalities={"image": "image"},
+        targets={"caption": {"column": "caption", "kind": "captioning", "vocab_size": 64}},
+        group="image_id",
+        hold_out=0.2,
+    )
+    assert info["rows"]["test"] == 20 and info["rows"]["train"] + info["rows"]["valid"] == 100
+    assert info["rows"]["valid"] % 5 == 0 and info["rows"]["valid"] > 0 and info["groups_across_splits"] == 0
+    assert data.tasks["caption"].text(data.targets["caption"][0]).startswith("drawing")
+
+
 def test_duplicates_and_shared_groups_across_splits_are_reported(tmp_path, caplog):
     rows = good_rows()
     rows[9]["image"], rows[1]["image"] = rows[0]["image"], rows[0]["image"]

@@ -168,6 +168,49 @@ def test_unusable_image_folders(tmp_path, path, message):
         ImageFolderSource(path, base=tmp_path)
 
 
+def write_coco(folder, **changes):
+    (folder / "annotations").mkdir()
+    for split, image, numbers in (("train2017", 391895, (10, 3)), ("val2017", 9, (7,))):
+        content = {
+            "info": {"year": 2017},
+            "images": [{"id": image, "file_name": f"{image:012}.jpg", "height": 4, "width": 4}],
+            "annotations": [{"id": n, "image_id": image, "caption": f" caption {n}\n"} for n in numbers],
+        } | changes
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+    (folder / "annotations" / "instances_val2017.json").write_text("{}")  # boxes, which come with it
+
+
+def test_coco_captions(tmp_path):
+    write_coco(tmp_path)
+    touch(tmp_path, "train2017/000000391895.jpg", "val2017/000000000009.jpg")
+    source = open_source(Part(type="coco_captions", path="."), tmp_path)
+    assert len(source) == 3 and column(source, "id") == [10, 3, 7]
+    assert column(source, "caption") == ["caption 10", "caption 3", "caption 7"]
+    assert column(source, "split") == ["train", "train", "test"] and column(source, "image_id") == [391895, 391895, 9]
+    assert source.media(1, "image") == tmp_path / "train2017/000000391895.jpg" and source.media(1, "image").is_file()
+    files = [f"annotations/captions_{split}2017.json" for split in ("train", "val")]
+    assert {*source.identity(["image"])} == {"train2017/000000391895.jpg", "val2017/000000000009.jpg", *files}
+    told = open_source(Part(type="coco_captions", path=".", val="valid"), tmp_path)
+    assert column(told, "split") == ["train", "train", "valid"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, r"holds no annotations/captions_SPLIT\.json; give a folder laid out as COCO's"),
+        ({"images": 3}, r"captions_train2017\.json is no file of COCO captions: TypeError .*; fetch it again"),
+        ({"annotations": [{"id": 1}]}, "is no file of COCO captions: KeyError 'image_id'"),
+        ({"images": []}, "caption 10 is of image 391895, of which it names no file"),
+        ({"images": [{"id": n, "file_name": "../a.jpg"} for n in (391895, 9)]}, "caption 10 is of image 391895"),
+    ],
+)
+def test_damaged_coco_captions(tmp_path, changes, message):
+    if changes is not None:
+        write_coco(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        open_source(Part(type="coco_captions", path="."), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -187,8 +230,9 @@ def test_parts_open_their_sources(tmp_path):
     touch(tmp_path, "cat/1.png", "cat/1.wav", "cat/1.mp4")
     write_table(tmp_path, ".csv")
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    write_coco(tmp_path)
     with tarfile.open(tmp_path / "a.tar", "w"):
-        folders = dict.fromkeys(("image_folder", "audio_folder", "video_folder"), ".")
+        folders = dict.fromkeys(("image_folder", "audio_folder", "video_folder", "coco_captions"), ".")
         paths = {"table": "table.csv", **folders, "hf_dataset": "set", "tar_shards": "a.tar"}
     for kind, builder in SOURCES.items():
         assert isinstance(open_source(Part(type=kind, path=paths[kind]), tmp_path), builder)

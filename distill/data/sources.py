@@ -1,4 +1,4 @@
-"""The sources of rows by name: tables, folders of media, Hugging Face data sets, tar shards.
+"""The sources of rows by name: tables, folders of media, COCO captions, Hugging Face data sets, tar shards.
 
 A source says nothing about what a column means: :mod:`distill.data.prepare` does.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distill.builders import build_part
 from distill.contracts import UserError
+from distill.data.coco import CocoCaptionsSource
 from distill.data.columns import Source
 from distill.data.folders import AudioFolderSource, ImageFolderSource, VideoFolderSource
 from distill.data.hf_datasets import HFDatasetSource
@@ -23,6 +24,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "image_folder": ImageFolderSource,
     "audio_folder": AudioFolderSource,
     "video_folder": VideoFolderSource,
+    "coco_captions": CocoCaptionsSource,
     "hf_dataset": HFDatasetSource,
     "tar_shards": TarShardSource,
 }

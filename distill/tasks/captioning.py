@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,14 @@ class Memory(NamedTuple):
         """Each row so many times, one after the other."""
         keys, values = ([each.repeat_interleave(times, 0) for each in part] for part in (self.keys, self.values))
         return Memory(keys, values, self.bias.repeat_interleave(times, 0))
+
+
+def sinusoids(count: int, dim: int) -> Tensor:
+    """A vector for each of ``count`` places (Vaswani et al. 2017, section 3.5): [count, dim], sines, then cosines."""
+    half = (dim + 1) // 2
+    rates = torch.exp(torch.arange(half) * (-math.log(10000) / half))
+    angles = torch.arange(count)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
 
 
 class DecoderBlock(nn.Module):
@@ -133,8 +142,12 @@ class CaptionHead(nn.Module):
         return self._continue(given, places, [None] * len(self.blocks), memory, causal)[0]
 
     def read(self, fused: Tensor, tokens: Tensor, mask: Tensor) -> Memory:
-        """Return what every step reads of [B, D] and [B, S, D]; the fused vector is a token that is always there."""
+        """Return what every step reads of [B, D] and [B, S, D], with the place of each token among them.
+
+        The fused vector is the first token, and always there.
+        """
         context = self.norm_context(torch.cat([fused[:, None], tokens], dim=1))
+        context = context + sinusoids(context.shape[1], context.shape[2]).to(context)
         there = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         blocks: list[DecoderBlock] = list(self.blocks)  # type: ignore[arg-type]
         pairs = [block.cross_attention.remember(context) for block in blocks]
