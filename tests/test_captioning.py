@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_project import distill, make_project
+from tiny_project import distill, make_captioning
 
 from distill import captions
 from distill.contracts import IGNORE, Batch
@@ -173,48 +173,11 @@ def test_ids_become_words():
     assert FIRST not in (PAD, LAST)
 
 
-OBJECTIVE = """\
-    - {loss: cross_entropy, task: colour}
-    - {loss: token_cross_entropy, task: words}
-"""
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The tiny project, whose captions are written from the images alone."""
     folder = tmp_path_factory.mktemp("captioning")
-    recipe = make_project(folder)
-    text = recipe.read_text()
-    head, _, rest = text.partition("teacher:\n")
-    head = (
-        head.replace("modalities: {image: image, text: caption}", "modalities: {image: image}")
-        .replace(
-            "targets: {colour: colour, shape: shape}",
-            "targets: {colour: colour, words: {column: caption, kind: captioning, vocab_size: 100, max_length: 7}}",
-        )
-        .replace(", text: {word_dropout: 0.1}", "")
-    )
-    tail = rest[rest.index("prune: {ratio") :]
-    body = f"""\
-teacher:
-  encoders: {{image: {{type: convnet, widths: [8, 16], blocks: [0, 1]}}}}
-  fusion: {{type: concat, dim: 16}}
-  embedding_dim: 16
-  train: {{epochs: 12, batch_size: 16, lr: 0.01}}
-  objective:
-{OBJECTIVE}student:
-  encoders: {{image: {{type: convnet, widths: [8, 8], blocks: [0, 1]}}}}
-  fusion: {{type: concat, dim: 16}}
-  heads: {{colour: {{type: linear}}, words: {{type: decoder, depth: 1, heads: 2}}}}
-  embedding_dim: 8
-  train: {{epochs: 12, batch_size: 16, lr: 0.01}}
-  baseline:
-{OBJECTIVE}  objective:
-{OBJECTIVE}    - {{loss: kd, task: colour}}
-    - {{loss: token_kd, task: words, params: {{temperature: 2.0}}}}
-cache: {{views: 2}}
-"""
-    recipe.write_text(head + body + tail)
+    recipe = make_captioning(folder)
     answer = distill("run", recipe, f"output={folder / 'runs'}")
     assert answer.code == 0, answer.err
     return folder / "runs" / "tiny", answer

@@ -162,3 +162,46 @@ def refusal(answer: Answer) -> str:
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and lines[-1] == errors[0], answer.err
     return errors[0].removeprefix("error: ")
+
+
+CAPTIONING = """\
+    - {loss: cross_entropy, task: colour}
+    - {loss: token_cross_entropy, task: words}
+"""
+
+
+def make_captioning(folder: Path) -> Path:
+    """The tiny project, whose captions are written from the images alone; return the recipe."""
+    recipe = make_project(folder)
+    text = recipe.read_text()
+    head, _, rest = text.partition("teacher:\n")
+    head = (
+        head.replace("modalities: {image: image, text: caption}", "modalities: {image: image}")
+        .replace(
+            "targets: {colour: colour, shape: shape}",
+            "targets: {colour: colour, words: {column: caption, kind: captioning, vocab_size: 100, max_length: 7}}",
+        )
+        .replace(", text: {word_dropout: 0.1}", "")
+    )
+    tail = rest[rest.index("prune: {ratio") :]
+    body = f"""\
+teacher:
+  encoders: {{image: {{type: convnet, widths: [8, 16], blocks: [0, 1]}}}}
+  fusion: {{type: concat, dim: 16}}
+  embedding_dim: 16
+  train: {{epochs: 12, batch_size: 16, lr: 0.01}}
+  objective:
+{CAPTIONING}student:
+  encoders: {{image: {{type: convnet, widths: [8, 8], blocks: [0, 1]}}}}
+  fusion: {{type: concat, dim: 16}}
+  heads: {{colour: {{type: linear}}, words: {{type: decoder, depth: 1, heads: 2}}}}
+  embedding_dim: 8
+  train: {{epochs: 12, batch_size: 16, lr: 0.01}}
+  baseline:
+{CAPTIONING}  objective:
+{CAPTIONING}    - {{loss: kd, task: colour}}
+    - {{loss: token_kd, task: words, params: {{temperature: 2.0}}}}
+cache: {{views: 2}}
+"""
+    recipe.write_text(head + body + tail)
+    return recipe
