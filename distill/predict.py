@@ -147,18 +147,26 @@ class Predictor:
             UserError: a row has no modality that the model reads, or an unreadable one; the row is named. Or the model
                 gives embeddings and no classes.
         """
+        results: list[dict[str, dict[str, Any]]] = []
+        for start in range(0, len(rows), batch_size):
+            results += self.answers(self.run(self.feeds(rows[start : start + batch_size], start)), top_k)
+        return results
+
+    def answers(self, outputs: Mapping[str, NDArray[np.float32]], top_k: int) -> list[dict[str, dict[str, Any]]]:
+        """Return what the graph's outputs say of the tasks, as :meth:`predict` does.
+
+        Raises:
+            UserError: the model gives embeddings and no classes.
+        """
         if not self.tasks:
             raise UserError(
                 f"{self.info['name']} gives embeddings and has no classes to predict; use Predictor.embed and compare "
                 "images with texts"
             )
-        results: list[dict[str, dict[str, Any]]] = []
-        for start in range(0, len(rows), batch_size):
-            outputs = self.run(self._feeds(rows[start : start + batch_size], start))
-            for row in range(len(rows[start : start + batch_size])):
-                said = {name: answer(task, outputs[name][row], top_k) for name, task in self.tasks.items()}
-                results.append(said)
-        return results
+        return [
+            {name: answer(task, outputs[name][row], top_k) for name, task in self.tasks.items()}
+            for row in range(len(next(iter(outputs.values()))))
+        ]
 
     def embed(self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 64) -> dict[str, NDArray[np.float32]]:
         """Return embeddings: "image", "text" or "fused" -> [N, E]; of models without classes they have length 1.
@@ -172,12 +180,21 @@ class Predictor:
         """
         parts: dict[str, list[NDArray[np.float32]]] = {}
         for start in range(0, len(rows), batch_size):
-            for name, values in self.run(self._feeds(rows[start : start + batch_size], start)).items():
-                if name.startswith(EMBEDDING):
-                    parts.setdefault(name.removeprefix(EMBEDDING), []).append(values)
+            for name, values in self.embeddings(self.run(self.feeds(rows[start : start + batch_size], start))).items():
+                parts.setdefault(name, []).append(values)
         return {name: np.concatenate(values) for name, values in parts.items()}
 
-    def _feeds(self, rows: Sequence[Mapping[str, Any]], start: int) -> dict[str, NDArray[Any]]:
+    @staticmethod
+    def embeddings(outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Return the embeddings among the graph's outputs, as :meth:`embed` does."""
+        return {name.removeprefix(EMBEDDING): values for name, values in outputs.items() if name.startswith(EMBEDDING)}
+
+    def feeds(self, rows: Sequence[Mapping[str, Any]], start: int = 0) -> dict[str, NDArray[Any]]:
+        """Return the graph's inputs for rows; ``start`` is the number of the first one, for messages.
+
+        Raises:
+            UserError: as :meth:`predict`.
+        """
         try:
             feeds = self.preprocessor(rows)
         except BadInput as error:

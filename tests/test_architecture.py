@@ -79,6 +79,7 @@ LEVELS = {
         "distill.report",
         "distill.explain",
         "distill.doctor",
+        "distill.serving",
     },
     5: {
         "distill.workspace",
@@ -98,7 +99,13 @@ LEVELS = {
         "distill.taps",
         "distill.pipeline",
     },
-    6: {"distill.cli", "distill.cache_commands", "distill.explain_command", "distill.__main__"},
+    6: {
+        "distill.cli",
+        "distill.cache_commands",
+        "distill.explain_command",
+        "distill.serve_command",
+        "distill.__main__",
+    },
 }
 """A module, or a package for all of its modules -> a number: it imports its own number or lower."""
 
@@ -106,8 +113,8 @@ STAGE_IMPORTS = {("distill.engine", "distill.checkpoint"), ("distill.towers", "d
 """Stages do not import each other, but for these: (importer, imported)."""
 
 TORCH_FREE = ("distill.contracts", "distill.config", "distill.recipe", "distill.runs", "distill.preprocess",
-              "distill.predict", "distill.inventory", "distill.cli", "distill.cache_commands",
-              "distill.explain_command")  # fmt: skip
+              "distill.predict", "distill.serving", "distill.inventory", "distill.cli", "distill.cache_commands",
+              "distill.explain_command", "distill.serve_command")  # fmt: skip
 NAMES_MODELS = {"distill.pipeline"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 400, 60, 120
 TRAINING_LOOP = ("distill.engine", "fit")

@@ -12,7 +12,7 @@ from tiny_project import ROOT, distill, make_project, refusal, run_python
 from distill import __version__
 
 STAGE_VERBS = ["train", "cache", "prune", "quantize", "export", "evaluate", "bench"]
-VERBS = ["run", *STAGE_VERBS, "compare", "explain", "inspect", "predict", "validate", "doctor"]
+VERBS = ["run", *STAGE_VERBS, "compare", "explain", "serve", "inspect", "predict", "validate", "doctor"]
 
 
 def test_help_is_instant_and_imports_no_torch():

@@ -21,7 +21,7 @@ FORMATS: dict[str, type[Format]] = {
     "series": SeriesFormat,
     "tabular": TabularFormat,
 }
-TEXT, TABULAR = "text", "tabular"
+TEXT, TABULAR, SERIES = "text", "tabular", "series"
 MODALITIES = (*FORMATS, TEXT)
 MEDIA = tuple(name for name in FORMATS if name != TABULAR)
 """Modalities whose values are one cell each: a file, or the numbers of a series."""
@@ -30,6 +30,7 @@ __all__ = [
     "FORMATS",
     "MEDIA",
     "MODALITIES",
+    "SERIES",
     "TABULAR",
     "TEXT",
     "BadInput",

@@ -1,0 +1,63 @@
+"""``distill serve``: a bundle behind HTTP on this machine."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.contracts import UserError
+
+HOST = "127.0.0.1"
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/quantize/onnx-int8.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    threads: Annotated[int, typer.Option(min=1, help="Threads inside an operator.")] = 1,
+    max_mb: Annotated[float, typer.Option(min=0.01, help="Largest request, MB.")] = 16.0,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most rows of a request.")] = 64,
+) -> None:
+    """Answer rows over HTTP, on this machine alone (127.0.0.1); needs no torch."""
+    try:
+        import uvicorn
+
+        from distill.serving import Limits, make_app
+    except ModuleNotFoundError as error:
+        raise UserError(f"distill serve needs {error.name}: pip install 'multidistill[serve]'") from error
+    from distill.predict import load
+
+    predictor = load(bundle, threads=threads)
+    limits = Limits(body_bytes=int(max_mb * 1e6), rows=max_rows)
+    with _bound(port) as listening:
+        config = uvicorn.Config(make_app(predictor, limits), log_level="warning", access_log=False)
+        server = uvicorn.Server(config)
+        address = f"http://{HOST}:{listening.getsockname()[1]}"
+        typer.echo(f"serving {predictor.info['name']} on {address} (POST {address}/predict); stop with Ctrl-C")
+        # uvicorn ends what it began, and then raises the signal again for handlers from before, which would complain
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            server.run(sockets=[listening])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _bound(port: int) -> socket.socket:
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((HOST, port))
+        listening.listen()  # from here on requests wait, and are answered as soon as the server has begun
+    except OSError as error:
+        listening.close()
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"--port {port} cannot be had on {HOST}: {error.strerror}; give another one, or 0"
+            ) from None
+        raise
+    return listening

@@ -1,0 +1,306 @@
+"""A bundle behind HTTP on this machine, without torch: what ``distill serve`` starts.
+
+Values of rows are contents, never paths: who asks reads no file of this machine. Rows that come while the graph runs
+wait, and are answered together by its next run.
+"""
+
+# no `from __future__ import annotations`: FastAPI reads the annotations of functions that are made here
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.datastructures import UploadFile
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from distill.contracts import UserError
+from distill.formats import SERIES, TABULAR, TEXT, BadInput
+from distill.predict import Predictor
+
+HOSTS = ("127.0.0.1", "localhost")
+"""Names by which a browser may ask: a page elsewhere whose name is made to lead here is refused."""
+
+Feeds = dict[str, NDArray[Any]]
+
+
+class Limits(NamedTuple):
+    """What one request may ask for, and all together.
+
+    Attributes:
+        body_bytes: of a request.
+        rows: of a request.
+        waiting: rows that may wait; with more, requests are told to come again.
+        batch: rows of one run of the graph.
+    """
+
+    body_bytes: int = 16 * 2**20
+    rows: int = 64
+    waiting: int = 1024
+    batch: int = 64
+
+
+class BusyError(RuntimeError):
+    """More rows wait than may."""
+
+
+class Batcher:
+    """Joins the rows of requests that wait at the same time.
+
+    Args:
+        predictor: whose graph runs.
+        limits: ``batch`` and ``waiting``.
+
+    Attributes:
+        waiting: rows without an answer yet.
+    """
+
+    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+        self._predictor, self._limits = predictor, limits
+        self._queue: asyncio.Queue[tuple[Feeds, int, asyncio.Future[Feeds]]] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1)
+        self.waiting = 0
+
+    async def run(self, feeds: Feeds, rows: int) -> Feeds:
+        """Return the graph's outputs for B rows of inputs.
+
+        Raises:
+            BusyError: too many rows wait.
+            UserError: the model refuses them.
+        """
+        if self.waiting + rows > self._limits.waiting:
+            raise BusyError(f"{self.waiting} rows wait; ask again in a moment")
+        future: asyncio.Future[Feeds] = asyncio.get_running_loop().create_future()
+        self.waiting += rows
+        try:
+            self._queue.put_nowait((feeds, rows, future))
+            return await future
+        finally:
+            self.waiting -= rows
+
+    async def work(self) -> None:
+        """Answer what comes, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            jobs = [await self._queue.get()]
+            while not self._queue.empty() and sum(rows for _, rows, _ in jobs) < self._limits.batch:
+                jobs.append(self._queue.get_nowait())
+            open_jobs = [job for job in jobs if not job[2].done()]  # who asked may have gone
+            if not open_jobs:
+                continue
+            try:
+                parts = await loop.run_in_executor(self._thread, self._run_together, open_jobs)
+            except UserError as error:
+                for _, _, future in open_jobs:
+                    _settle(future, error)
+            else:
+                for (_, _, future), part in zip(open_jobs, parts, strict=True):
+                    _settle(future, part)
+
+    def _run_together(self, jobs: Sequence[tuple[Feeds, int, Any]]) -> list[Feeds]:
+        tokenizer = self._predictor.preprocessor.tokenizer
+        outputs = self._predictor.run(join_feeds([feeds for feeds, _, _ in jobs], tokenizer.pad_id if tokenizer else 0))
+        ends = np.cumsum([rows for _, rows, _ in jobs])
+        return [
+            {name: values[end - rows : end] for name, values in outputs.items()}
+            for (_, rows, _), end in zip(jobs, ends, strict=True)
+        ]
+
+
+def _settle(future: asyncio.Future[Feeds], found: Feeds | UserError) -> None:
+    if future.done():
+        return
+    if isinstance(found, UserError):
+        future.set_exception(found)
+    else:
+        future.set_result(found)
+
+
+def join_feeds(parts: Sequence[Mapping[str, NDArray[Any]]], pad_id: int) -> Feeds:
+    """Put rows of inputs one after the other; shorter texts are filled with padding, which the mask leaves out."""
+    joined = {}
+    for name in parts[0]:
+        arrays = [part[name] for part in parts]
+        if name in (TEXT, f"{TEXT}_mask"):
+            longest = max(array.shape[1] for array in arrays)
+            fill = pad_id if name == TEXT else False
+            arrays = [np.pad(array, ((0, 0), (0, longest - array.shape[1])), constant_values=fill) for array in arrays]
+        joined[name] = np.concatenate(arrays)
+    return joined
+
+
+def make_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
+    """Return the application: ``/health``, ``/model``, ``/predict``, ``/predict/form``, ``/embed``, ``/openapi.json``.
+
+    Args:
+        predictor: a loaded bundle.
+        limits: of requests.
+    """
+    limits = limits or Limits()
+    batcher, info = Batcher(predictor, limits), predictor.info
+    reads = [*predictor.preprocessor.formats, *([TEXT] if predictor.preprocessor.tokenizer else [])]
+    Rows: Any = rows_model(reads, limits.rows)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(batcher.work())
+        yield
+        worker.cancel()
+
+    app = FastAPI(
+        title=str(info["name"]), version=str(info["version"]), lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # pages of documentation would load scripts from elsewhere
+    app.add_middleware(BodyLimit, most=limits.body_bytes)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))
+    app.add_exception_handler(UserError, _refused)
+    app.add_exception_handler(BusyError, _busy)
+
+    async def outputs_of(rows: Sequence[Mapping[str, Any]]) -> Feeds:
+        return await batcher.run(await asyncio.to_thread(predictor.feeds, rows), len(rows))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Whether rows are answered, and how many wait."""
+        return {"status": "ok", "model": info["name"], "waiting": batcher.waiting}
+
+    @app.get("/model")
+    async def model() -> dict[str, Any]:
+        """What the bundle reads and says."""
+        tasks = {name: {"kind": task.kind, "names": list(task.names)} for name, task in predictor.tasks.items()}
+        kept = ("name", "runtime", "runtime_version", "inputs", "outputs", "info")
+        return {name: info[name] for name in kept} | {"reads": reads, "tasks": tasks}
+
+    @app.post("/predict")
+    async def predict(asked: Rows) -> dict[str, Any]:
+        """Answer the tasks for rows; files are given as base64."""
+        given: Any = asked
+        return {"predictions": predictor.answers(await outputs_of(contents(given.rows)), given.top_k)}
+
+    @app.post("/predict/form", openapi_extra=_form_schema(reads))
+    async def predict_form(request: Request, top_k: Annotated[int, Field(ge=1)] = 3) -> dict[str, Any]:
+        """Answer the tasks for one row: a form whose fields are named like modalities, files as they are."""
+        async with request.form(max_files=len(reads), max_fields=len(reads)) as form:
+            row = {name: await _form_value(name, form.get(name)) for name in reads if name in form}
+            unknown = [name for name in form if name not in reads]
+        if unknown:
+            raise HTTPException(422, f"{info['name']} reads no {unknown[0]}; it reads {', '.join(reads)}")
+        return predictor.answers(await outputs_of([row]), top_k)[0]
+
+    @app.post("/embed")
+    async def embed(asked: Rows) -> dict[str, Any]:
+        """Give the embeddings of rows."""
+        given: Any = asked
+        found = predictor.embeddings(await outputs_of(contents(given.rows)))
+        return {"embeddings": {name: values.tolist() for name, values in found.items()}}
+
+    return app
+
+
+def rows_model(reads: Sequence[str], most: int) -> type[BaseModel]:
+    """Return the schema of requests: ``rows`` of optional modalities, and ``top_k``."""
+    kinds: dict[str, Any] = {
+        TEXT: str,
+        TABULAR: dict[str, float | str | bool | None],
+        SERIES: str | list[float] | list[list[float]],
+    }
+    fields: Any = {name: (kinds.get(name, str) | None, None) for name in reads}
+    row = create_model("Row", __config__=ConfigDict(extra="forbid"), **fields)
+    listed = Annotated[list[row], Field(min_length=1, max_length=most)]
+    top: Any = (Annotated[int, Field(ge=1)], 3)
+    return create_model("Rows", __config__=ConfigDict(extra="forbid"), rows=(listed, ...), top_k=top)
+
+
+def contents(rows: Sequence[BaseModel]) -> list[dict[str, Any]]:
+    """Return rows with the bytes of files in place of their base64.
+
+    Raises:
+        BadInput: a value is no base64.
+    """
+    return [
+        {name: _content(number, name, value) for name, value in row.model_dump(exclude_none=True).items()}
+        for number, row in enumerate(rows)
+    ]
+
+
+def _content(number: int, name: str, value: Any) -> Any:
+    if name == TEXT or not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadInput(f"row {number}: {name} is no base64 ({error}); give the file's content so") from error
+
+
+async def _form_value(name: str, value: Any) -> Any:
+    """What a field of a form holds: a file's bytes, a text, or the JSON of a record."""
+    if isinstance(value, UploadFile):
+        return await value.read()
+    if name == TABULAR:
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise BadInput(f"{name} is no JSON: {error}") from error
+    return value if name == TEXT else str(value).encode()
+
+
+def _form_schema(reads: Sequence[str]) -> dict[str, Any]:
+    fields = {
+        name: {"type": "string"} if name in (TEXT, TABULAR) else {"type": "string", "format": "binary"}
+        for name in reads
+    }
+    schema = {"type": "object", "properties": fields}
+    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": " ".join(str(error).split())}, 422)
+
+
+async def _busy(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "1"})
+
+
+class BodyLimit:
+    """Refuses requests whose body is too large, whether they say so before or not.
+
+    Args:
+        app: what is asked.
+        most: bytes.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        told = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        if told > self.most:
+            await JSONResponse({"detail": self._too_large}, 413)(scope, receive, send)
+            return
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        await self.app(scope, limited, send)
+
+    @property
+    def _too_large(self) -> str:
+        return f"the request is larger than {self.most} bytes; send fewer rows or smaller files"
