@@ -1,0 +1,265 @@
+"""What a bundle costs on the device where it lies: latency, throughput, time to load, memory, size.
+
+Needs numpy and the bundle's runtime, and nothing else of multidistill: copy this file and a bundle to a device, and run
+
+    python bench_bundle.py BUNDLE --batches 1,8 --threads 1,2 --json measured.json
+
+Inputs are made up: what they hold does not change the time. Batches and numbers of threads are timed in short rounds
+that take turns, so that a disturbance of the device hits all alike. ``report.measured: [measured.json]`` puts the
+figures into a run's report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FORMAT, VERSION = "multidistill-measured", 1
+WARM_UP, ROUND = 10, 10
+LOADS = 3
+TEXT_LENGTH = 8
+
+Feeds = dict[str, Any]
+Run = Callable[[Feeds], object]
+
+
+class Opened(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+        run: takes named inputs.
+        version: of the runtime.
+    """
+
+    run: Run
+    version: str
+
+
+def open_onnxruntime(path: Path, threads: int) -> Opened:
+    """Load ``model.onnx``."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Opened(lambda feeds: session.run(None, feeds), ort.__version__)
+
+
+RUNTIMES: dict[str, tuple[str, Callable[[Path, int], Opened]]] = {"onnxruntime": ("model.onnx", open_onnxruntime)}
+"""Runtime that ``bundle.json`` names -> the file of the model, and how it is loaded."""
+
+
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """Return the content of ``bundle.json``; ``SystemExit`` with a sentence where it is none that can be timed."""
+    try:
+        content = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        runtime, inputs = content["runtime"], content["inputs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: {folder} is no bundle ({error!r}); give a folder made by `distill export`") from None
+    if runtime not in RUNTIMES:
+        raise SystemExit(f"error: {folder} is for {runtime}; this script times {', '.join(RUNTIMES)}")
+    if not isinstance(inputs, dict) or not (folder / RUNTIMES[runtime][0]).is_file():
+        raise SystemExit(f"error: {folder} lacks its model {RUNTIMES[runtime][0]}; copy the whole folder")
+    return dict(content)
+
+
+def make_feeds(inputs: Mapping[str, Mapping[str, Any]], batch: int, text_length: int = TEXT_LENGTH) -> Feeds:
+    """Make rows of inputs up: all modalities present and of full length, texts of so many tokens.
+
+    Args:
+        inputs: name -> ``dtype`` and ``shape``, in which a name stands for a dimension that is free.
+        batch: rows.
+        text_length: tokens.
+    """
+    chance, feeds = np.random.default_rng(0), {}
+    free = {"batch": batch, "length": text_length}
+    shapes = {name: [free.get(size, size) for size in given["shape"]] for name, given in inputs.items()}
+    for name, shape in shapes.items():
+        kind = np.dtype(inputs[name]["dtype"])
+        if kind.kind == "b":
+            feeds[name] = np.ones(shape, bool)
+        elif name.endswith("_length"):
+            feeds[name] = np.full(shape, shapes[name.removesuffix("_length")][1], kind)
+        elif kind.kind == "f":
+            feeds[name] = chance.standard_normal(shape).astype(kind)
+        else:
+            feeds[name] = chance.integers(0, 2 if name == "text" else 128, shape).astype(kind)
+    return feeds
+
+
+def measure(
+    folder: Path, batches: Sequence[int], threads: Sequence[int], *, runs: int = 100, text_length: int = TEXT_LENGTH
+) -> dict[str, Any]:
+    """Time a bundle.
+
+    Args:
+        folder: the bundle.
+        batches: rows a run.
+        threads: threads inside an operator.
+        runs: timed runs of each, at least.
+        text_length: tokens of texts.
+
+    Returns:
+        JSON values: ``bundle`` and the sha256 of its ``bundle.json``, ``runtime``, ``machine``, ``size_bytes`` of the
+        model, ``load_ms`` (median), ``peak_memory_bytes`` (what loading and running adds to a fresh process; None
+        where the system does not tell), and ``results``: for each batch and number of threads ``p50_ms``, ``p95_ms``,
+        ``p99_ms``, ``p50_spread_ms`` (the smallest and the largest median of a round), ``rows_per_second``, ``runs``.
+    """
+    info = read_bundle(folder)
+    file, opener = RUNTIMES[info["runtime"]]
+    calls: dict[tuple[int, int], Callable[[], object]] = {}
+    loads, version = [], ""
+    for count in threads:
+        for _ in range(LOADS):
+            start = time.perf_counter()
+            opened = opener(folder / file, count)
+            loads.append(time.perf_counter() - start)
+        version = opened.version
+        for batch in batches:
+            calls[batch, count] = _call(opened.run, make_feeds(info["inputs"], batch, text_length))
+    timed = _take_turns(calls, max(1, -(-runs // ROUND)))
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "bundle": info["name"],
+        "bundle_sha256": hashlib.sha256((folder / "bundle.json").read_bytes()).hexdigest(),
+        "runtime": f"{info['runtime']} {version}",
+        "machine": describe_machine(),
+        "text_length": text_length,
+        "size_bytes": (folder / file).stat().st_size,
+        "load_ms": float(np.median(loads) * 1e3),
+        "peak_memory_bytes": peak_memory(folder, batches[0], threads[0], text_length),
+        "results": [_summary(batch, count, seconds) for (batch, count), seconds in timed.items()],
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures hold for."""
+    name = platform.processor()
+    listed = Path("/proc/cpuinfo")
+    if listed.is_file():
+        lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    system = f"{platform.system()} {platform.release()}"
+    return {"processor": name, "machine": platform.machine(), "cpus": os.cpu_count(), "system": system}
+
+
+def peak_memory(folder: Path, batch: int, threads: int, text_length: int) -> int | None:
+    """Return what loading and running adds to the peak resident memory of a fresh process, bytes."""
+    asked = [sys.executable, __file__, str(folder), "--memory", f"{batch},{threads},{text_length}"]
+    child = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise SystemExit(f"error: measuring the memory failed: {child.stderr.strip()[-500:]}")
+    before, after = json.loads(child.stdout)
+    return None if before is None else after - before
+
+
+def _call(run: Run, feeds: Feeds) -> Callable[[], object]:
+    return lambda: run(feeds)
+
+
+def _take_turns(calls: Mapping[tuple[int, int], Callable[[], object]], rounds: int) -> dict[tuple[int, int], Any]:
+    """Seconds [rounds, runs a round] of each call."""
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+    seconds, keys = {key: np.empty((rounds, ROUND)) for key in calls}, list(calls)
+    for number in range(rounds):
+        for key in keys[number % len(keys) :] + keys[: number % len(keys)]:
+            for run in range(ROUND):
+                start = time.perf_counter()
+                calls[key]()
+                seconds[key][number, run] = time.perf_counter() - start
+    return seconds
+
+
+def _summary(batch: int, threads: int, seconds: Any) -> dict[str, Any]:
+    p50, p95, p99 = (float(value) for value in np.percentile(seconds * 1e3, [50, 95, 99]))
+    medians = np.median(seconds * 1e3, axis=1)
+    return {
+        "batch": batch,
+        "threads": threads,
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "p50_spread_ms": [float(medians.min()), float(medians.max())],
+        "rows_per_second": batch / p50 * 1e3,
+        "runs": int(seconds.size),
+    }
+
+
+def _memory_child(folder: Path, batch: int, threads: int, text_length: int) -> None:
+    info = read_bundle(folder)
+    file, opener = RUNTIMES[info["runtime"]]
+    feeds = make_feeds(info["inputs"], batch, text_length)
+    __import__(info["runtime"])  # its own memory is none of the model's
+    before = _peak_resident_bytes()
+    opened = opener(folder / file, threads)
+    for _ in range(5):
+        opened.run(feeds)
+    sys.stdout.write(json.dumps([before, _peak_resident_bytes()]))
+
+
+def _peak_resident_bytes() -> int | None:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: numbers start at 1")
+    return numbers
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time a bundle and print a table."""
+    parser = argparse.ArgumentParser(
+        prog="bench_bundle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path, help="the bundle's folder")
+    parser.add_argument("--batches", type=_numbers, default=[1], help="rows a run, as 1,8")
+    parser.add_argument("--threads", type=_numbers, default=[1], help="threads inside an operator, as 1,2")
+    parser.add_argument("--runs", type=int, default=100, help="timed runs of each")
+    parser.add_argument("--text-length", type=int, default=TEXT_LENGTH, help="tokens of texts")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--memory", type=_numbers, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.memory:
+        _memory_child(given.bundle, *given.memory)
+        return
+    found = measure(given.bundle, given.batches, given.threads, runs=given.runs, text_length=given.text_length)
+    machine = found["machine"]
+    memory = found["peak_memory_bytes"]
+    print(f"{found['bundle']} on {found['runtime']}, {machine['processor'] or machine['machine']}")
+    print(f"size {found['size_bytes'] / 1e6:.2f} MB, loaded in {found['load_ms']:.1f} ms", end="")
+    print("" if memory is None else f", {memory / 1e6:.1f} MB of memory")
+    print(f"{'batch':>6}{'threads':>9}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'rows/s':>11}")
+    for row in found["results"]:
+        times = "".join(f"{row[name]:>10.3f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
+        print(f"{row['batch']:>6}{row['threads']:>9}{times}{row['rows_per_second']:>11.0f}")
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A bundle timed where it lies: by one file that needs nothing of the project."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from export_models import tiny_preprocessor, write_tiny_graph
+
+from distill import bench_bundle
+from distill.export.bundle import write_bundle
+from distill.runs import sha256_file
+from distill.targets import tasks_from_json
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    """A folder with a bundle and the script, as copied to a device."""
+    folder = tmp_path_factory.mktemp("device")
+    write_bundle(
+        folder / "bundle",
+        model_path=write_tiny_graph(folder / "graph.onnx"),
+        preprocessor=tiny_preprocessor(folder, image_size=8),
+        tasks=tasks_from_json({"category": ["apple", "bird", "chair"]}),
+        name="tiny",
+        source={},
+        info={},
+    )
+    shutil.copy(bench_bundle.__file__, folder / "bench_bundle.py")
+    return folder
+
+
+def call(folder, *arguments):
+    command = [sys.executable, "-I", "bench_bundle.py", *map(str, arguments)]  # -I: no paths but the packages'
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_file_alone_times_a_bundle(device):
+    source = Path(bench_bundle.__file__).read_text()
+    assert "import distill" not in source and "from distill" not in source
+    done = call(device, "bundle", "--batches", "1,4", "--threads", "1,2", "--runs", "10", "--json", "measured.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tiny on onnxruntime ") and len(done.stdout.splitlines()) == 7
+    found = json.loads((device / "measured.json").read_text())
+    assert (found["format"], found["version"]) == ("multidistill-measured", 1)
+    assert found["bundle_sha256"] == sha256_file(device / "bundle" / "bundle.json")
+    assert found["size_bytes"] == (device / "bundle" / "model.onnx").stat().st_size
+    assert [(row["batch"], row["threads"]) for row in found["results"]] == [(1, 1), (4, 1), (1, 2), (4, 2)]
+    for row in found["results"]:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["runs"] == 10
+        assert row["p50_spread_ms"][0] <= row["p50_ms"] <= row["p50_spread_ms"][1] * 1.001
+        assert row["rows_per_second"] == pytest.approx(row["batch"] * 1e3 / row["p50_ms"])
+    assert found["load_ms"] > 0 and found["machine"]["cpus"] >= 1
+    assert found["peak_memory_bytes"] is None or found["peak_memory_bytes"] > 0
+
+
+def test_inputs_are_made_up_of_the_right_shape_and_length():
+    inputs = {
+        "image": {"dtype": "uint8", "shape": ["batch", 3, 8, 8]},
+        "image_present": {"dtype": "bool", "shape": ["batch"]},
+        "text": {"dtype": "int64", "shape": ["batch", "length"]},
+        "text_mask": {"dtype": "bool", "shape": ["batch", "length"]},
+        "audio": {"dtype": "int16", "shape": ["batch", 800]},
+        "audio_length": {"dtype": "int64", "shape": ["batch"]},
+        "tabular": {"dtype": "float32", "shape": ["batch", 5]},
+    }
+    feeds = bench_bundle.make_feeds(inputs, 3, 6)
+    for name, given in inputs.items():
+        assert feeds[name].dtype == np.dtype(given["dtype"]) and feeds[name].shape[0] == 3
+    assert feeds["text"].shape == feeds["text_mask"].shape == (3, 6) and feeds["text_mask"].all()
+    assert (feeds["audio_length"] == 800).all() and feeds["image_present"].all()
+    assert feeds["text"].max() <= 1 and np.isfinite(feeds["tabular"]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "bundle.json").unlink(), "is no bundle"),
+        (lambda folder: (folder / "bundle.json").write_text("{"), "is no bundle"),
+        (lambda folder: (folder / "model.onnx").unlink(), "lacks its model model.onnx; copy the whole folder"),
+        (lambda folder: (folder / "bundle.json").write_text('{"runtime": "abacus", "inputs": {}}'), "is for abacus"),
+    ],
+)
+def test_a_sentence_for_what_cannot_be_timed(device, tmp_path, change, message):
+    shutil.copytree(device / "bundle", tmp_path / "bundle")
+    change(tmp_path / "bundle")
+    done = call(device, tmp_path / "bundle")
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
