@@ -23,6 +23,7 @@ from distill.other_teachers import cache_parts, check_inputs, check_labels, chec
 from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
 from distill.prune import check_pruning
+from distill.prune.saliency import FROM_DATA
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory
@@ -117,7 +118,8 @@ def _baseline(recipe: Recipe) -> dict[str, Any]:
 
 
 def _pruned(recipe: Recipe) -> dict[str, Any]:
-    learnt = _student(recipe, "inherit", "objective") | _distillation(recipe)
+    reads = ["baseline"] if recipe.prune.importance in FROM_DATA else []  # the terms that judge weights
+    learnt = _student(recipe, "inherit", "objective", *reads) | _distillation(recipe)
     return learnt | {"prune": recipe.prune.model_dump(exclude={"train": {"shard"}})}
 
 
@@ -204,6 +206,7 @@ STAGES = (
         stages.prune_student,
         ("data", "transfer", "teacher", "cache", "inherit", "student"),
         _pruned,
+        version=2,
         resumes=True,
         together=True,
     ),

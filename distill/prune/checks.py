@@ -1,0 +1,62 @@
+"""What of a student may be pruned, as far as its config tells: checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from distill.config import Recipe
+from distill.contracts import UserError
+from distill.formats import TEXT
+from distill.fusion import FUSIONS
+
+
+def default_modules(able: Sequence[str], *, fusion: bool) -> list[str]:
+    """Return what is pruned where a recipe names nothing: all encoders that have channels, but that of text.
+
+    Where there are none that is the text's, and where this has no channels either, the fusion.
+
+    Args:
+        able: modalities whose encoders have channels.
+        fusion: whether there is a fusion with channels.
+    """
+    chosen = [f"encoders.{name}" for name in able if name != TEXT] or [f"encoders.{name}" for name in able]
+    return chosen or (["fusion"] if fusion else [])
+
+
+def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
+    """Check that the student has what may be pruned, as far as its config tells.
+
+    Raises:
+        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules``, ``prune.ratios`` or
+            ``prune.depth`` names, that encoder has no channels to remove, or one list of blocks lies in another.
+    """
+    student = recipe.student
+    whole = {name: getattr(encoders[part.type], "unprunable", "") for name, part in student.encoders.items()}
+    prunable = [name for name, reason in whole.items() if not reason]
+    fused = student.fusion is not None and not FUSIONS[student.fusion.type].plain
+    able = [*(f"encoders.{name}" for name in prunable), *(["fusion"] if fused else [])]
+    hint = f"set it to [{', '.join(able)}]"
+    if not able:
+        raise UserError("prune.modules: the student has no channels to prune; end with 'distill train'")
+    for path in recipe.prune.modules or default_modules(prunable, fusion=fused):
+        _check_path(recipe, path, "prune.modules", hint)
+        owner, *inner = path.split(".")
+        if owner == "encoders" and inner and whole[inner[0]]:
+            raise UserError(f"prune.modules: {path!r} has no channels to remove: {whole[inner[0]]}; {hint}")
+    ratios = recipe.prune.ratios
+    for where, paths in (("ratios", [] if isinstance(ratios, str) else ratios), ("depth", recipe.prune.depth)):
+        for path in paths:
+            _check_path(recipe, path, f"prune.{where}", f"it has {', '.join(able)}")
+    for outer, inner_path in combinations(sorted(recipe.prune.depth), 2):
+        if inner_path.startswith(f"{outer}."):
+            raise UserError(f"prune.depth: {inner_path!r} lies in {outer!r}, whose blocks may go; leave one out")
+
+
+def _check_path(recipe: Recipe, path: str, where: str, hint: str) -> None:
+    student = recipe.student
+    owner, *inner = path.split(".")
+    foreign = owner in ("encoders", "necks") and not {*inner[:1]} <= {*student.encoders}
+    if foreign or (student.fusion is None and owner in ("fusion", "necks")):
+        raise UserError(f"{where}: the student has no module {path!r}; {hint}")
