@@ -257,11 +257,11 @@ class PruneConfig(Strict):
 
     @model_validator(mode="after")
     def _prune_something(self) -> PruneConfig:
+        if self.ratios == "auto" and not self.ratio:
+            raise ValueError("ratios is auto, which reaches ratio, and that is 0; raise it")
         own = self.ratios.values() if isinstance(self.ratios, dict) else []
         if not any((self.ratio, self.heads, self.head_dims, self.depth, *own)):
             raise ValueError("ratio is 0 and so is all else, so nothing is pruned; raise one")
-        if self.ratios == "auto" and not self.ratio:
-            raise ValueError("ratios is auto, which reaches ratio, and that is 0; raise it")
         for name in ("epochs", "max_steps"):
             budget = getattr(self.train, name)
             if budget is not None and budget < self.steps:

@@ -48,7 +48,7 @@ def plan_depth(
             if not changes:
                 raise UserError(
                     f"prune.depth.{path} is {count}, and no further block can go: it has {len(blocks)} left, of which "
-                    "one stays, as do those that change a shape; lower it"
+                    "one stays, as do activations and those that change a shape; lower it"
                 )
             least = min(changes, key=lambda index: (changes[index], index))
             step = PrunePlan(removed={here or path: {"of": len(blocks), "gone": [least]}})
@@ -62,7 +62,9 @@ def plan_depth(
 def _changes(model: nn.Module, path: str, whole: Mapping[str, Tensor], batches: Sequence[Batch]) -> dict[int, float]:
     """Index of a block that can be left out -> how much that changes the outputs."""
     found = {}
-    for index in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
+    for index, block in enumerate(model.get_submodule(path).children()):
+        if next(block.parameters(), None) is None:
+            continue  # an activation between blocks is none
         with _without(model, path, index):
             try:
                 found[index] = drop(whole, answers(model, batches))
@@ -74,15 +76,11 @@ def _changes(model: nn.Module, path: str, whole: Mapping[str, Tensor], batches: 
 @contextmanager
 def _without(model: nn.Module, path: str, index: int) -> Iterator[None]:
     """Let a model do without one block."""
-    owner, _, leaf = path.rpartition(".")
-    blocks = model.get_submodule(path)
+    path_above, _, leaf = path.rpartition(".")
+    owner, blocks = model.get_submodule(path_above), model.get_submodule(path)
     rest = [block for place, block in enumerate(blocks.children()) if place != index]
-    setattr(
-        model.get_submodule(owner),
-        leaf,
-        nn.Sequential(*rest) if isinstance(blocks, nn.Sequential) else nn.ModuleList(rest),
-    )
+    setattr(owner, leaf, nn.Sequential(*rest) if isinstance(blocks, nn.Sequential) else nn.ModuleList(rest))
     try:
         yield
     finally:
-        setattr(model.get_submodule(owner), leaf, blocks)
+        setattr(owner, leaf, blocks)

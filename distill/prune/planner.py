@@ -156,7 +156,7 @@ class _Search:
         """The stages with the ratios that a scan gives them, and its table."""
         stages: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
-            stages.setdefault(stage_of(group.layers[0]), []).append(index)
+            stages.setdefault(stage_of(group.layers), []).append(index)
         whole = answers(self.now, self.batches)
 
         def cost(lost: list[list[int]]) -> float:

@@ -71,7 +71,8 @@ class PrunePlan:
         except UserError:
             raise
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not readable as a pruning plan: {error}; prune again") from error
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}: not readable as a pruning plan: {reason}; prune again") from error
 
     def original(self, name: str) -> str:
         """Return the unpruned model's name of a module or tensor of the pruned one, whose blocks count anew."""

@@ -20,11 +20,15 @@ GRID = tuple(step / 20 for step in range(int((1 - LEAST_KEPT) * 20) + 1))
 """Ratios that a stage may get: costs between the measured ones are interpolated."""
 
 
-def stage_of(path: str) -> str:
-    """Return the stage of a layer: its path up to the first number, or of one without, to its second name."""
-    parts = path.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1] if numbers else parts[:2])
+def stage_of(layers: Sequence[str]) -> str:
+    """Return the stage of layers whose channels go together.
+
+    That of a layer is its path up to the first number; of layers of several stages it is what their paths share.
+    """
+    paths = [path.split(".") for path in layers]
+    stages = {tuple(path[: next((n + 1 for n, part in enumerate(path) if part.isdigit()), None)]) for path in paths}
+    shared = [parts[0] for parts in zip(*stages, strict=False) if len(set(parts)) == 1]
+    return ".".join(shared) or layers[0]
 
 
 def scan(
