@@ -242,11 +242,10 @@ class PruneConfig(Strict):
 
     ratio: float = Field(0.5, ge=0, lt=1)  # share of channels removed; 0: heads, their dimensions or blocks alone go
     importance: Literal["magnitude", "taylor", "hessian", "bn_scale", "random"] = "magnitude"
-    rows: int = Field(256, ge=2)  # training rows that importance, depth and "auto" read
+    rows: int = Field(256, ge=2)  # training rows that importance, depth and sensitivity read
     scope: Literal["global", "layer"] = "global"  # what is ranked together: all, or the channels or heads of each layer
-    # module-path prefix -> its own ratio, ranked for itself, the longest prefix counts; "auto": ratios of the stages
-    # by a scan of what they cost, that reach ``ratio`` together
-    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] | Literal["auto"] = {}
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}  # module-path prefix, the longest counts -> its own
+    sensitivity: bool = False  # a scan of what each stage costs gives them ratios, which reach ``ratio`` together
     round_to: int = Field(8, ge=1)
     modules: list[str] | None = None  # module-path prefixes that may be pruned; absent: all encoders but that of text
     heads: float = Field(0.0, ge=0, lt=1)  # share of attention heads removed
@@ -257,10 +256,9 @@ class PruneConfig(Strict):
 
     @model_validator(mode="after")
     def _prune_something(self) -> PruneConfig:
-        if self.ratios == "auto" and not self.ratio:
-            raise ValueError("ratios is auto, which reaches ratio, and that is 0; raise it")
-        own = self.ratios.values() if isinstance(self.ratios, dict) else []
-        if not any((self.ratio, self.heads, self.head_dims, self.depth, *own)):
+        if self.sensitivity and (self.ratios or not self.ratio):
+            raise ValueError("sensitivity finds the ratios that reach ratio; leave ratios out and set ratio above 0")
+        if not any((self.ratio, self.heads, self.head_dims, self.depth, *self.ratios.values())):
             raise ValueError("ratio is 0 and so is all else, so nothing is pruned; raise one")
         for name in ("epochs", "max_steps"):
             budget = getattr(self.train, name)

@@ -22,8 +22,7 @@ from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
 from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
-from distill.prune import check_pruning
-from distill.prune.saliency import FROM_DATA
+from distill.prune import FROM_DATA, check_pruning
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory

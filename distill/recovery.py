@@ -17,7 +17,8 @@ from distill.data.loader import Loader
 from distill.inheritance import freeze_inherited
 from distill.jobs import distillation, make_job
 from distill.losses.terms import LOSSES, labelled_alone
-from distill.prune.saliency import FROM_DATA, Loss
+from distill.prune import FROM_DATA
+from distill.prune.saliency import Loss
 from distill.workspace import PLAN_FILE, STUDENT, WEIGHTS_FILE, Workspace
 
 ROWS = 32  # of a batch whose gradient is taken
@@ -62,9 +63,8 @@ def so_far(config: PruneConfig, step: int) -> PruneConfig:
         "heads": config.heads * share,
         "head_dims": config.head_dims if step == config.steps else 0.0,
         "depth": {path: count for path, count in depth.items() if count},
+        "ratios": {prefix: ratio * share for prefix, ratio in config.ratios.items()},
     }
-    if isinstance(config.ratios, dict):
-        changes["ratios"] = {prefix: ratio * share for prefix, ratio in config.ratios.items()}
     return config.model_copy(update=changes)
 
 
@@ -95,7 +95,7 @@ def _evidence(work: Workspace, place: Path, model: Model) -> tuple[list[Batch], 
     Where terms take a row by itself, "hessian" gets batches of one.
     """
     config, terms = work.recipe.prune, work.recipe.student.baseline
-    if config.importance not in FROM_DATA and not config.depth and config.ratios != "auto":
+    if config.importance not in FROM_DATA and not config.depth and not config.sensitivity:
         return [], None
     alone = config.importance == "hessian" and not any(LOSSES[term.loss].relational for term in terms)
     size = 1 if alone else min(ROWS, config.rows)

@@ -188,7 +188,8 @@ def test_budgets_of_steps_add_up() -> None:
     ("values", "sentence"),
     [
         ({"ratio": 0}, "ratio is 0 and so is all else, so nothing is pruned; raise one"),
-        ({"ratio": 0, "ratios": "auto"}, "ratios is auto, which reaches ratio, and that is 0"),
+        ({"ratio": 0, "sensitivity": True}, "leave ratios out and set ratio above 0"),
+        ({"ratios": {"a": 0.1}, "sensitivity": True}, "leave ratios out and set ratio above 0"),
         ({"steps": 3, "train": {"epochs": 2}}, r"train\.epochs is 2, fewer than steps, 3"),
         ({"steps": 3, "train": {"max_steps": 2}}, r"train\.max_steps is 2, fewer than steps, 3"),
     ],
@@ -297,7 +298,7 @@ def test_ratios_reach_what_is_asked_for_at_the_least_cost(data: st.DataObject) -
 def test_a_scan_spares_the_stage_that_matters() -> None:
     torch.manual_seed(0)
     model = idle(settled(StandIn(Deep())))
-    config = PruneConfig(ratio=0.4, ratios="auto", **IMAGE)
+    config = PruneConfig(ratio=0.4, sensitivity=True, **IMAGE)
     pruned, made = prune(model, batch(), config, rows=rows(1, 8))
     found = made.report["sensitivity"]
     assert set(found) == {

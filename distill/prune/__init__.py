@@ -8,6 +8,7 @@ reads them.
 from distill.prune.checks import check_pruning, default_modules
 from distill.prune.planner import plan, prune
 from distill.prune.plans import PrunePlan, apply, compose
+from distill.prune.saliency import FROM_DATA
 from distill.prune.selection import choose
 
-__all__ = ["PrunePlan", "apply", "check_pruning", "choose", "compose", "default_modules", "plan", "prune"]
+__all__ = ["FROM_DATA", "PrunePlan", "apply", "check_pruning", "choose", "compose", "default_modules", "plan", "prune"]

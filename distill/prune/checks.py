@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -45,8 +45,8 @@ def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
         owner, *inner = path.split(".")
         if owner == "encoders" and inner and whole[inner[0]]:
             raise UserError(f"prune.modules: {path!r} has no channels to remove: {whole[inner[0]]}; {hint}")
-    ratios = recipe.prune.ratios
-    for where, paths in (("ratios", [] if isinstance(ratios, str) else ratios), ("depth", recipe.prune.depth)):
+    paths: Iterable[str]
+    for where, paths in (("ratios", recipe.prune.ratios), ("depth", recipe.prune.depth)):
         for path in paths:
             _check_path(recipe, path, f"prune.{where}", f"it has {', '.join(able)}")
     for outer, inner_path in combinations(sorted(recipe.prune.depth), 2):

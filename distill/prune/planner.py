@@ -64,7 +64,7 @@ def plan(
         model: any ``Batch -> Outputs`` module, without taps (hooks do not survive copying); it is not changed.
         example: at least two rows, with every modality present.
         config: what to remove, and by which importance; ``steps``, ``rows`` and ``train`` are not read.
-        rows: batches for "taylor" and "hessian" importance, ``depth`` and ``ratios: auto``; the example if there are
+        rows: batches for "taylor" and "hessian" importance, ``depth`` and ``sensitivity``; the example if there are
             none. "hessian" is exact for batches of one row.
         loss: ``(outputs, batch) -> scalar``, for "taylor" and "hessian"; the labels' cross-entropy if None.
         seed: for "random" importance.
@@ -131,7 +131,7 @@ class _Search:
         units = [self.config.round_to // math.gcd(self.config.round_to, group.parts) for group in able]
         gone = [group.gone(self.before) for group in able]
         report = {}
-        if self.config.ratios == "auto":
+        if self.config.sensitivity:
             sets, report["sensitivity"] = self._scanned(able, scores, units, gone)
             lost = choose_in_sets(sets, scores, units, [0] * len(able))
         else:
@@ -198,7 +198,6 @@ class _Search:
     def _ratios(self, groups: Sequence[ChannelGroup]) -> dict[str, float]:
         """Ratios by the prefixes that the model has now."""
         config = self.config.ratios
-        assert not isinstance(config, str)
         here = self._here(config, "ratios")
         layers = [path for group in groups for path in group.layers]
         for prefix, now in here.items():
