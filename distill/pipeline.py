@@ -22,7 +22,7 @@ from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
 from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
-from distill.prune import FROM_DATA, check_pruning
+from distill.prune import check_pruning, judges
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory
@@ -117,8 +117,7 @@ def _baseline(recipe: Recipe) -> dict[str, Any]:
 
 
 def _pruned(recipe: Recipe) -> dict[str, Any]:
-    reads = ["baseline"] if recipe.prune.importance in FROM_DATA else []  # the terms that judge weights
-    learnt = _student(recipe, "inherit", "objective", *reads) | _distillation(recipe)
+    learnt = _student(recipe, "inherit", "objective", *judges(recipe.prune)) | _distillation(recipe)
     return learnt | {"prune": recipe.prune.model_dump(exclude={"train": {"shard"}})}
 
 
@@ -205,7 +204,6 @@ STAGES = (
         stages.prune_student,
         ("data", "transfer", "teacher", "cache", "inherit", "student"),
         _pruned,
-        version=2,
         resumes=True,
         together=True,
     ),

@@ -17,8 +17,7 @@ from distill.data.loader import Loader
 from distill.inheritance import freeze_inherited
 from distill.jobs import distillation, make_job
 from distill.losses.terms import LOSSES, labelled_alone
-from distill.prune import FROM_DATA
-from distill.prune.saliency import Loss
+from distill.prune.saliency import FROM_DATA, Loss
 from distill.workspace import PLAN_FILE, STUDENT, WEIGHTS_FILE, Workspace
 
 ROWS = 32  # of a batch whose gradient is taken

@@ -5,10 +5,9 @@ model's tensors, so the same call prunes trained weights, and rebuilds the small
 reads them.
 """
 
-from distill.prune.checks import check_pruning, default_modules
+from distill.prune.checks import check_pruning, default_modules, judges
 from distill.prune.planner import plan, prune
 from distill.prune.plans import PrunePlan, apply, compose
-from distill.prune.saliency import FROM_DATA
 from distill.prune.selection import choose
 
-__all__ = ["FROM_DATA", "PrunePlan", "apply", "check_pruning", "choose", "compose", "default_modules", "plan", "prune"]
+__all__ = ["PrunePlan", "apply", "check_pruning", "choose", "compose", "default_modules", "judges", "plan", "prune"]

@@ -6,10 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from distill.config import Recipe
+from distill.config import PruneConfig, Recipe
 from distill.contracts import UserError
 from distill.formats import TEXT
 from distill.fusion import FUSIONS
+from distill.prune.saliency import FROM_DATA
+
+
+def judges(config: PruneConfig) -> list[str]:
+    """Return the fields of the student that importance follows from: the terms without a teacher, if it reads data."""
+    return ["baseline"] if config.importance in FROM_DATA else []
 
 
 def default_modules(able: Sequence[str], *, fusion: bool) -> list[str]:
