@@ -21,7 +21,7 @@ from distill.prune import PrunePlan, apply, compose, plan, prune
 from distill.prune.measuring import answers, drop
 from distill.prune.saliency import saliency
 from distill.prune.selection import choose, ranked_together
-from distill.prune.sensitivity import GRID, RATIOS, allocate, stage_of
+from distill.prune.sensitivity import RATIOS, allocate, prices, scan, stage_of
 from distill.recovery import share_of, so_far
 
 IMAGE: dict[str, Any] = {"round_to": 1, "modules": ["encoders.image"]}
@@ -266,33 +266,49 @@ def test_stages_of_layers() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_ratios_reach_what_is_asked_for_at_the_least_cost(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 3))
-    sizes = {str(number): data.draw(st.integers(1, 12)) for number in range(count)}
-    price = st.floats(0, 1, allow_subnormal=False)
-    costs = {name: sorted(data.draw(st.lists(price, min_size=4, max_size=4))) for name in sizes}
-    most = sum(int(GRID[-1] * size) for size in sizes.values())
-    remove = data.draw(st.integers(0, most))
+def test_stages_take_the_options_that_cost_least_together(data: st.DataObject) -> None:
+    names = [str(number) for number in range(data.draw(st.integers(1, 4)))]
+    options = st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1, allow_subnormal=False)), min_size=1, max_size=4)
+    known = {name: [(0, 0.0), *data.draw(options)] for name in names}
+    removed = {name: [count for count, _ in known[name]] for name in names}
+    costs = {name: [cost for _, cost in known[name]] for name in names}
+    most = sum(max(counts) for counts in removed.values())
+    least = data.draw(st.integers(0, most))
+    found = allocate(removed, costs, least)
 
-    def cost(ratios: dict[str, float]) -> float:
-        known = (0.0, *RATIOS)
-        total = 0.0
-        for name, ratio in ratios.items():
-            values = [0.0, *costs[name]]
-            right = next(place for place, each in enumerate(known) if each >= ratio - 1e-12)
-            left = max(0, right - 1)
-            span = known[right] - known[left] or 1.0
-            total += values[left] + (values[right] - values[left]) * (ratio - known[left]) / span
-        return total
+    def total(choice: dict[str, int], of: dict[str, Any]) -> Any:
+        return sum(of[name][option] for name, option in choice.items())
 
-    def removed(ratios: dict[str, float]) -> int:
-        return sum(int(ratio * sizes[name]) for name, ratio in ratios.items())
+    every = (dict(zip(names, choice, strict=True)) for choice in product(*(range(len(known[n])) for n in names)))
+    assert total(found, removed) >= least
+    assert total(found, costs) == pytest.approx(min(total(c, costs) for c in every if total(c, removed) >= least))
+    assert total(allocate(removed, costs, most + 5), removed) == most
 
-    found = allocate(sizes, costs, remove)
-    assert removed(found) >= remove
-    every = (dict(zip(sizes, ratios, strict=True)) for ratios in product(GRID, repeat=count))
-    assert cost(found) == pytest.approx(min(cost(each) for each in every if removed(each) >= remove), abs=1e-9)
-    assert removed(allocate(sizes, costs, most + 5)) == most
+
+def test_costs_lie_between_the_measured_ones_and_never_fall() -> None:
+    assert prices([0, 1, 2, 3, 4, 6, 8], [2, 4, 6], [0.2, 0.6, 0.5]) == pytest.approx([0, 0.1, 0.2, 0.4, 0.6, 0.6, 0.6])
+
+
+def test_a_scan_counts_what_rounding_leaves() -> None:
+    """Of eight channels in units of four, a quarter is nothing: half of them go where that is cheaper."""
+    scores = [torch.arange(8.0), torch.arange(8.0)]
+    price = {"a": 1.0, "b": 0.1}
+    seen: list[list[int]] = []
+
+    def cost(lost: list[list[int]]) -> float:
+        seen.append([len(indices) for indices in lost])
+        return price["a"] * len(lost[0]) + price["b"] * len(lost[1])
+
+    ratios, table = scan({"a": [0], "b": [1]}, scores, [4, 4], cost, 4)
+    assert len(choose([scores[1]], ratios["b"], [4])[0]) == 4 and not choose([scores[0]], ratios["a"], [4])[0]
+    assert seen == [[4, 0], [4, 0], [4, 0], [0, 4], [0, 4], [0, 4]] and list(table["a"]["drop"]) == [
+        str(r) for r in RATIOS
+    ]
+    assert table["b"] == {
+        "channels": 8,
+        "drop": {"0.25": 0.0, "0.5": 0.4, "0.75": 0.4, "0.9": 0.4},
+        "ratio": ratios["b"],
+    }
 
 
 def test_a_scan_spares_the_stage_that_matters() -> None:

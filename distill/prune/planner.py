@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from distill.prune.plans import PrunePlan, apply, compose
 from distill.prune.reading import changed_attributes, kept_indices, number_elements
 from distill.prune.saliency import Loss, saliency
 from distill.prune.selection import choose_in_sets, ranked_together
-from distill.prune.sensitivity import allocate, scan, stage_of, table
+from distill.prune.sensitivity import scan, stage_of
 
 
 def prune(
@@ -105,7 +106,7 @@ class _Search:
     ) -> None:
         self.now = copy.deepcopy(model).requires_grad_(True)
         self.example, self.config, self.batches, self.loss, self.seed = example, config, batches, loss, seed
-        self.before, self.made = before, before
+        self.made = before
 
     def depth(self) -> None:
         """Remove blocks."""
@@ -129,30 +130,24 @@ class _Search:
         if not able:
             self._refuse(groups)
         units = [self.config.round_to // math.gcd(self.config.round_to, group.parts) for group in able]
-        gone = [group.gone(self.before) for group in able]
-        report = {}
+        gone = [group.gone(self.made) for group in able]
+        report: dict[str, Any] = {}
         if self.config.sensitivity:
             sets, report["sensitivity"] = self._scanned(able, scores, units, gone)
             lost = choose_in_sets(sets, scores, units, [0] * len(able))
         else:
-            sets = ranked_together(
-                [group.layers for group in able],
-                self.config.ratio,
-                self._ratios(able),
-                alone=self.config.scope == "layer",
-            )
+            layers, alone = [group.layers for group in able], self.config.scope == "layer"
+            sets = ranked_together(layers, self.config.ratio, self._ratios(layers), alone=alone)
             lost = choose_in_sets(sets, scores, units, gone)
         part = self._cut(twin, able, lost)
-        all_lost = [
-            (before + len(indices)) * group.parts for group, before, indices in zip(able, gone, lost, strict=True)
-        ]
-        total = sum((group.size + before) * group.parts for group, before in zip(able, gone, strict=True))
-        part.report.update(report, channels=[total, total - sum(all_lost)])
+        before = sum((group.size + count) * group.parts for group, count in zip(able, gone, strict=True))
+        left = sum((group.size - len(indices)) * group.parts for group, indices in zip(able, lost, strict=True))
+        part.report.update(report, channels=[before, left])
         self._take(part)
 
     def _scanned(
         self, groups: Sequence[ChannelGroup], scores: Sequence[Tensor], units: Sequence[int], gone: Sequence[int]
-    ) -> tuple[list[tuple[float, list[int]]], dict[str, object]]:
+    ) -> tuple[list[tuple[float, list[int]]], dict[str, Any]]:
         """The stages with the ratios that a scan gives them, and its table."""
         stages: dict[str, list[int]] = {}
         for index, group in enumerate(groups):
@@ -165,11 +160,9 @@ class _Search:
             part = self._cut(twin, [mine[group.layers[0]] for group in groups], lost)
             return drop(whole, answers(apply(copy.deepcopy(self.now), part), self.batches))
 
-        costs = scan(stages, scores, units, cost)
-        sizes = {stage: sum(groups[index].size for index in members) for stage, members in stages.items()}
-        remove = int(self.config.ratio * (sum(sizes.values()) + sum(gone))) - sum(gone)
-        ratios = allocate(sizes, costs, max(0, remove))
-        return [(ratios[stage], members) for stage, members in stages.items()], table(sizes, costs, ratios)
+        there = sum(len(score) for score in scores) + sum(gone)
+        ratios, table = scan(stages, scores, units, cost, int(self.config.ratio * there) - sum(gone))
+        return [(ratios[stage], members) for stage, members in stages.items()], table
 
     def _traced(self) -> tuple[nn.Module, list[ChannelGroup]]:
         twin = copy.deepcopy(self.now)
@@ -195,14 +188,13 @@ class _Search:
             return _default_modules(self.now)
         return list(self._here(self.config.modules, "modules").values())
 
-    def _ratios(self, groups: Sequence[ChannelGroup]) -> dict[str, float]:
-        """Ratios by the prefixes that the model has now."""
-        config = self.config.ratios
+    def _ratios(self, layers: Sequence[Sequence[str]]) -> dict[str, float]:
+        """Ratios by the prefixes that the model has now; under each is some of the groups' layers."""
+        config, known = self.config.ratios, [path for paths in layers for path in paths]
         here = self._here(config, "ratios")
-        layers = [path for group in groups for path in group.layers]
         for prefix, now in here.items():
-            if not any(f"{path}.".startswith(f"{now}.") for path in layers):
-                raise UserError(f"prune.ratios: {prefix!r} has no channels to prune; {nearest(now, layers)}")
+            if not any(f"{path}.".startswith(f"{now}.") for path in known):
+                raise UserError(f"prune.ratios: {prefix!r} has no channels to prune; {nearest(now, known)}")
         return {now: config[prefix] for prefix, now in here.items()}
 
     def _here(self, paths: Iterable[str], field: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from distill.prune.selection import LEAST_KEPT, choose
+from distill.prune.selection import LEAST_KEPT, choose_in_sets
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 """Where each stage is measured."""
@@ -31,73 +31,91 @@ def stage_of(layers: Sequence[str]) -> str:
     return ".".join(shared) or layers[0]
 
 
+def outcomes(
+    stages: Mapping[str, Sequence[int]], scores: Sequence[Tensor], units: Sequence[int], ratios: Sequence[float]
+) -> dict[str, list[list[list[int]]]]:
+    """Return what each group loses if one stage alone is pruned, at each ratio, after rounding.
+
+    Args:
+        stages: name -> indices of its groups.
+        scores: of each group's channels.
+        units: as in :func:`distill.prune.selection.choose`.
+        ratios: of the stage's channels.
+    """
+    nothing = [0] * len(scores)
+    return {
+        stage: [choose_in_sets([(ratio, members)], scores, units, nothing) for ratio in ratios]
+        for stage, members in stages.items()
+    }
+
+
+def prices(removed: Sequence[int], measured: Sequence[int], costs: Sequence[float]) -> list[float]:
+    """Return the costs of removing numbers of channels, interpolated between those that are ``measured``, which rise.
+
+    A cost below that of removing less counts as that one.
+    """
+    return np.interp(removed, [0, *measured], np.maximum.accumulate([0.0, *costs])).tolist()
+
+
+def allocate(removed: Mapping[str, Sequence[int]], costs: Mapping[str, Sequence[float]], least: int) -> dict[str, int]:
+    """Return which of its options each stage takes, so that the sum of costs is the least.
+
+    Args:
+        removed: stage -> how many channels go with each option.
+        costs: stage -> of each option.
+        least: how many channels go at least, or as many as can.
+    """
+    least = max(0, min(least, sum(max(counts) for counts in removed.values())))
+    best = np.full(least + 1, np.inf)  # number of channels -> least cost of removing at least as many
+    best[0] = 0.0
+    choices = []
+    for stage, counts in removed.items():
+        places = (np.maximum(np.arange(least + 1) - count, 0) for count in counts)
+        sums = np.stack([best[place] + cost for place, cost in zip(places, costs[stage], strict=True)])
+        choices.append((stage, sums.argmin(0)))
+        best = sums.min(0)
+    found, left = {}, least
+    for stage, choice in reversed(choices):
+        found[stage] = int(choice[left])
+        left = max(0, left - removed[stage][found[stage]])
+    return found
+
+
 def scan(
     stages: Mapping[str, Sequence[int]],
     scores: Sequence[Tensor],
     units: Sequence[int],
     cost: Callable[[list[list[int]]], float],
-) -> dict[str, list[float]]:
-    """Measure the cost of pruning each stage alone at each of :data:`RATIOS`.
+    least: int,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Find ratios of the stages that remove enough channels at the least cost.
 
     Args:
         stages: name -> indices of its groups.
         scores: of each group's channels.
         units: as in :func:`distill.prune.selection.choose`.
         cost: from the indices that each group loses to the agreement that is lost.
+        least: how many channels go at least, or as many as can.
+
+    Returns:
+        The ratios, and a table: of each stage its ``channels``, the ``drop`` at each of :data:`RATIOS`, the ``ratio``.
     """
-    found: dict[str, list[float]] = {}
-    for stage, members in stages.items():
-        found[stage] = []
-        for ratio in RATIOS:
-            lost: list[list[int]] = [[] for _ in scores]
-            chosen = choose([scores[i] for i in members], ratio, [units[i] for i in members])
-            for index, indices in zip(members, chosen, strict=True):
-                lost[index] = indices
-            found[stage].append(cost(lost) if any(lost) else 0.0)
-    return found
-
-
-def allocate(sizes: Mapping[str, int], costs: Mapping[str, Sequence[float]], remove: int) -> dict[str, float]:
-    """Return the ratio of each stage, from :data:`GRID`, with the least sum of costs.
-
-    Args:
-        sizes: channels of each stage.
-        costs: of each stage at :data:`RATIOS`; a cost below that of a lower ratio counts as that one.
-        remove: how many channels go at least, or as many as can.
-    """
-    names = list(sizes)
-    removed = {name: [int(ratio * sizes[name]) for ratio in GRID] for name in names}
-    remove = min(remove, sum(each[-1] for each in removed.values()))
-    best = np.full(remove + 1, np.inf)  # number of channels -> least cost of removing at least as many
-    best[0] = 0.0
-    choices = []
-    for name in names:
-        rising = np.maximum.accumulate([0.0, *costs[name]])
-        prices = np.interp(GRID, [0.0, *RATIOS], rising)
-        options = np.stack(
-            [
-                best[np.maximum(np.arange(remove + 1) - count, 0)] + price
-                for count, price in zip(removed[name], prices, strict=True)
-            ]
-        )
-        choices.append(options.argmin(0))
-        best = options.min(0)
-    found, left = {}, remove
-    for name, choice in zip(reversed(names), reversed(choices), strict=True):
-        found[name] = GRID[choice[left]]
-        left = max(0, left - removed[name][choice[left]])
-    return {name: found[name] for name in names}
-
-
-def table(
-    sizes: Mapping[str, int], costs: Mapping[str, Sequence[float]], ratios: Mapping[str, float]
-) -> dict[str, Any]:
-    """Return what a report says of a scan: of each stage its channels, the costs by ratio, and the ratio chosen."""
-    return {
+    sizes = {stage: sum(len(scores[index]) for index in members) for stage, members in stages.items()}
+    tried, able = (outcomes(stages, scores, units, ratios) for ratios in (RATIOS, GRID))
+    drops, counts, costs = {}, {}, {}
+    for stage in stages:
+        drops[stage] = [cost(lost) if any(lost) else 0.0 for lost in tried[stage]]
+        counts[stage] = [sum(map(len, lost)) for lost in able[stage]]
+        measured = [sum(map(len, lost)) for lost in tried[stage]]
+        costs[stage] = prices(counts[stage], measured, drops[stage])
+    chosen = allocate(counts, costs, least)
+    ratios = {stage: GRID[option] for stage, option in chosen.items()}
+    table = {
         stage: {
-            "channels": sizes[stage],
-            "drop": {str(ratio): round(value, 6) for ratio, value in zip(RATIOS, costs[stage], strict=True)},
+            "channels": size,
+            "drop": {str(ratio): round(value, 6) for ratio, value in zip(RATIOS, drops[stage], strict=True)},
             "ratio": ratios[stage],
         }
-        for stage in sizes
+        for stage, size in sizes.items()
     }
+    return ratios, table
