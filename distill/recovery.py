@@ -56,12 +56,11 @@ def recovery(work: Workspace, folder: Path, step: int) -> engine.Job:
 def so_far(config: PruneConfig, step: int) -> PruneConfig:
     """Return what is to be gone after a step, from 1 on; dimensions of heads go in the last one."""
     share = step / config.steps
-    depth = {path: round(count * share) for path, count in config.depth.items()}
     changes: dict[str, Any] = {
         "ratio": config.ratio * share,
         "heads": config.heads * share,
         "head_dims": config.head_dims if step == config.steps else 0.0,
-        "depth": {path: count for path, count in depth.items() if count},
+        "depth": {path: round(count * share) for path, count in config.depth.items()},
         "ratios": {prefix: ratio * share for prefix, ratio in config.ratios.items()},
     }
     return config.model_copy(update=changes)

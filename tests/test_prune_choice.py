@@ -239,7 +239,7 @@ def test_blocks_of_a_transformer_go_and_those_that_change_shapes_stay() -> None:
     assert len(apply(copy.deepcopy(model), made).encoders["text"].blocks) == 1
     with pytest.raises(UserError, match=r"depth\.encoders\.text\.blocks is 4, and no further block can go: it has 1"):
         plan(model, given, PruneConfig(ratio=0.0, depth={"encoders.text.blocks": 4}))
-    with pytest.raises(UserError, match=r"'encoders\.text\.norm' is no list of blocks; lists: encoders\.text\.blocks"):
+    with pytest.raises(UserError, match=r"'encoders\.text\.norm' is no list of blocks; .*encoders\.text\.blocks"):
         plan(model, given, PruneConfig(ratio=0.0, depth={"encoders.text.norm": 1}))
     net = settled(real(ConcatFusion(["image", "text"], 32)))
     stage = "encoders.image.stages.2"  # a convolution that changes the width, ReLU, and two residual blocks

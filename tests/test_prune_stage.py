@@ -174,3 +174,28 @@ def test_a_changed_plan_stops_who_reads_the_model(here) -> None:
 def test_what_cannot_be_is_refused_before_a_run(option: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         check_pruning(load_recipe("recipe.yaml", [option]), pipeline.ENCODERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["prune.modules=[encoders.image.stagse]"],
+            r"prune\.modules: the model has no module 'encoders\.image\.stagse'; did",
+        ),
+        (["prune.ratios={encoders.image.stages.9: 0.5}"], r"prune\.ratios: the model has no module .*stages\.9'; did"),
+        (
+            ["prune.depth={encoders.image.stags: 1}"],
+            r"prune\.depth: 'encoders\.image\.stags' is no list of blocks; did you",
+        ),
+        (["prune.depth={encoders.image.stages.1: 3}"], r"stages\.1 is 3, and one of its 3 blocks stays; lower it"),
+        (["prune.heads=0.5"], r"prune\.heads: no attention in encoders\.image whose heads can be cut"),
+    ],
+)
+def test_what_a_student_lacks_is_said_before_it_is_trained(options: list[str], sentence: str, project: Path) -> None:
+    recipe = load_recipe("recipe.yaml", ["trackers=[]", "name=other", *options])
+    with pytest.raises(UserError, match=sentence):
+        pipeline.run(recipe, until="pruned", quiet=True)
+    assert not (project / "runs/other/teacher").exists()
+    if options != ["prune.depth={encoders.image.stages.1: 3}"]:
+        assert pipeline.run(recipe, until="vocabulary", quiet=True)

@@ -5,9 +5,20 @@ model's tensors, so the same call prunes trained weights, and rebuilds the small
 reads them.
 """
 
-from distill.prune.checks import check_pruning, default_modules, judges
+from distill.prune.checks import check_names, check_pruning, default_modules, judges
 from distill.prune.planner import plan, prune
 from distill.prune.plans import PrunePlan, apply, compose
 from distill.prune.selection import choose
 
-__all__ = ["PrunePlan", "apply", "check_pruning", "choose", "compose", "default_modules", "judges", "plan", "prune"]
+__all__ = [
+    "PrunePlan",
+    "apply",
+    "check_names",
+    "check_pruning",
+    "choose",
+    "compose",
+    "default_modules",
+    "judges",
+    "plan",
+    "prune",
+]

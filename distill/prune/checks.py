@@ -6,10 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from distill.config import PruneConfig, Recipe
+from torch import nn
+
+from distill.config import PruneConfig, Recipe, nearest
 from distill.contracts import UserError
 from distill.formats import TEXT
 from distill.fusion import FUSIONS
+from distill.multimodal import Encoder
+from distill.prune.depth import check_blocks
+from distill.prune.heads import check_attention
 from distill.prune.saliency import FROM_DATA
 
 
@@ -58,6 +63,32 @@ def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
     for outer, inner_path in combinations(sorted(recipe.prune.depth), 2):
         if inner_path.startswith(f"{outer}."):
             raise UserError(f"prune.depth: {inner_path!r} lies in {outer!r}, whose blocks may go; leave one out")
+
+
+def modules_of(model: nn.Module) -> list[str]:
+    """Return the paths in a model under which it is pruned where a recipe names nothing."""
+    parts = {path: module for path, module in model.named_modules() if isinstance(module, Encoder)}
+    able = [path.removeprefix("encoders.") for path, module in parts.items() if not module.unprunable]
+    found = default_modules(able, fusion=hasattr(model, "fusion"))
+    return [*found, "exchange"] if getattr(model, "exchange", None) is not None else found
+
+
+def check_names(model: nn.Module, config: PruneConfig) -> None:
+    """Check that a model has what a config names.
+
+    Raises:
+        UserError: it has no such module, no attention whose heads may go, or no list of as many blocks.
+    """
+    names = dict(model.named_modules())
+    for field, paths in (("modules", config.modules or []), ("ratios", config.ratios)):
+        for path in paths:
+            if path not in names:
+                raise UserError(f"prune.{field}: the model has no module {path!r}; {nearest(path, names)}")
+    check_attention(model, config, config.modules or modules_of(model))
+    for path, count in config.depth.items():
+        blocks = check_blocks(model, path)
+        if count >= len(blocks):
+            raise UserError(f"prune.depth.{path} is {count}, and one of its {len(blocks)} blocks stays; lower it")
 
 
 def _check_path(recipe: Recipe, path: str, where: str, hint: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from distill.config import nearest
 from distill.contracts import Batch, UserError
 from distill.prune.measuring import answers, drop
 from distill.prune.plans import PrunePlan, apply, compose
@@ -34,29 +35,32 @@ def plan_depth(
     whole = answers(model, batches)
     length = 0
     for path, count in counts.items():
-        here = before.renamed(path)
-        blocks = dict(now.named_modules()).get(here or path)
-        if not isinstance(blocks, nn.ModuleList | nn.Sequential):
-            lists = [
-                name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)
-            ]
-            raise UserError(f"prune.depth: {path!r} is no list of blocks; lists: {', '.join(lists)}")
+        here = before.renamed(path) or path
+        blocks = check_blocks(now, here)
         gone = len(before.removed.get(path, {"gone": []})["gone"])
         length += len(blocks)
         for _ in range(count - gone):
-            changes = _changes(now, here or path, whole, batches) if len(blocks) > 1 else {}
+            changes = _changes(now, here, whole, batches) if len(blocks) > 1 else {}
             if not changes:
                 raise UserError(
                     f"prune.depth.{path} is {count}, and no further block can go: it has {len(blocks)} left, of which "
                     "one stays, as do activations and those that change a shape; lower it"
                 )
             least = min(changes, key=lambda index: (changes[index], index))
-            step = PrunePlan(removed={here or path: {"of": len(blocks), "gone": [least]}})
+            step = PrunePlan(removed={here: {"of": len(blocks), "gone": [least]}})
             apply(now, step)
             part = compose(part, step)
     lost = sum(len(cut["gone"]) for cut in part.removed.values())
     part.report["blocks"] = [length, length - lost]
     return part
+
+
+def check_blocks(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    """Return a model's list of blocks; a UserError if the path is none."""
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList | nn.Sequential)}
+    if path not in lists:
+        raise UserError(f"prune.depth: {path!r} is no list of blocks; {nearest(path, lists)}")
+    return lists[path]
 
 
 def _changes(model: nn.Module, path: str, whole: Mapping[str, Tensor], batches: Sequence[Batch]) -> dict[int, float]:

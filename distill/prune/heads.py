@@ -179,6 +179,15 @@ def plan_dims(
     return _checked(model, example, part, found)
 
 
+def check_attention(model: nn.Module, config: PruneConfig, prefixes: Sequence[str]) -> None:
+    """Check that there is attention for what a config asks of it; errors are those of :func:`plan_heads`."""
+    found = attentions(model, prefixes)
+    if config.heads:
+        _some(found, config, "heads", prefixes)
+    if config.head_dims:
+        _some([each for each in found if each.parts == 1], config, "head_dims", prefixes)
+
+
 def _some(found: list[Attention], config: PruneConfig, what: str, prefixes: Sequence[str]) -> list[Attention]:
     if config.importance == "bn_scale":
         raise UserError(f"prune.{what}: attention has no BatchNorm for prune.importance=bn_scale; choose magnitude")

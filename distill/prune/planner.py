@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from distill.config import PruneConfig, nearest
 from distill.contracts import Batch, UserError
-from distill.multimodal import Encoder
 from distill.prune.channels import ChannelGroup, channel_groups, importance
-from distill.prune.checks import default_modules
+from distill.prune.checks import modules_of
 from distill.prune.depth import plan_depth
 from distill.prune.heads import plan_dims, plan_heads
 from distill.prune.measuring import answers, drop, run
@@ -57,9 +56,9 @@ def plan(
 ) -> PrunePlan:
     """Decide what stays.
 
-    Channels of all groups under ``config.modules`` (absent: :func:`default_modules`) are ranked together, or in the
-    sets that ``scope`` and ``ratios`` make; other modules only lose the inputs that vanish. Outputs of the model keep
-    their widths.
+    Channels of all groups under ``config.modules`` (absent: :func:`distill.prune.checks.modules_of`) are ranked
+    together, or in the sets that ``scope`` and ``ratios`` make; other modules only lose the inputs that vanish. Outputs
+    of the model keep their widths.
 
     Args:
         model: any ``Batch -> Outputs`` module, without taps (hooks do not survive copying); it is not changed.
@@ -185,7 +184,7 @@ class _Search:
 
     def _prefixes(self) -> list[str]:
         if not self.config.modules:
-            return _default_modules(self.now)
+            return modules_of(self.now)
         return list(self._here(self.config.modules, "modules").values())
 
     def _ratios(self, layers: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -234,13 +233,6 @@ def _measured(whole: nn.Module, pruned: nn.Module, made: PrunePlan, example: Bat
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (whole, pruned)]
     report = {"parameters": sizes, "flops": [flops // len(example.ids) for flops in (flops_before, flops_after)]}
     return compose(made, PrunePlan(attributes=attributes, report=report))
-
-
-def _default_modules(model: nn.Module) -> list[str]:
-    parts = {path: module for path, module in model.named_modules() if isinstance(module, Encoder)}
-    able = [path.removeprefix("encoders.") for path, module in parts.items() if not module.unprunable]
-    found = default_modules(able, fusion=hasattr(model, "fusion"))
-    return [*found, "exchange"] if getattr(model, "exchange", None) is not None else found
 
 
 def _on_cpu(batch: Batch) -> Batch:
