@@ -146,10 +146,11 @@ def test_a_transformer_and_a_fusion_lose_heads_and_widths_and_are_exported(bert_
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "self_attention", "bottleneck", "perceiver"])
-def test_every_fusion_with_attention_loses_heads(kind: str) -> None:
+def test_every_fusion_with_attention_loses_heads_and_widths(kind: str) -> None:
     torch.manual_seed(0)
     whole = settled(real(FUSIONS[kind](["image", "text"], 32)))
-    pruned, made = prune(whole, test_prune.batch(), PruneConfig(**HEADS, modules=["fusion"]))
+    pruned, made = prune(whole, test_prune.batch(), PruneConfig(**{**HEADS, "ratio": 0.5}, modules=["fusion"]))
+    assert any(name.endswith("mlp.0.weight") for name in made.tensors)
     assert made.report["heads"][1] == made.report["heads"][0] // 2
     assert outputs(pruned).keys() == outputs(whole).keys()
 

@@ -65,7 +65,8 @@ def channel_groups(model: nn.Module, example: Batch, prefixes: Sequence[str]) ->
     """Trace a model and return the groups that may be pruned.
 
     Layers outside the prefixes keep their outputs, attention layers their heads, and the model its output widths. So do
-    layers of modules with ``splits_channels``, which arrange outputs in groups that torch-pruning does not follow.
+    layers of modules with ``splits_channels``, which arrange outputs in groups that torch-pruning does not follow, and
+    of those with ``joins_tokens``, which it takes for channels, all but the first ones of their blocks' MLPs.
 
     Args:
         model: a ``Batch -> Outputs`` module whose parameters all require gradients.
@@ -159,11 +160,13 @@ def _detached(module: nn.Module, args: object, encoded: Any) -> Any:
 
 def _fixed_layers(names: Mapping[str, nn.Module], prefixes: Sequence[str]) -> Iterator[nn.Module]:
     splitting = [name for name, module in names.items() if getattr(module, "splits_channels", False)]
+    joining = [name for name, module in names.items() if getattr(module, "joins_tokens", False)]
     for name, module in names.items():
         parent, _, leaf = name.rpartition(".")
         inside = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
         in_attention = leaf in HEAD_LAYERS and any(hasattr(names[parent], count) for count in HEAD_COUNTS)
         split = any(name.startswith(f"{owner}.") for owner in splitting)
+        split |= any(name.startswith(f"{owner}.") for owner in joining) and not name.endswith(".mlp.0")
         if isinstance(module, (*_CONVOLUTIONS, nn.Linear, nn.Embedding)) and (not inside or in_attention or split):
             yield module
 

@@ -83,7 +83,9 @@ def check_names(model: nn.Module, config: PruneConfig) -> None:
     for field, paths in (("modules", config.modules or []), ("ratios", config.ratios)):
         for path in paths:
             if path not in names:
-                raise UserError(f"prune.{field}: the model has no module {path!r}; {nearest(path, names)}")
+                raise UserError(
+                    f"prune.{field}: the model has no module {path!r}; {nearest(path, filter(None, names))}"
+                )
     check_attention(model, config, config.modules or modules_of(model))
     for path, count in config.depth.items():
         blocks = check_blocks(model, path)

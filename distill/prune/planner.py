@@ -203,7 +203,9 @@ class _Search:
         for path in paths:
             now = self.made.renamed(path)
             if now is not None and now not in names:
-                raise UserError(f"prune.{field}: the model has no module {path!r}; {nearest(path, names)}")
+                raise UserError(
+                    f"prune.{field}: the model has no module {path!r}; {nearest(path, filter(None, names))}"
+                )
             if now is not None:
                 found[path] = now
         return found
