@@ -240,11 +240,31 @@ class CacheConfig(Strict):
 class PruneConfig(Strict):
     """Structured pruning and recovery."""
 
-    ratio: float = Field(0.5, gt=0, lt=1)  # share of channels removed, globally
-    importance: Literal["magnitude", "taylor", "random"] = "magnitude"
+    ratio: float = Field(0.5, ge=0, lt=1)  # share of channels removed; 0: heads, their dimensions or blocks alone go
+    importance: Literal["magnitude", "taylor", "hessian", "bn_scale", "random"] = "magnitude"
+    rows: int = Field(256, ge=2)  # training rows that importance, depth and sensitivity read
+    scope: Literal["global", "layer"] = "global"  # what is ranked together: all, or the channels or heads of each layer
+    ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}  # module-path prefix, the longest counts -> its own
+    sensitivity: bool = False  # a scan of what each stage costs gives them ratios, which reach ``ratio`` together
     round_to: int = Field(8, ge=1)
     modules: list[str] | None = None  # module-path prefixes that may be pruned; absent: all encoders but that of text
+    heads: float = Field(0.0, ge=0, lt=1)  # share of attention heads removed
+    head_dims: float = Field(0.0, ge=0, lt=1)  # share of each head's dimensions removed
+    depth: dict[str, Annotated[int, Field(ge=1)]] = {}  # path of a list of residual blocks -> how many go
+    steps: int = Field(1, ge=1)  # of pruning, each followed by its share of ``train``
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _prune_something(self) -> PruneConfig:
+        if self.sensitivity and (self.ratios or not self.ratio):
+            raise ValueError("sensitivity finds the ratios that reach ratio; leave ratios out and set ratio above 0")
+        if not any((self.ratio, self.heads, self.head_dims, self.depth, *self.ratios.values())):
+            raise ValueError("ratio is 0 and so is all else, so nothing is pruned; raise one")
+        for name in ("epochs", "max_steps"):
+            budget = getattr(self.train, name)
+            if budget is not None and budget < self.steps:
+                raise ValueError(f"train.{name} is {budget}, fewer than steps, {self.steps}; each step needs one")
+        return self
 
 
 class QuantizeConfig(Strict):

@@ -22,12 +22,12 @@ from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
 from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
-from distill.prune import check_pruning
+from distill.prune import check_pruning, judges
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory
 from distill.runs import discard, left_there, locked, write_json
-from distill.taps import check_taps
+from distill.taps import check_pruned, check_taps
 from distill.trackers import Trackers
 from distill.workspace import Workspace
 from teachers.weights import file_identity, weights_identity
@@ -100,11 +100,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
 
 
 def _cached(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "cache": recipe.cache.model_dump(exclude={"taps"}),
-        "outputs": own_taps(recipe),
-        **cache_parts(recipe),
-    }
+    return {"cache": recipe.cache.model_dump(exclude={"taps"}), "outputs": own_taps(recipe), **cache_parts(recipe)}
 
 
 def _baseline(recipe: Recipe) -> dict[str, Any]:
@@ -117,7 +113,7 @@ def _baseline(recipe: Recipe) -> dict[str, Any]:
 
 
 def _pruned(recipe: Recipe) -> dict[str, Any]:
-    learnt = _student(recipe, "inherit", "objective") | _distillation(recipe)
+    learnt = _student(recipe, "inherit", "objective", *judges(recipe.prune)) | _distillation(recipe)
     return learnt | {"prune": recipe.prune.model_dump(exclude={"train": {"shard"}})}
 
 
@@ -389,6 +385,8 @@ def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:
         check_labels(work.recipe, work.tasks())
         if waiting.intersection(("teacher", "cache", "student")):
             check_taps(work.recipe, ENCODERS)
+        if "pruned" in waiting:
+            check_pruned(work.recipe, ENCODERS)
         if "cache" in waiting:
             check_models(work.recipe, ENCODERS)
     if finished == "vocabulary" and waiting.intersection(("student", "pruned")):

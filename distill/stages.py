@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill import checkpoint, engine, prune
-from distill.build import example_batch, input_spec
+from distill import checkpoint, engine
+from distill.build import input_spec
 from distill.builders import build_part
 from distill.cache import TeacherCache
 from distill.checkpoint import load_weights, save_weights
@@ -37,6 +37,7 @@ from distill.optimize import as_many_steps
 from distill.other_teachers import Teachers
 from distill.preprocess import TOKENIZER_FILE
 from distill.progress import progress
+from distill.recovery import recovered, recovery, step_folder
 from distill.runs import read_array, read_json, write_json
 from distill.tasks import reuse_classifiers, reuses
 from distill.towers import Rows, WithTowers, encode_towers, frozen_towers
@@ -267,13 +268,11 @@ def student_job(work: Workspace, folder: Path) -> engine.Job:
 
 
 def prune_student(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Remove channels of the student and recover by distillation."""
-    recipe = work.recipe
-    model = work.model(STUDENT)
-    example = example_batch(input_spec(model), recipe.data, tasks=work.tasks())
-    plan = prune.plan(model, example, recipe.prune)
-    if work.ranks.first:
-        plan.save(folder / "plan.json")
-    smaller: Any = prune.apply(work.model(STUDENT), plan)
-    freeze_inherited(work, smaller)
-    return fit_model(work, distillation(work, folder, smaller, recipe.prune.train), "recover pruned", PRUNED)
+    """Prune the student and recover by distillation, in as many steps as asked for."""
+    steps = work.recipe.prune.steps
+    for step in range(1, steps):
+        place = step_folder(folder, step, steps)
+        if not recovered(place):
+            place.mkdir(exist_ok=True)
+            run_engine(work, recovery(work, folder, step), f"recover pruned, step {step} of {steps}")
+    return fit_model(work, recovery(work, folder, steps), "recover pruned", PRUNED)

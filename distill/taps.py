@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from distill.build import example_batch, input_spec
+from distill.build import Model, example_batch, input_spec
 from distill.check import check_parts
 from distill.config import ModelConfig, Recipe, nearest
 from distill.contracts import Batch, UserError
@@ -26,6 +26,7 @@ from distill.losses.picks import read_models
 from distill.losses.projectors import build_projector
 from distill.losses.terms import FEATURES, LOSSES, one_modality, tap_paths
 from distill.multimodal import evaluating
+from distill.prune import check_names
 from distill.runs import read_json
 from distill.tapped import Tapped, tapped_tensor
 from distill.targets import CAPTIONING, LAST, Task, tasks_from_json, unnamed
@@ -131,13 +132,9 @@ def check_taps(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> No
         return
     said = {}
     for name in (STUDENT, TEACHER):
-        config = getattr(recipe, name)
-        try:
-            model = untrained(
-                _without_weights(config, encoders), name, encoders, _tasks(recipe, config, part=False)[0], recipe.data
-            )
-        except UserError:
-            return  # weights are not here yet
+        model = _without_training(recipe, name, encoders)
+        if model is None:
+            return
         spec, paths = input_spec(model), tap_paths(terms, name)
         batch = example_batch(spec, recipe.data, rows=ROWS, length=min(LENGTH, spec.max_length))
         with evaluating(model):
@@ -153,6 +150,29 @@ def check_taps(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> No
         if loss.kind in FEATURES and loss.one_width:
             ours, theirs = read_models(term, loss, said[STUDENT], said[TEACHER])
             build_projector(term.name, ours, theirs, one_modality(term))
+
+
+def check_pruned(recipe: Recipe, encoders: Mapping[str, Callable[..., Any]]) -> None:
+    """Look for what ``prune`` names in an untrained student, before it is trained for hours.
+
+    Raises:
+        UserError: there is no such module, list of blocks or attention, or too few blocks.
+    """
+    config = recipe.prune
+    if config.modules or config.ratios or config.depth or config.heads or config.head_dims:
+        model = _without_training(recipe, STUDENT, encoders)
+        if model is not None:
+            check_names(model, config)
+
+
+def _without_training(recipe: Recipe, name: str, encoders: Mapping[str, Callable[..., Any]]) -> Model | None:
+    """The student or the teacher as it is built; None where its weights are not here yet."""
+    config = getattr(recipe, name)
+    tasks = _tasks(recipe, config, part=False)[0]
+    try:
+        return untrained(_without_weights(config, encoders), name, encoders, tasks, recipe.data)
+    except UserError:
+        return None
 
 
 def list_taps(model: nn.Module, batch: Batch) -> list[Tap]:

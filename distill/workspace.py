@@ -43,6 +43,7 @@ BASELINE: Final = "baseline"
 PRUNED: Final = "pruned"
 TEXTS_FILE = "texts.json"
 WEIGHTS_FILE = "model.safetensors"
+PLAN_FILE = "plan.json"
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Workspace:
             return self.teacher()
         model: Any = self.blank(BASELINE if name == BASELINE else STUDENT)
         if name == PRUNED:
-            model = prune.apply(model, prune.PrunePlan.load(self.path(PRUNED) / "plan.json"))
+            model = prune.apply(model, prune.PrunePlan.load(self.path(PRUNED) / PLAN_FILE))
         load_weights(model, self.path(name) / "model.safetensors")
         return model.eval()
 

@@ -143,7 +143,7 @@ def test_the_pruned_model_is_the_silenced_one(name: str, importance: Any) -> Non
     model = settled(MODELS[name]())
     config = PruneConfig(importance=importance, **CONFIG)
     before = copy.deepcopy(model.state_dict())
-    pruned, made = prune(model, batch(), config, loss=lambda result: result.logits["category"].logsumexp(1).sum())
+    pruned, made = prune(model, batch(), config, loss=lambda result, _: result.logits["category"].logsumexp(1).sum())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     expected = outputs(silenced(model, made))
     for key, value in outputs(pruned).items():

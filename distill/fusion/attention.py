@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads {heads} does not divide dim {dim}")
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.scale = heads, dropout, 1 / math.sqrt(dim // heads)  # pruning keeps the scale
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, queries: Tensor, context: Tensor, mask: Tensor) -> Tensor:
@@ -41,7 +43,8 @@ class CrossAttention(nn.Module):
         """
         dropout = self.dropout if self.training else 0.0
         q = self._split(self.q(queries))
-        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.to(q.dtype), dropout_p=dropout)
+        bias = bias.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, dropout_p=dropout, scale=self.scale)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

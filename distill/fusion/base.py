@@ -67,12 +67,16 @@ class TokenFusion(nn.Module):
         dim: width of tokens and of the result.
         dropout: probability of dropping a feature of the result in training.
 
+    Attributes:
+        joins_tokens: blocks read the tokens of several modalities in one row, so that pruning leaves their width.
+
     Raises:
         ValueError: fewer than ``least`` modalities, or a size below 1.
     """
 
     reads_tokens = True
     plain = False
+    joins_tokens = False
     least = 1
 
     def __init__(self, modalities: Sequence[str], dim: int, *, dropout: float = 0.0) -> None:

@@ -30,6 +30,7 @@ class CrossAttentionFusion(TokenFusion):
     """
 
     least = 2
+    joins_tokens = True
 
     def __init__(
         self, modalities: Sequence[str], dim: int, *, heads: int = 4, depth: int = 1, dropout: float = 0.0

@@ -29,6 +29,8 @@ class SelfAttentionFusion(TokenFusion):
         ValueError: ``heads`` does not divide ``dim``, or a size is below 1.
     """
 
+    joins_tokens = True
+
     def __init__(
         self, modalities: Sequence[str], dim: int, *, heads: int = 4, depth: int = 1, dropout: float = 0.0
     ) -> None:

@@ -7,20 +7,19 @@ groups that it follows rightly and that leave the model's outputs alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from distill.config import nearest
-from distill.contracts import IGNORE, Batch, Outputs, UserError
+from distill.contracts import Batch
+from distill.prune.heads import HEAD_COUNTS, HEAD_LAYERS
+from distill.prune.plans import PrunePlan
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-_HEAD_COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads")
-_HEAD_LAYERS = ("q", "k", "v", "qkv", "query", "key", "value", "q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,24 @@ class ChannelGroup:
         graph: the dependency graph that it belongs to.
         parts: into how many equal parts grouped convolutions and GroupNorm split it; each loses the same channels.
         size: channels of a part.
+        layers: paths of the layers whose outputs these channels are; the first is where it is cut.
     """
 
     members: Any
     graph: Any
     parts: int
     size: int
+    layers: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """Its channels, in all parts."""
+        return self.size * self.parts
+
+    def gone(self, before: PrunePlan) -> int:
+        """Return how many channels of a part an earlier plan has removed."""
+        dim = int(isinstance(self.members[0].dep.target.module, nn.ConvTranspose2d))
+        return before.lost(f"{self.layers[0]}.weight", dim) // self.parts
 
     def cut(self, lost: Sequence[int]) -> None:
         """Remove channels from every layer of the group, in place.
@@ -54,26 +65,21 @@ def channel_groups(model: nn.Module, example: Batch, prefixes: Sequence[str]) ->
     """Trace a model and return the groups that may be pruned.
 
     Layers outside the prefixes keep their outputs, attention layers their heads, and the model its output widths. So do
-    layers of modules with ``splits_channels``, which arrange outputs in groups that torch-pruning does not follow.
+    layers of modules with ``splits_channels``, which arrange outputs in groups that torch-pruning does not follow, and
+    of those with ``joins_tokens``, which it takes for channels, all but the first ones of their blocks' MLPs.
 
     Args:
         model: a ``Batch -> Outputs`` module whose parameters all require gradients.
         example: at least two rows, with every modality present.
-        prefixes: module paths.
+        prefixes: module paths that the model has.
 
     Returns:
         Groups without a common channel.
-
-    Raises:
-        UserError: a prefix is no module of the model.
     """
     import timm  # noqa: F401 - torch_pruning does so under a bare except, which would swallow a signal that asks to stop
     import torch_pruning as tp  # here, since applying a finished plan must work where the package is not installed
 
     names = dict(model.named_modules())
-    for prefix in prefixes:
-        if prefix not in names:
-            raise UserError(f"prune.modules: the model has no module {prefix!r}; {nearest(prefix, names)}")
     graph = tp.DependencyGraph()
     with warnings.catch_warnings():  # it warns of parameters that lie in no layer, and prunes their last dimension
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
@@ -84,60 +90,55 @@ def channel_groups(model: nn.Module, example: Batch, prefixes: Sequence[str]) ->
     for members in found:
         if _is_sound(members, graph, tp.ops.OPTYPE.OUTPUT):
             parts = _equal_parts(members)
-            result.append(ChannelGroup(members, graph, parts, len(members[0].idxs) // parts))
+            layers = _output_layers(members, graph, names)
+            result.append(ChannelGroup(members, graph, parts, len(members[0].idxs) // parts, layers))
     return result
 
 
 def importance(
-    groups: Sequence[ChannelGroup],
-    kind: str,
-    model: nn.Module,
-    example: Batch,
-    loss: Callable[[Outputs], Tensor] | None,
-    seed: int,
+    groups: Sequence[ChannelGroup], kind: str, model: nn.Module, weights: Mapping[str, Tensor], seed: int
 ) -> list[Tensor | None]:
-    """Score channels; a group's scores have the mean 1, so that groups compare.
+    """Score channels by the weights of the group's layers that belong to each.
+
+    A group's scores have the mean 1, so that groups compare; scales of BatchNorm compare as they are.
 
     Args:
         groups: from :func:`channel_groups`.
-        kind: "magnitude" (squared weights), "taylor" (|weight x gradient|, Molchanov et al. 2019, arXiv 1906.10771)
-            or "random".
-        model: the traced model; "taylor" leaves gradients in it.
-        example: the rows that "taylor" differentiates.
-        loss: ``Outputs -> scalar`` for "taylor"; the cross-entropy of the example's labels if None.
+        kind: "magnitude", "taylor", "hessian", "bn_scale" or "random".
+        model: the traced model.
+        weights: the score of each weight, from :func:`distill.prune.saliency.saliency`.
         seed: of "random".
 
     Returns:
-        For each group float [size], or None where no layer has weights to judge by.
-
-    Raises:
-        UserError: "taylor" has neither a loss nor labels.
+        For each group float [size], or None where no layer has weights to judge by: of "bn_scale" those of BatchNorm.
     """
     import torch_pruning as tp
 
     if kind == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(group.size, generator=generator) for group in groups]
-    if kind == "taylor":
-        outputs = model(example)
-        (loss(outputs) if loss else _label_loss(outputs, example)).backward()
-        for parameter in model.parameters():  # the package expects a gradient everywhere
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    judge = tp.importance.GroupTaylorImportance() if kind == "taylor" else tp.importance.GroupMagnitudeImportance(p=2)
-    scores = [judge(group.members) for group in groups]
+    scales = {"normalizer": None, "target_types": [nn.modules.batchnorm._BatchNorm]} if kind == "bn_scale" else {}
+    judge = tp.importance.GroupMagnitudeImportance(p=1, **scales)
+    with _in_place_of_weights(model, weights):
+        scores = [judge(group.members) for group in groups]
     return [
         score.nan_to_num(0.0).view(group.parts, -1).mean(0) if isinstance(score, Tensor) else None
         for group, score in zip(groups, scores, strict=True)
     ]
 
 
-def _label_loss(outputs: Outputs, example: Batch) -> Tensor:
-    integers = {task: labels for task, labels in example.targets.items() if not labels.is_floating_point()}
-    labelled = {task: labels for task, labels in integers.items() if labels.ndim == 1 and (labels != IGNORE).any()}
-    if not labelled:
-        raise UserError("prune.importance=taylor needs rows with labels; choose prune.importance=magnitude")
-    losses = [cross_entropy(outputs.logits[task], labels, ignore_index=IGNORE) for task, labels in labelled.items()]
-    return torch.stack(losses).sum()
+@contextmanager
+def _in_place_of_weights(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model hold other values than its weights; torch-pruning 1.6.1's own judges leave out some layers."""
+    parameters = dict(model.named_parameters())
+    weights = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = values[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = weights[name]
 
 
 def _differentiable_outputs(model: nn.Module, example: Batch) -> list[Tensor]:
@@ -159,11 +160,13 @@ def _detached(module: nn.Module, args: object, encoded: Any) -> Any:
 
 def _fixed_layers(names: Mapping[str, nn.Module], prefixes: Sequence[str]) -> Iterator[nn.Module]:
     splitting = [name for name, module in names.items() if getattr(module, "splits_channels", False)]
+    joining = [name for name, module in names.items() if getattr(module, "joins_tokens", False)]
     for name, module in names.items():
         parent, _, leaf = name.rpartition(".")
         inside = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
-        in_attention = leaf in _HEAD_LAYERS and any(hasattr(names[parent], count) for count in _HEAD_COUNTS)
+        in_attention = leaf in HEAD_LAYERS and any(hasattr(names[parent], count) for count in HEAD_COUNTS)
         split = any(name.startswith(f"{owner}.") for owner in splitting)
+        split |= any(name.startswith(f"{owner}.") for owner in joining) and not name.endswith(".mlp.0")
         if isinstance(module, (*_CONVOLUTIONS, nn.Linear, nn.Embedding)) and (not inside or in_attention or split):
             yield module
 
@@ -181,6 +184,13 @@ def _is_sound(members: Any, graph: Any, output_type: Any) -> bool:
         if size is not None and indices and max(indices) >= size:
             return False
     return True
+
+
+def _output_layers(members: Any, graph: Any, names: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    paths = {module: path for path, module in names.items()}
+    layers = [dep.target.module for dep, _ in members if graph.is_out_channel_pruning_fn(dep.handler)]
+    kinds = (*_CONVOLUTIONS, nn.Linear, nn.Embedding)
+    return tuple(dict.fromkeys(paths[layer] for layer in layers if isinstance(layer, kinds) and layer in paths))
 
 
 def _equal_parts(members: Any) -> int:
