@@ -84,25 +84,18 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
-class Predictor:
-    """A loaded bundle.
+class Graph:
+    """A model file on its runtime.
 
     Attributes:
-        info: the content of ``bundle.json``.
-        tasks: what the outputs say, in their order.
-        preprocessor: turns rows into the graph's inputs.
         session: the runtime's session.
         inputs: names of the graph's inputs.
         outputs: names of the graph's outputs.
     """
 
-    def __init__(self, folder: str | Path, *, threads: int = 1) -> None:
-        """Verify and load a bundle; see :func:`load`."""
-        folder = Path(folder)
-        self.info = verify_bundle(folder)
-        self.tasks = _read_tasks(folder / LABELS_FILE)
-        self.preprocessor = Preprocessor.load(folder)
-        self.session = open_session(folder / MODEL_FILE, threads)
+    def __init__(self, path: str | Path, *, threads: int = 1) -> None:
+        """Load a file; see :func:`open_session`."""
+        self.session = open_session(path, threads)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
@@ -126,6 +119,24 @@ class Predictor:
         except Exception as error:  # the runtime's exceptions share no base class of their own
             raise UserError(f"the model refused its inputs: {_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+class Predictor(Graph):
+    """A loaded bundle.
+
+    Attributes:
+        info: the content of ``bundle.json``.
+        tasks: what the outputs say, in their order.
+        preprocessor: turns rows into the graph's inputs.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int = 1) -> None:
+        """Verify and load a bundle; see :func:`load`."""
+        folder = Path(folder)
+        self.info = verify_bundle(folder)
+        self.tasks = _read_tasks(folder / LABELS_FILE)
+        self.preprocessor = Preprocessor.load(folder)
+        super().__init__(folder / MODEL_FILE, threads=threads)
 
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, top_k: int = 3, batch_size: int = 64
