@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,16 @@ from distill.predict import RUNTIME
 from distill.progress import Progress
 from distill.quantization.common import Feeds
 from distill.quantization.dynamic import quantize_dynamic
+from distill.quantization.errors import layer_errors
 from distill.quantization.half import convert_half
-from distill.quantization.static import quantize_static
+from distill.quantization.search import search_floats
+from distill.quantization.static import StaticQuantizer
 from distill.quantization.weights import quantize_weights_int4, quantize_weights_int8
+from distill.runs import write_json
+
+NOTHING = float("-inf")
+LAYERS_FILE = "quantize.json"
+"""What static int8 does to each layer, beside the bundles."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Exported:
         feeds: makes the inputs of some batches of training rows.
         config: how it is quantized, with the parts of models that their encoders keep in float.
         agreement: of a model file with its source on the validation rows.
+        compared: names of the outputs that agree or not.
         least: the bundle's least agreement.
         folder: of the stage, for what is told beside the bundle.
         progress: opens a bar of this name.
@@ -37,6 +45,7 @@ class Exported:
     feeds: Callable[[], Iterator[Feeds]]
     config: QuantizeConfig
     agreement: Callable[[Path], float]
+    compared: Sequence[str]
     least: float
     folder: Path
     progress: Callable[[str], AbstractContextManager[Progress]]
@@ -68,15 +77,44 @@ def _from_graph(
     return lambda exported, target: make(exported.graph, target, exported.feeds(), exported.config)
 
 
+def _static(exported: Exported, target: Path) -> dict[str, Any]:
+    """Static int8, with the layers in float that the gate needs if the recipe searches them, and a table of errors."""
+    quantizer = StaticQuantizer(exported.graph, exported.feeds(), exported.config)
+    found: dict[str, Any] = {}
+    if exported.config.search:
+        with exported.progress("scan layers") as report:
+            searched = search_floats(
+                quantizer, exported.agreement, exported.least, outputs=exported.compared, report=report
+            )
+            found = {"search": searched}
+    made = quantizer.write(target, found["search"]["kept"] if found else ())
+    layers = layer_errors(quantizer.model, target, quantizer.batches)
+    write_json(exported.folder / LAYERS_FILE, {"layers": layers, **found})
+    return {**made, **found}
+
+
 BUNDLES = {
     FP32: Kind(RUNTIME, "fp32", None, "fp32"),
     "onnx-fp16": Kind(RUNTIME, "fp16", _from_graph(convert_half), "fp32"),
-    INT8: Kind(RUNTIME, "int8", _from_graph(quantize_static), "int8"),
+    INT8: Kind(RUNTIME, "int8", _static, "int8"),
     "onnx-int8-dynamic": Kind(RUNTIME, "int8, dynamic", _from_graph(quantize_dynamic), "int8"),
     "onnx-int8-weights": Kind(RUNTIME, "int8 weights", _from_graph(quantize_weights_int8), "int8"),
     "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
 }
 """Name -> kind of bundle."""
+
+
+def best_found(made: Mapping[str, Any]) -> str:
+    """The end of a refusal: the best that a search has found; empty of a bundle that was not searched for."""
+    if "search" not in made:
+        return ""
+    tried = made["search"]["tried"]
+    best = max(tried, key=lambda one: NOTHING if one["agreement"] is None else one["agreement"])
+    agreed = "nothing finite" if best["agreement"] is None else f"an agreement of {best['agreement']:.4f}"
+    return (
+        f"; the search found {agreed} at best, with {best['num_float']} of {len(made['search']['scan'])} layers in "
+        "float: lower export.min_agreement_int8 or train longer"
+    )
 
 
 def check_bundles(config: ExportConfig) -> None:
@@ -106,15 +144,20 @@ def stages_of(config: ExportConfig) -> dict[str, str]:
     return {name: "export" if name == FP32 else "quantize" for name in config.bundles}
 
 
+YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"))
+"""Keys of ``export`` and of its parts that finished runs may lack."""
+
+
 def settings(config: ExportConfig) -> dict[str, Any]:
     """The recipe's ``export`` as fingerprints see it: keys that are younger than finished runs count if they are set.
 
     So a run that was made without them stays up to date.
     """
     tree, fresh = config.model_dump(), ExportConfig().model_dump()
-    for younger in ("bundles", "min_agreement"):
-        if tree[younger] == fresh[younger]:
-            del tree[younger]
+    for part, younger in YOUNGER:
+        ours, theirs = (whole[part] if part else whole for whole in (tree, fresh))
+        if ours[younger] == theirs[younger]:
+            del ours[younger]
     return tree
 
 

@@ -250,12 +250,13 @@ class PruneConfig(Strict):
 
 
 class QuantizeConfig(Strict):
-    """Static int8 quantization of the exported graph."""
+    """How the exported graph is quantized; what is calibrated belongs to static int8."""
 
     calibration_rows: int = Field(256, ge=8)
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     per_channel: bool = True
     keep_float: list[str] = []  # parts of node names that stay in float
+    search: bool = False  # static int8: keep further layers in float, as few as its gate allows
 
 
 class ExportConfig(Strict):

@@ -17,7 +17,7 @@ from distill.data.loader import InputSpec
 from distill.dual import DualEncoder
 from distill.export.bundle import ParityError, parity, write_bundle
 from distill.export.onnx import extract_tower
-from distill.predict import MODEL_FILE, Graph, load
+from distill.predict import EMBEDDING, MODEL_FILE, Graph, load
 from distill.workspace import PRUNED, STUDENT, Workspace
 
 SHIPPED = PRUNED
@@ -64,6 +64,11 @@ class Gate:
             part = self._spec.only([modality])
             self._write(folder, folder / MODEL_FILE, part, {**info, "num_params": num_params})
         return self._compare(bundle_says(self._model, bundle, self._batches), least)
+
+    @property
+    def compared(self) -> list[str]:
+        """Names of the graph's outputs that are compared."""
+        return [f"{EMBEDDING}{name}" for name in towers(self._model, Path())] or list(self._work.tasks())
 
     def agreement(self, graph: Path) -> float:
         """The lowest agreement of any output of a model file that is no bundle yet; NEVER if one is not even finite."""

@@ -19,11 +19,12 @@ from PIL import Image
 
 from distill import bench, evaluate
 from distill.build import Model, example_batch, input_spec
-from distill.bundles import BUNDLES, Exported, least_agreement, stages_of
+from distill.bundles import BUNDLES, LAYERS_FILE, Exported, best_found, least_agreement, stages_of
 from distill.config import FP32, INT8
 from distill.contracts import AND, TEST, TRAIN, Batch
 from distill.data.loader import InputSpec
 from distill.dual import DualEncoder
+from distill.export.bundle import ParityError
 from distill.export.onnx import export_onnx
 from distill.formats import Format
 from distill.gate import SHIPPED, Gate, bundle_says, towers
@@ -32,6 +33,7 @@ from distill.predict import MODEL_FILE, load
 from distill.progress import progress
 from distill.report import ModelEntry, ReportContext, write_report
 from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
+from distill.runs import read_json
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
@@ -75,12 +77,16 @@ def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
                 feeds=partial(_calibration, work, model),
                 config=how,
                 agreement=gate.agreement,
+                compared=gate.compared,
                 least=least,
                 folder=folder,
                 progress=partial(progress, quiet=work.quiet),
             )
             made[name] = kind.make(exported, path)
-            found[name] = gate.write(folder / name, path, {"precision": kind.precision, **made[name]}, least)
+            try:
+                found[name] = gate.write(folder / name, path, {"precision": kind.precision, **made[name]}, least)
+            except ParityError as error:
+                raise ParityError(f"{name}: {error}{best_found(made[name])}") from None
             path.unlink()
             report(number + 1, len(names), name)
     return {**made.pop(INT8, {}), **({"others": made} if made else {}), "parity": found}
@@ -261,12 +267,19 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
         teachers=provenance(recipe),
         parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
+        quantized=_layers(work),
         examples=lambda row: _example(work, row),
         num_examples=recipe.report.examples,
         resamples=recipe.report.bootstrap,
     )
     report = write_report(context, folder)
     return {"title": report["headline"]["title"]}
+
+
+def _layers(work: Workspace) -> dict[str, Any]:
+    """What the static int8 bundle's stage found out about its layers; runs of earlier versions have none."""
+    file = work.path("quantize") / LAYERS_FILE
+    return {INT8: read_json(file)} if file.is_file() else {}
 
 
 def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str, Any]) -> ModelEntry:
