@@ -48,6 +48,7 @@ LEVELS = {
         "distill.data",
         "distill.formats",
         "distill.preprocess",
+        "distill.onnx_file",
         "distill.predict",
         "distill.losses",
         "distill.fusion",
