@@ -12,16 +12,26 @@ from numpy.typing import NDArray
 
 from distill import bench, evaluate
 from distill.build import Model, input_spec
-from distill.contracts import VALID, Batch
-from distill.data.loader import InputSpec
+from distill.config import FP32
+from distill.contracts import AND, VALID, Batch
+from distill.data.loader import InputSpec, Loader
+from distill.data.raw import RawRows
+from distill.data_config import DataConfig
 from distill.dual import DualEncoder
 from distill.export.bundle import ParityError, parity, write_bundle
 from distill.export.onnx import extract_tower
+from distill.formats import TABULAR, TEXT, BadInput
 from distill.predict import EMBEDDING, MODEL_FILE, Graph, load
+from distill.preprocess import Preprocessor
 from distill.workspace import PRUNED, STUDENT, Workspace
 
 SHIPPED = PRUNED
 """The model that is exported into bundles."""
+READ_ROWS, READ_TEXTS = 16, 256
+SAME = 1e-5
+"""Difference of standardised numbers that rounding may make, relative to the largest."""
+CLOSE = 1e-2
+"""Difference of outputs that another runtime may make in fp32, relative to the largest; 1e-6 to 1e-4 is usual."""
 NEVER = float("-inf")
 """An agreement that no gate asks for."""
 
@@ -41,7 +51,11 @@ class Gate:
         self._batches = evaluate.clean_batches(self._loader, STUDENT)
 
     def write(self, bundle: Path, graph: Path, info: Mapping[str, Any], least: float) -> dict[str, Any]:
-        """Write a bundle and compare it.
+        """Write a bundle, and compare what it reads and says.
+
+        Files and texts of some validation rows have to become, by the bundle's own preprocessing, what training read
+        of them. The fp32 bundle, from which the others are made, is asked about parts of the modalities too: where all
+        rows have all, nothing else would show that two ``..._present`` were exchanged.
 
         Args:
             bundle: its folder.
@@ -53,7 +67,7 @@ class Gate:
             As :func:`~distill.export.bundle.parity`.
 
         Raises:
-            ParityError: the bundle says something else than its source.
+            ParityError: the bundle reads or says something else than its source.
         """
         self._write(bundle, graph, self._spec, info)
         for modality, folder in towers(self._model, bundle).items():
@@ -63,7 +77,25 @@ class Gate:
             num_params = sum(map(bench.num_params, (model.encoders[modality], model.embedders[modality])))
             part = self._spec.only([modality])
             self._write(folder, folder / MODEL_FILE, part, {**info, "num_params": num_params})
-        return self._compare(bundle_says(self._model, bundle, self._batches), least)
+        same = bundle.name == FP32
+        found = self._compare(bundle_says(self._model, bundle, self._batches), least, CLOSE if same else None)
+        if same:
+            self._compare_parts(bundle, least)
+        return found
+
+    def _compare_parts(self, bundle: Path, least: float) -> None:
+        """Compare the answers to a batch of which just some modalities are present."""
+        batch, predictor = next(iter(self._batches())), load(bundle)
+        parts = () if towers(self._model, bundle) else evaluate.subsets_of(list(self._model.encoders))
+        for part in parts:
+            rows = [evaluate.only(batch, *part.split(AND))]
+            said = evaluate.predict_torch(self._model, rows.__iter__)
+            found = evaluate.predict_bundle(predictor, rows.__iter__)
+            try:
+                tasks, ids = self._work.tasks(), batch.ids.numpy()
+                parity(said, found, min_agreement=least, tasks=tasks, ids=ids, close=CLOSE)
+            except ParityError as error:
+                raise ParityError(f"with {part} alone: {error}") from None
 
     @property
     def compared(self) -> list[str]:
@@ -79,9 +111,9 @@ class Gate:
         except ParityError:
             return NEVER
 
-    def _compare(self, found: evaluate.Arrays, least: float) -> dict[str, Any]:
+    def _compare(self, found: evaluate.Arrays, least: float, close: float | None = None) -> dict[str, Any]:
         ids = self._loader.data.ids[self._loader.row_positions]
-        return parity(self._said, found, min_agreement=least, tasks=self._work.tasks(), ids=ids)
+        return parity(self._said, found, min_agreement=least, tasks=self._work.tasks(), ids=ids, close=close)
 
     @cached_property
     def _said(self) -> evaluate.Arrays:
@@ -98,6 +130,52 @@ class Gate:
             name=f"{work.recipe.name} {folder.name}",
             source={"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint},
             info=info,
+        )
+        check_reading(load(folder).preprocessor, self._loader, reads, work.recipe.data)
+
+
+def check_reading(preprocessor: Preprocessor, loader: Loader, spec: InputSpec, config: DataConfig) -> None:
+    """Check that a bundle reads what training read: the same files, texts and records become the same numbers.
+
+    Args:
+        preprocessor: of the bundle.
+        loader: of clean rows, as STUDENT reads them; up to 256 texts and 16 rows of each other modality are compared.
+        spec: what the bundle reads.
+        config: the recipe's ``data``.
+
+    Raises:
+        ParityError: it does not; modality, row and the largest difference are named.
+    """
+    raw = RawRows(loader.data, config)
+    for modality in spec.modalities:
+        rows = loader.row_positions[loader.data.present[modality][loader.row_positions]]
+        most = READ_TEXTS if modality == TEXT else READ_ROWS
+        if modality == TABULAR:
+            rows = raw.first(rows, most)
+        elif len(rows) > most:
+            rows = rows[np.linspace(0, len(rows) - 1, most).astype(int)]
+        if not len(rows):
+            continue
+        expected = evaluate.feeds(loader.batch(rows, loader.clean_views(len(rows)))[STUDENT])
+        try:
+            found = preprocessor([{modality: value} for value in raw.values(modality, rows)])
+        except BadInput as error:
+            raise ParityError(f"the bundle cannot read {modality} of validation rows: {error}") from error
+        for name in (key for key in expected if key.split("_")[0] == modality):
+            _check_same(name, expected[name], found[name], loader.data.ids[rows])
+
+
+def _check_same(name: str, expected: NDArray[Any], found: NDArray[Any], ids: NDArray[np.int64]) -> None:
+    if expected.dtype != found.dtype or expected.shape != found.shape:
+        shapes = f"{found.dtype} {list(found.shape)}, in training {expected.dtype} {list(expected.shape)}"
+        raise ParityError(f"input {name!r} of the same {len(ids)} validation rows is {shapes}")
+    difference = np.abs(found.astype(np.float64) - expected).reshape(len(ids), -1).max(axis=1)
+    worst = int(np.argmax(difference))
+    limit = SAME * max(1.0, float(np.abs(expected).max())) if expected.dtype.kind == "f" else 0
+    if not difference[worst] <= limit:
+        raise ParityError(
+            f"input {name!r} of row {ids[worst]} is not what training read: preprocessing differs by up to "
+            f"{difference[worst]:.4g}"
         )
 
 
