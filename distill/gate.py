@@ -32,6 +32,8 @@ SAME = 1e-5
 """Difference of standardised numbers that rounding may make, relative to the largest."""
 CLOSE = 1e-2
 """Difference of outputs that another runtime may make in fp32, relative to the largest; 1e-6 to 1e-4 is usual."""
+PARTS_LEAST = 0.9
+"""Least agreement on the one batch with parts of the modalities; one row of few that is undecided is no mistake."""
 NEVER = float("-inf")
 """An agreement that no gate asks for."""
 
@@ -80,7 +82,7 @@ class Gate:
         same = bundle.name == FP32
         found = self._compare(bundle_says(self._model, bundle, self._batches), least, CLOSE if same else None)
         if same:
-            self._compare_parts(bundle, least)
+            self._compare_parts(bundle, min(least, PARTS_LEAST))
         return found
 
     def _compare_parts(self, bundle: Path, least: float) -> None:
