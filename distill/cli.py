@@ -114,7 +114,7 @@ _stage_command(
 app.add_typer(cache_commands.app)
 _stage_command("prune", "pruned", "Prune the distilled student and recover its accuracy.")
 _stage_command("export", "export", "Write the onnx-fp32 bundle of the pruned student.")
-_stage_command("quantize", "quantize", "Write the onnx-int8 bundle from the fp32 graph.")
+_stage_command("quantize", "quantize", "Write the other bundles from the fp32 graph.")
 _stage_command("evaluate", "evaluate", "Predict the test rows with every model on its own runtime.")
 _stage_command("bench", "bench", "Measure latency, memory and size of every graph on its runtime.")
 

@@ -32,6 +32,8 @@ OptimizerName = Literal[
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
+FP32, INT8 = "onnx-fp32", "onnx-int8"
+"""The bundles of every run, unless ``export.bundles`` says otherwise."""
 EMA = "ema"
 """The teacher that is the average of the student's own weights."""
 
@@ -268,21 +270,30 @@ class PruneConfig(Strict):
 
 
 class QuantizeConfig(Strict):
-    """Static int8 quantization of the exported graph."""
+    """How the exported graph is quantized; what is calibrated belongs to static int8."""
 
     calibration_rows: int = Field(256, ge=8)
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     per_channel: bool = True
     keep_float: list[str] = []  # parts of node names that stay in float
+    search: bool = False  # static int8: keep further layers in float, as few as its gate allows
 
 
 class ExportConfig(Strict):
     """The exported bundles and their gates."""
 
     opset: int = Field(20, ge=18)
-    min_agreement_fp32: float = Field(0.995, ge=0, le=1)  # top-1, or mean cosine of embeddings; validation rows
+    bundles: list[str] = [FP32, INT8]  # RUNTIME-PRECISION; that of fp32, which the others are made from, is always made
+    # top-1, or mean cosine of embeddings; validation rows: of onnx-fp32 and fp16, and of all smaller ones
+    min_agreement_fp32: float = Field(0.995, ge=0, le=1)
     min_agreement_int8: float = Field(0.98, ge=0, le=1)
+    min_agreement: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # bundle -> its own, instead
     quantize: QuantizeConfig = QuantizeConfig()
+
+    @field_validator("bundles")
+    @classmethod
+    def _fp32_first(cls, names: list[str]) -> list[str]:
+        return list(dict.fromkeys([FP32, *names]))
 
 
 class BenchConfig(Strict):

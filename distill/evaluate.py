@@ -23,7 +23,7 @@ from distill import measures
 from distill.contracts import AND, Batch, Outputs, UserError
 from distill.data.batches import Batches
 from distill.multimodal import evaluating
-from distill.predict import EMBEDDING, Predictor
+from distill.predict import EMBEDDING, Graph
 from distill.progress import Progress, silent
 from distill.retrieval import Pairs, scores
 from distill.runs import atomic
@@ -81,7 +81,7 @@ def predict_torch(
 
 
 def predict_bundle(
-    predictor: Predictor, batches: Callable[[], Iterator[Batch]], *, embeddings: Sequence[str] = ()
+    predictor: Graph, batches: Callable[[], Iterator[Batch]], *, embeddings: Sequence[str] = ()
 ) -> Arrays:
     """Run an exported bundle on its own runtime over the same batches, for the same arrays without subsets."""
     parts: dict[str, list[NDArray[np.float32]]] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import students
 import teachers
-from distill import results, stages
+from distill import bundles, results, stages
 from distill.check import check_recipe
 from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
@@ -63,6 +63,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     places = {"path", "root", "train", "valid", "test"}
     training: Any = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
     tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}, "teacher": training})
+    tree["export"] = bundles.settings(recipe.export)
     for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
         if "weights" in part:
             part["weights"] = weights_identity(part["weights"])
@@ -208,15 +209,15 @@ STAGES = (
         "write the fp32 graphs and the onnx-fp32 bundle",
         results.export_graphs,
         ("data", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned"),
-        lambda r: {**_student(r), "export": r.export.model_dump(exclude={"quantize", "min_agreement_int8"})},
+        lambda r: {**_student(r), "export": bundles.fp32_settings(r.export)},
         version=2,
     ),
     Stage(
         "quantize",
-        "write the onnx-int8 bundle from the fp32 graph",
-        results.quantize_bundle,
+        "write the other bundles from the fp32 graph",
+        results.quantize_bundles,
         ("data", "pruned", "export"),
-        lambda r: {"export": r.export.model_dump()},
+        lambda r: {"export": bundles.settings(r.export)},
         version=3,
     ),
     Stage(
@@ -260,11 +261,10 @@ def check(recipe: Recipe, until: str | None = None) -> None:
         UserError: the first mistake found.
     """
     if "://" in recipe.output:
-        raise UserError(
-            f"output: runs are written to a folder, and {recipe.output} is a URL; name a folder, one that all machines "
-            "share if there are several"
-        )
+        why = f"runs are written to a folder, and {recipe.output} is a URL"
+        raise UserError(f"output: {why}; name a folder, one that all machines share if there are several")
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
+    bundles.check_bundles(recipe.export)
     if "pruned" in [stage.name for stage in _needed(until)]:
         check_pruning(recipe, ENCODERS)
 

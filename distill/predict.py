@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from distill.contracts import UserError
 from distill.formats import TABULAR, TEXT, BadInput
 from distill.formats.tabular import TabularFormat
-from distill.preprocess import Preprocessor, has_text
+from distill.onnx_file import check_one_file
+from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor, has_text
 from distill.runs import read_json, sha256_file
 from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_from_json
 
@@ -40,7 +41,7 @@ def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
         threads: threads inside an operator; operators run one after the other.
 
     Raises:
-        UserError: the file is missing or the runtime cannot load it.
+        UserError: the file is missing, has weights in other files, or the runtime cannot load it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -49,6 +50,7 @@ def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
     options.log_severity_level = 3  # errors; the runtime warns about every constant that it folds
     if not Path(path).is_file():
         raise UserError(f"no model file {path}; give an ONNX file or a bundle made by `distill export`")
+    check_one_file(Path(path))
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no base class of their own
@@ -56,53 +58,62 @@ def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
 
 
 def verify_bundle(folder: str | Path) -> dict[str, Any]:
-    """Check a bundle's format and the sha256 of its files, and return the content of ``bundle.json``.
+    """Check a bundle's format, that its files are its own, and their sha256; return the content of ``bundle.json``.
 
     Raises:
-        UserError: the folder is no bundle, comes from a newer version, or a file is missing or was changed.
+        UserError: the folder is no bundle or comes from a newer version; a file is missing, a link, not listed or was
+            changed; or the model's weights lie outside it. Nothing of it has been loaded then.
     """
     folder = Path(folder)
+    _refuse_link(folder / BUNDLE_FILE)
     try:
         content = read_json(folder / BUNDLE_FILE)
+        kind, version, runtime = content["format"], content["version"], content["runtime"]
+        if (kind, runtime) != (BUNDLE_FORMAT, RUNTIME) or (type(version) is int and version > BUNDLE_VERSION):
+            found = f"{kind} version {version} for {runtime}"
+            expected = f"{BUNDLE_FORMAT} {BUNDLE_VERSION} for {RUNTIME}"
+            raise UserError(f"{folder} holds a {found}; this version reads {expected}: update it or export again")
+        if type(version) is not int or version < 1:
+            raise ValueError(f"version is {version!r}, not a whole number from 1 on")
         files = {str(name): str(entry["sha256"]) for name, entry in content["files"].items()}
-        kind, version, runtime = content["format"], int(content["version"]), content["runtime"]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a bundle: it has no {BUNDLE_FILE}; make one with `distill export`") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{folder / BUNDLE_FILE} is malformed ({error!r}); export the bundle again") from error
-    if (kind, runtime) != (BUNDLE_FORMAT, RUNTIME) or version > BUNDLE_VERSION:
-        found = f"{kind} version {version} for {runtime}"
-        raise UserError(f"{folder} holds a {found}; this version reads {BUNDLE_FORMAT} {BUNDLE_VERSION} for {RUNTIME}")
-    for name, expected in files.items():
+    for name, digest in files.items():
         path = folder / name
-        if path.parent != folder or not path.is_file():
+        if name != Path(name).name or "\\" in name or not path.is_file():
             raise UserError(f"bundle {folder} lacks its file {name!r}; copy or export the bundle again")
-        if sha256_file(path) != expected:
+        _refuse_link(path)
+        if sha256_file(path) != digest:
             raise UserError(f"{path} was changed after export (its sha256 differs); copy or export the bundle again")
-    if not {MODEL_FILE, LABELS_FILE} <= files.keys():
-        raise UserError(f"{folder / BUNDLE_FILE} does not list {MODEL_FILE} and {LABELS_FILE}; export the bundle again")
+    needed = {MODEL_FILE, LABELS_FILE, SPEC_FILE}
+    if not needed <= files.keys() or ((folder / TOKENIZER_FILE).exists() and TOKENIZER_FILE not in files):
+        unlisted = sorted((needed | {TOKENIZER_FILE}) - files.keys())
+        raise UserError(f"{folder / BUNDLE_FILE} does not list {' and '.join(unlisted)}; export the bundle again")
+    check_one_file(folder / MODEL_FILE)
     return dict(content)
 
 
-class Predictor:
-    """A loaded bundle.
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, and a bundle holds its own files; copy what it leads to in its place")
+
+
+class Graph:
+    """A model file on its runtime.
 
     Attributes:
-        info: the content of ``bundle.json``.
-        tasks: what the outputs say, in their order.
-        preprocessor: turns rows into the graph's inputs.
         session: the runtime's session.
         inputs: names of the graph's inputs.
         outputs: names of the graph's outputs.
     """
 
-    def __init__(self, folder: str | Path, *, threads: int = 1) -> None:
-        """Verify and load a bundle; see :func:`load`."""
-        folder = Path(folder)
-        self.info = verify_bundle(folder)
-        self.tasks = _read_tasks(folder / LABELS_FILE)
-        self.preprocessor = Preprocessor.load(folder)
-        self.session = open_session(folder / MODEL_FILE, threads)
+    def __init__(self, path: str | Path, *, threads: int = 1) -> None:
+        """Load a file; see :func:`open_session`."""
+        self.session = open_session(path, threads)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
@@ -126,6 +137,28 @@ class Predictor:
         except Exception as error:  # the runtime's exceptions share no base class of their own
             raise UserError(f"the model refused its inputs: {_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
+
+
+class Predictor(Graph):
+    """A loaded bundle.
+
+    Attributes:
+        info: the content of ``bundle.json``.
+        tasks: what the outputs say, in their order.
+        preprocessor: turns rows into the graph's inputs.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int = 1) -> None:
+        """Verify and load a bundle; see :func:`load`."""
+        folder = Path(folder)
+        self.info = verify_bundle(folder)
+        self.tasks = _read_tasks(folder / LABELS_FILE)
+        self.preprocessor = Preprocessor.load(folder)
+        super().__init__(folder / MODEL_FILE, threads=threads)
+        for task in self.tasks:
+            if task not in self.outputs:
+                where = folder / LABELS_FILE
+                raise UserError(f"{where} names {task!r}, which the model does not answer; export the bundle again")
 
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, top_k: int = 3, batch_size: int = 64
@@ -215,7 +248,7 @@ def load(bundle: str | Path, *, threads: int = 1) -> Predictor:
         threads: threads inside an operator.
 
     Raises:
-        UserError: the folder is no bundle, or one of its files is missing or was changed.
+        UserError: as :func:`verify_bundle`, or the model does not answer what ``labels.json`` names.
     """
     return Predictor(bundle, threads=threads)
 

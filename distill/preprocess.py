@@ -131,7 +131,9 @@ class Preprocessor:
         if options is None:
             return cls(formats)
         name, max_length, pad_id = options
-        return cls(formats, Tokenizer(file.parent / Path(name).name, max_length, pad_id))
+        if name != TOKENIZER_FILE:
+            raise UserError(f"{file} names the tokenizer {name!r} and not {TOKENIZER_FILE}; export the bundle again")
+        return cls(formats, Tokenizer(file.parent / name, max_length, pad_id))
 
     def save(self, folder: str | Path) -> None:
         """Write ``preprocess.json`` and copy the tokenizer beside it; the folder is made if absent."""

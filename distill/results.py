@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,24 @@ from PIL import Image
 
 from distill import bench, evaluate
 from distill.build import Model, example_batch, input_spec
-from distill.contracts import AND, TEST, TRAIN, VALID, Batch
+from distill.bundles import BUNDLES, LAYERS_FILE, Exported, best_found, least_agreement, stages_of
+from distill.config import FP32, INT8
+from distill.contracts import AND, TEST, TRAIN, Batch
 from distill.data.loader import InputSpec
 from distill.dual import DualEncoder
-from distill.export.bundle import parity, write_bundle
-from distill.export.onnx import export_onnx, extract_tower
+from distill.export.bundle import ParityError
+from distill.export.onnx import export_onnx
 from distill.formats import Format
+from distill.gate import SHIPPED, Gate, bundle_says, towers
 from distill.other_teachers import provenance
 from distill.predict import MODEL_FILE, load
 from distill.progress import progress
-from distill.quantize import quantize_static
 from distill.report import ModelEntry, ReportContext, write_report
 from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
+from distill.runs import read_json
 from distill.workspace import STUDENT, TEACHER, Workspace
 
-FP32, INT8 = "onnx-fp32", "onnx-int8"
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
-BUNDLES = {FP32: "export", INT8: "quantize"}
-"""Bundle -> the stage whose folder holds it."""
-SHIPPED = "pruned"
-"""The model that is exported into bundles."""
 VERSIONS = ("torch", "transformers", "accelerate", "timm", "onnx", "onnxruntime", "torch-pruning", "numpy")
 CALIBRATION_BATCH = 32
 PAIR = ("image", "text")
@@ -55,90 +54,51 @@ def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
             graphs[name] = export_onnx(model, example, folder / f"{name}.onnx", opset=recipe.export.opset)
             report(number + 1, len(names), name)
     info = {"precision": "fp32", "num_params": bench.num_params(model)}
-    gate = _write_gated(work, folder / FP32, folder / f"{SHIPPED}.onnx", info, recipe.export.min_agreement_fp32)
+    least = least_agreement(recipe.export, FP32)
+    gate = Gate(work).write(folder / FP32, folder / f"{SHIPPED}.onnx", info, least)
     (folder / f"{SHIPPED}.onnx").unlink()  # the bundle holds it
     return {"graphs": {name: graph["bytes"] for name, graph in graphs.items()}, "parity": {FP32: gate}}
 
 
-def quantize_bundle(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Write the gated ``onnx-int8`` bundle from the fp32 graph, calibrated on training rows."""
-    config = work.recipe.export
-    spec = input_spec(work.model(SHIPPED))
-    loader = work.clean_loader(TRAIN, spec, STUDENT, batch_size=CALIBRATION_BATCH)
-    chosen = np.linspace(0, loader.num_rows - 1, min(config.quantize.calibration_rows, loader.num_rows)).astype(int)
-
-    def feeds() -> Iterator[dict[str, NDArray[Any]]]:
-        for part in np.array_split(loader.row_positions[chosen], -(-len(chosen) // CALIBRATION_BATCH)):
-            yield evaluate.feeds(loader.batch(part, loader.clean_views(len(part)))[STUDENT])
-
-    path, model = folder / "model.onnx", work.model(SHIPPED)
-    encoders: Any = model.encoders
-    fixed = [f"encoders.{name}.{part}" for name, encoder in encoders.items() for part in encoder.keep_float]
+def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Write the other gated bundles from the fp32 graph; those that are calibrated read training rows."""
+    config, gate = work.recipe.export, Gate(work)
+    model: Any = work.model(SHIPPED)
+    fixed = [f"encoders.{name}.{part}" for name, encoder in model.encoders.items() for part in encoder.keep_float]
     how = config.quantize.model_copy(update={"keep_float": [*config.quantize.keep_float, *fixed]})
+    path, made, found = folder / "model.onnx", {}, {}
+    names = [name for name in config.bundles if name != FP32]
     with progress("quantize", quiet=work.quiet) as report:
-        made = quantize_static(work.path("export") / FP32 / MODEL_FILE, path, feeds(), how)
-        report(1, 1)
-    info = {"precision": "int8", **made}
-    gate = _write_gated(work, folder / INT8, path, info, config.min_agreement_int8)
-    path.unlink()
-    return {**made, "parity": {INT8: gate}}
+        for number, name in enumerate(names):
+            least, kind = least_agreement(config, name), BUNDLES[name]
+            assert kind.make is not None
+            exported = Exported(
+                graph=work.path("export") / FP32 / MODEL_FILE,
+                feeds=partial(_calibration, work, model),
+                config=how,
+                agreement=gate.agreement,
+                compared=gate.compared,
+                least=least,
+                folder=folder,
+                progress=partial(progress, quiet=work.quiet),
+            )
+            made[name] = kind.make(exported, path)
+            try:
+                found[name] = gate.write(folder / name, path, {"precision": kind.precision, **made[name]}, least)
+            except ParityError as error:
+                raise ParityError(f"{name}: {error}{best_found(made[name])}") from None
+            path.unlink()
+            report(number + 1, len(names), name)
+    return {**made.pop(INT8, {}), **({"others": made} if made else {}), "parity": found}
 
 
-def _write_gated(work: Workspace, bundle: Path, graph: Path, info: Mapping[str, Any], least: float) -> dict[str, Any]:
-    """Write a bundle and compare it with its torch source on the validation rows, on its own runtime.
-
-    Of a model without fusion there are further bundles, one for each encoder, and these are compared: each has its
-    part of the graph and runs alone.
-    """
-    model = work.model(SHIPPED)
-    spec = input_spec(model)
-    source = {"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint}
-
-    def write(folder: Path, path: Path, reads: InputSpec, info: Mapping[str, Any]) -> None:
-        name, tasks = f"{work.recipe.name} {folder.name}", work.tasks() if work.recipe.student.fusion else {}
-        preprocessor = work.preprocessor(reads)
-        write_bundle(
-            folder, model_path=path, preprocessor=preprocessor, tasks=tasks, name=name, source=source, info=info
-        )
-
-    write(bundle, graph, spec, info)
-    for modality, folder in _towers(model, bundle).items():
-        folder.mkdir(exist_ok=True)
-        extract_tower(graph, modality, folder / MODEL_FILE)
-        parts = (model.encoders[modality], model.embedders[modality])
-        write(
-            folder,
-            folder / MODEL_FILE,
-            spec.only([modality]),
-            {**info, "num_params": sum(map(bench.num_params, parts))},
-        )
-    loader = work.clean_loader(VALID, spec, STUDENT)
-    batches = evaluate.clean_batches(loader, STUDENT)
-    said = evaluate.predict_torch(model, batches, embeddings=_compared(model))
-    found = _bundle_says(model, bundle, batches)
-    return parity(said, found, min_agreement=least, tasks=work.tasks(), ids=loader.data.ids[loader.row_positions])
-
-
-def _towers(model: Model, bundle: Path) -> dict[str, Path]:
-    """Modality -> the bundle of its encoder alone, beside that of both; none of a model with fusion."""
-    names = model.encoders if isinstance(model, DualEncoder) else ()
-    return {name: bundle.with_name(f"{bundle.name}-{name}") for name in names}
-
-
-def _compared(model: Model) -> list[str]:
-    """The embeddings that answer in place of heads."""
-    return list(model.encoders) if isinstance(model, DualEncoder) else []
-
-
-def _bundle_says(
-    model: Model, bundle: Path, batches: Callable[[], Iterator[Batch]], embeddings: Sequence[str] = ()
-) -> evaluate.Arrays:
-    """What a bundle answers, or those of its encoders together."""
-    towers = _towers(model, bundle)
-    if not towers:
-        return evaluate.predict_bundle(load(bundle), batches, embeddings=embeddings)
-    parts = [evaluate.predict_bundle(load(path), batches, embeddings=[name]) for name, path in towers.items()]
-    return {name: array for part in parts for name, array in part.items()}
+def _calibration(work: Workspace, model: Model) -> Iterator[dict[str, NDArray[Any]]]:
+    """Inputs of clean training rows, evenly spread."""
+    loader = work.clean_loader(TRAIN, input_spec(model), STUDENT, batch_size=CALIBRATION_BATCH)
+    wanted = min(work.recipe.export.quantize.calibration_rows, loader.num_rows)
+    chosen = np.linspace(0, loader.num_rows - 1, wanted).astype(int)
+    for part in np.array_split(loader.row_positions[chosen], -(-len(chosen) // CALIBRATION_BATCH)):
+        yield evaluate.feeds(loader.batch(part, loader.clean_views(len(part)))[STUDENT])
 
 
 def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -151,10 +111,11 @@ def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
     evaluate.write_arrays(
         folder / "targets.safetensors", {"ids": data.ids[rows], "group": data.groups[rows], **targets}
     )
-    names = [*TRAINED, *BUNDLES]
+    bundles = stages_of(work.recipe.export)
+    names = [*TRAINED, *bundles]
     with progress("evaluate", quiet=work.quiet) as report:
         for number, name in enumerate(names):
-            arrays = _bundle_arrays(work, name) if name in BUNDLES else _torch_arrays(work, work.model(name), name)
+            arrays = _bundle_arrays(work, name) if name in bundles else _torch_arrays(work, work.model(name), name)
             evaluate.write_arrays(folder / f"{name}.safetensors", {"ids": data.ids[rows], **arrays})
             report(number + 1, len(names), name)
     return {"rows": len(rows), "models": names}
@@ -183,17 +144,22 @@ def _torch_arrays(work: Workspace, model: Model, name: str) -> evaluate.Arrays:
     return arrays | _zero_shot(work, spec, reads, arrays, read)
 
 
+def bundle_folder(work: Workspace, name: str) -> Path:
+    """Where a bundle lies."""
+    return work.path(stages_of(work.recipe.export)[name]) / name
+
+
 def _bundle_arrays(work: Workspace, name: str) -> evaluate.Arrays:
-    model, bundle = work.model(SHIPPED), work.path(BUNDLES[name]) / name
+    model, bundle = work.model(SHIPPED), bundle_folder(work, name)
     spec = input_spec(model)
     batches = evaluate.clean_batches(work.clean_loader(TEST, spec, STUDENT), STUDENT)
     wanted = PAIR if work.recipe.retrieval is not None else ()
-    arrays = _bundle_says(model, bundle, batches, wanted)
-    towers, formats = _towers(model, bundle), work.preprocessor(spec).formats
-    texts = load(towers.get("text", bundle))
+    arrays = bundle_says(model, bundle, batches, wanted)
+    alone, formats = towers(model, bundle), work.preprocessor(spec).formats
+    texts = load(alone.get("text", bundle))
 
     def read(batches: Callable[[], Iterator[Batch]]) -> evaluate.Arrays:
-        whole = batches if towers else lambda: (with_blanks(batch, formats) for batch in batches())
+        whole = batches if alone else lambda: (with_blanks(batch, formats) for batch in batches())
         return evaluate.predict_bundle(texts, whole, embeddings=["text"])
 
     return arrays | _zero_shot(work, spec, STUDENT, arrays, read)
@@ -232,12 +198,11 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
     paths = {
         TEACHER: export / "teacher.onnx",
         STUDENT: export / "student.onnx",
-        FP32: export / FP32 / MODEL_FILE,
-        INT8: work.path("quantize") / INT8 / MODEL_FILE,
+        **{name: bundle_folder(work, name) / MODEL_FILE for name in recipe.export.bundles},
     }
     models = {name: work.model(name) for name in (TEACHER, STUDENT, SHIPPED)}
     feeds = {name: _median_row(work, model) for name, model in models.items()}
-    feeds |= {FP32: feeds[SHIPPED], INT8: feeds[SHIPPED]}
+    feeds |= dict.fromkeys(recipe.export.bundles, feeds[SHIPPED])
     with progress("bench", quiet=work.quiet) as report:
         measured = bench.bench_onnx(
             {name: (path, feeds[name]) for name, path in paths.items()},
@@ -251,8 +216,8 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
         entry = measured.setdefault(name, dict(measured[FP32]))  # the fp32 bundle is the shipped model's graph
         entry |= {"flops": bench.flops(model, one), "num_params": bench.num_params(model)}
     costs = {field: measured[SHIPPED][field] for field in ("flops", "num_params")}
-    measured[FP32] |= costs
-    measured[INT8] |= costs
+    for name in recipe.export.bundles:
+        measured[name] |= costs
     measured["baseline"] = dict(measured[STUDENT])  # the same architecture, so the same graph but for its weights
     return {"models": measured, "processor": platform.processor() or platform.machine()}
 
@@ -289,7 +254,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         pairs=pairs,
         groups=kept["group"],
         ids=kept["ids"],
-        models=[_entry(work, name, predictions, measured[name]) for name in (*TRAINED, *BUNDLES)],
+        models=[_entry(work, name, predictions, measured[name]) for name in (*TRAINED, *recipe.export.bundles)],
         data={
             **work.done["data"].info,
             "fingerprint": work.done["data"].fingerprint,
@@ -302,12 +267,19 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
         teachers=provenance(recipe),
         parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
+        quantized=_layers(work),
         examples=lambda row: _example(work, row),
         num_examples=recipe.report.examples,
         resamples=recipe.report.bootstrap,
     )
     report = write_report(context, folder)
     return {"title": report["headline"]["title"]}
+
+
+def _layers(work: Workspace) -> dict[str, Any]:
+    """What the static int8 bundle's stage found out about its layers; runs of earlier versions have none."""
+    file = work.path("quantize") / LAYERS_FILE
+    return {INT8: read_json(file)} if file.is_file() else {}
 
 
 def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str, Any]) -> ModelEntry:
@@ -320,8 +292,8 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
     threads = measured["threads"]
     return ModelEntry(
         name=name,
-        stage=BUNDLES.get(name, name),
-        runtime="onnxruntime" if name in BUNDLES else "torch",
+        stage=stages_of(work.recipe.export).get(name, name),
+        runtime=BUNDLES[name].runtime if name in BUNDLES else "torch",
         logits={key.removeprefix("logits."): values for key, values in arrays.items() if key.startswith("logits.")},
         embeddings={name: arrays[f"embedding.{name}"] for name in PAIR if f"embedding.{name}" in arrays},
         subsets={name: subsets[name] for name in sorted(subsets, key=lambda name: (name.count(AND), name))},

@@ -24,7 +24,8 @@ from distill.fusion import FUSIONS
 from distill.multimodal import MultimodalModel, Reader, evaluating
 from distill.predict import EMBEDDING, open_session
 from distill.prune import prune
-from distill.quantize import WEIGHTED_OPERATORS, quantize_static
+from distill.quantization.common import WEIGHTED_OPERATORS
+from distill.quantization.static import quantize_static
 from distill.taps import list_taps
 from distill.tasks import LinearHead
 

@@ -21,7 +21,7 @@ from distill.fusion import ConcatFusion, SelfAttentionFusion
 from distill.multimodal import Encoder, MultimodalModel, encode_present
 from distill.predict import open_session
 from distill.prune import prune
-from distill.quantize import quantize_static
+from distill.quantization.static import quantize_static
 from distill.tasks import LinearHead
 from students import ENCODERS
 from students.spectrogram import LogMel, mel_filters

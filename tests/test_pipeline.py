@@ -101,6 +101,24 @@ def test_bundles_predict(project, stage, bundle):
     assert len(row["predictions"]["shape"]["top"]) == 3
 
 
+def test_a_recipe_names_its_bundles(copied):
+    names = ["onnx-fp16", "onnx-int8-dynamic", "onnx-int8-weights", "onnx-int4-weights"]
+    change = f"export.bundles=[{','.join(names)}]"
+    assert to_do("recipe.yaml", change) == ["quantize", "evaluate", "bench", "report"]
+    answer = distill("run", "recipe.yaml", change, "report.bootstrap=100")
+    assert answer.code == 0, answer.err
+    report = read_json(Path("runs/tiny/report/report.json"))
+    assert [model["name"] for model in report["models"]] == [*MODELS[:5], *names]
+    assert report["parity"].keys() == {"onnx-fp32", *names}
+    for name in names:
+        bundle = Path("runs/tiny/quantize") / name
+        assert read_json(bundle / "bundle.json")["info"]["precision"] in (bundle / "README.md").read_text()
+        assert distill("predict", bundle, "--text", "a red cat").code == 0
+    assert not Path("runs/tiny/quantize/onnx-int8").exists()
+    said = refusal(distill("run", "recipe.yaml", "export.bundles=[onnx-fp61]"))
+    assert "there is no bundle 'onnx-fp61'; did you mean 'onnx-fp16'" in said
+
+
 def test_predict_prints_a_line_a_task_and_names_rows(project):
     bundle = project / "runs/tiny/quantize/onnx-int8"
     one = distill("predict", bundle, "--text", "a red cat", "--top-k", "1")

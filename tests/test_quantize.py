@@ -17,7 +17,8 @@ from distill.config import QuantizeConfig
 from distill.contracts import UserError
 from distill.export.onnx import export_onnx
 from distill.predict import open_session
-from distill.quantize import MIN_TABLE_ELEMENTS, quantize_rows, quantize_static, quantize_tables
+from distill.quantization.static import quantize_static
+from distill.quantization.tables import MIN_TABLE_ELEMENTS, quantize_rows, quantize_tables
 
 TASKS = ["category", "subcategory"]
 

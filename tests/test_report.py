@@ -105,6 +105,28 @@ def context(seed: int = 0, names: tuple[str, ...] = tuple(SKILL), **changes: Any
     return ReportContext(**rows | filled | changes)
 
 
+def test_layers_of_int8_are_summarised():
+    layers = [
+        {"node": f"layer|{n}/Conv", "operator": "Conv", "min": -1.5, "max": 2.5, "clipped": 0.012, "sqnr_db": 50.0 - n}
+        for n in range(7)
+    ]
+    scan = [
+        {"node": "layer|6/Conv", "operator": "Conv", "sqnr_db": 12.5},
+        {"node": "b", "operator": "Gemm", "sqnr_db": 33},
+    ]
+    search = {"kept": ["layer|6/Conv"], "scan": scan, "tried": [{"num_float": 0, "agreement": 0.9}]}
+    report = build_report(context(quantized={"onnx-int8": {"layers": layers, "search": search}}))
+    found = report["quantized"]["onnx-int8"]
+    assert found["num_layers"] == 7 and found["search"]["kept"] == ["layer|6/Conv"]
+    assert [layer["node"] for layer in found["worst_layers"]] == [f"layer|{n}/Conv" for n in (6, 5, 4, 3, 2)]
+    written = render_markdown(report)
+    assert r"| layer\|6/Conv | -1.50 | 2.50 | 1.2 % | 44.0 dB |".replace(" %", "\u00a0%") in written
+    assert "onnx-int8 keeps 1 of 2 layers in float" in written and r"| layer\|6/Conv | 12.5 dB | yes |" in written
+    page = render_html(report)
+    assert "Layers kept in float, onnx-int8" in page and "12.5 dB" in page
+    assert "int8 changes most" not in render_markdown(build_report(context()))
+
+
 @pytest.fixture(scope="module")
 def full() -> dict[str, Any]:
     return build_report(context())

@@ -114,6 +114,7 @@ def parity(
     min_agreement: float,
     tasks: Mapping[str, Task] | None = None,
     ids: Sequence[int] | NDArray[np.int64] | None = None,
+    close: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Compare an exported model with its source on the same rows.
 
@@ -125,13 +126,15 @@ def parity(
             give or both withhold, R² of numbers, or mean cosine.
         tasks: what the logits are of; classes where it does not say.
         ids: row ids, for messages and the result; row numbers where absent.
+        close: largest difference of a number, relative to the source's largest (at least 1): of a bundle that computes
+            the same, where classes alone would not tell what a model of little certainty reads. Not of captions.
 
     Returns:
         output name -> ``agreement``, ``rows``, ``max_difference`` (absolute, of any number) and ``row``, the id of the
         row that has it.
 
     Raises:
-        ParityError: an output is missing, of another shape, not finite, or agrees on too few rows.
+        ParityError: an output is missing, of another shape, not finite, agrees on too few rows, or is not close.
     """
     names = np.arange(len(next(iter(source.values()), ()))) if ids is None else np.asarray(ids)
     result = {}
@@ -158,6 +161,12 @@ def parity(
             raise ParityError(
                 f"output {name!r}: bundle and source {what} {shown} of {len(expected)} rows, {least} are required; the "
                 f"largest difference of a number is {entry['max_difference']:.4g}, at row {entry['row']}"
+            )
+        limit = np.inf if close is None or kind == CAPTIONING else close * max(1.0, float(np.abs(expected).max()))
+        if difference[worst] > limit:
+            raise ParityError(
+                f"output {name!r}: bundle and source differ by {entry['max_difference']:.4g} at row {entry['row']}, "
+                f"{limit:.4g} are allowed of the same computation"
             )
         result[name] = entry
     return result

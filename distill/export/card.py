@@ -87,6 +87,9 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
 
 
 def _plain(value: Any) -> str:
+    """A fact as people read it; of a search for float layers the names, not the table."""
+    if isinstance(value, Mapping) and value.keys() >= {"kept", "scan"}:
+        return f"{len(value['kept'])} of {len(value['scan'])} layers are kept in float: {', '.join(value['kept'])}"
     return value if isinstance(value, str) else f"`{json.dumps(value)}`"
 
 

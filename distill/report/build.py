@@ -17,6 +17,7 @@ from distill.report.retrieval import retrieval
 from distill.targets import CAPTIONING, CLASSIFICATION, MULTILABEL
 
 SCHEMA_VERSION = 1
+WORST_LAYERS = 5
 
 
 def build_report(context: ReportContext) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
         "cache": context.cache,
         "teachers": context.teachers,
         "parity": context.parity,
+        "quantized": {name: _layers(found) for name, found in context.quantized.items()},
         "versions": context.versions,
         "recipe": context.recipe,
     }
@@ -109,6 +111,12 @@ def _model(model: ModelEntry, evidences: list[TaskEvidence]) -> dict[str, Any]:
         "peak_memory_bytes": model.peak_memory_bytes,
         "seeds": list(model.seeds),
     }
+
+
+def _layers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers whose output int8 changed most, and what a search for float layers found."""
+    worst = sorted(found["layers"], key=lambda layer: layer["sqnr_db"])[:WORST_LAYERS]
+    return {"num_layers": len(found["layers"]), "worst_layers": worst, "search": found.get("search")}
 
 
 def _details(context: ReportContext, evidences: list[TaskEvidence], focus: ModelEntry | None) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class ReportContext:
         cache: what the teacher cache cost, JSON values; keys ending in ``bytes`` or ``seconds`` are shown as such.
         teachers: further teacher that the student learnt from -> ``{"run", "stage", "fingerprint"}`` of its fit.
         parity: bundle -> what its export gate measured, JSON values.
+        quantized: static int8 bundle -> ``layers`` and, where it was searched for, ``search``, as its stage wrote them.
         examples: shows a row to a human; None for none.
         num_examples: largest number of regressions shown.
         resamples: bootstrap replicates.
@@ -105,6 +106,7 @@ class ReportContext:
     cache: Mapping[str, Any] = field(default_factory=dict)
     teachers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     examples: Examples | None = None
     num_examples: int = 8
     resamples: int = 2000

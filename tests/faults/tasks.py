@@ -18,7 +18,7 @@ from typing import Any
 import tiny
 import torch
 
-from distill import checkpoint, engine, evaluate, pipeline, quantize, report, results  # noqa: F401 (children need them)
+from distill import checkpoint, engine, evaluate, pipeline, report, results  # noqa: F401 (children need them)
 from distill.build import example_batch, input_spec
 from distill.cli import main
 from distill.config import TrainConfig

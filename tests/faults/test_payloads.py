@@ -184,7 +184,7 @@ ATTACKS: dict[Callable[[Path], list[str]], str] = {
     yaml_tag_in_a_part: "part.yaml: not readable as YAML: could not determine a constructor for the tag",
     yaml_tag_in_an_override: "cannot be applied to",
     bundle_that_names_a_file_outside: "lacks its file '../student.onnx'",
-    graph_with_data_outside_its_folder: "cannot load it",
+    graph_with_data_outside_its_folder: "has weights outside itself",
 }
 
 

@@ -1,0 +1,166 @@
+"""The bundles that a run can write: for each its runtime, its precision, and the function that makes its model file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.config import FP32, INT8, ExportConfig, QuantizeConfig, nearest
+from distill.contracts import UserError
+from distill.predict import RUNTIME
+from distill.progress import Progress
+from distill.quantization.common import Feeds
+from distill.quantization.dynamic import quantize_dynamic
+from distill.quantization.errors import layer_errors
+from distill.quantization.half import convert_half
+from distill.quantization.search import search_floats
+from distill.quantization.static import StaticQuantizer
+from distill.quantization.weights import quantize_weights_int4, quantize_weights_int8
+from distill.runs import write_json
+
+NOTHING = float("-inf")
+LAYERS_FILE = "quantize.json"
+"""What static int8 does to each layer, beside the bundles."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the model file of a bundle is made from.
+
+    Attributes:
+        graph: the fp32 ONNX file.
+        feeds: makes the inputs of some batches of training rows.
+        config: how it is quantized, with the parts of models that their encoders keep in float.
+        agreement: of a model file with its source on the validation rows.
+        compared: names of the outputs that agree or not.
+        least: the bundle's least agreement.
+        folder: of the stage, for what is told beside the bundle.
+        progress: opens a bar of this name.
+    """
+
+    graph: Path
+    feeds: Callable[[], Iterator[Feeds]]
+    config: QuantizeConfig
+    agreement: Callable[[Path], float]
+    compared: Sequence[str]
+    least: float
+    folder: Path
+    progress: Callable[[str], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of bundle; its name is RUNTIME-PRECISION.
+
+    Attributes:
+        runtime: what runs it.
+        precision: of its weights and values.
+        make: writes the model file and returns what it did as JSON values, which the bundle holds; None of the fp32
+            graph, which is there.
+        gate: which of ``export.min_agreement_fp32`` and ``export.min_agreement_int8`` holds where
+            ``export.min_agreement`` does not name the bundle.
+    """
+
+    runtime: str
+    precision: str
+    make: Callable[[Exported, Path], dict[str, Any]] | None
+    gate: Literal["fp32", "int8"]
+
+
+def _from_graph(
+    make: Callable[[Path, Path, Iterable[Feeds], QuantizeConfig], dict[str, Any]],
+) -> Callable[[Exported, Path], dict[str, Any]]:
+    """A maker that needs the graph, training rows and the config."""
+    return lambda exported, target: make(exported.graph, target, exported.feeds(), exported.config)
+
+
+def _static(exported: Exported, target: Path) -> dict[str, Any]:
+    """Static int8, with the layers in float that the gate needs if the recipe searches them, and a table of errors."""
+    quantizer = StaticQuantizer(exported.graph, exported.feeds(), exported.config)
+    found: dict[str, Any] = {}
+    if exported.config.search:
+        with exported.progress("scan layers") as report:
+            searched = search_floats(
+                quantizer, exported.agreement, exported.least, outputs=exported.compared, report=report
+            )
+            found = {"search": searched}
+    made = quantizer.write(target, found["search"]["kept"] if found else ())
+    layers = layer_errors(quantizer.model, target, quantizer.batches)
+    write_json(exported.folder / LAYERS_FILE, {"layers": layers, **found})
+    return {**made, **found}
+
+
+BUNDLES = {
+    FP32: Kind(RUNTIME, "fp32", None, "fp32"),
+    "onnx-fp16": Kind(RUNTIME, "fp16", _from_graph(convert_half), "fp32"),
+    INT8: Kind(RUNTIME, "int8", _static, "int8"),
+    "onnx-int8-dynamic": Kind(RUNTIME, "int8, dynamic", _from_graph(quantize_dynamic), "int8"),
+    "onnx-int8-weights": Kind(RUNTIME, "int8 weights", _from_graph(quantize_weights_int8), "int8"),
+    "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
+}
+"""Name -> kind of bundle."""
+
+
+def best_found(made: Mapping[str, Any]) -> str:
+    """The end of a refusal: the best that a search has found; empty of a bundle that was not searched for."""
+    if "search" not in made:
+        return ""
+    tried = made["search"]["tried"]
+    best = max(tried, key=lambda one: NOTHING if one["agreement"] is None else one["agreement"])
+    agreed = "nothing finite" if best["agreement"] is None else f"an agreement of {best['agreement']:.4f}"
+    return (
+        f"; the search found {agreed} at best, with {best['num_float']} of {len(made['search']['scan'])} layers in "
+        "float: lower export.min_agreement_int8 or train longer"
+    )
+
+
+def check_bundles(config: ExportConfig) -> None:
+    """Check the names of bundles.
+
+    Raises:
+        UserError: one that is not known, or a least agreement of one that is not made.
+    """
+    for name in config.bundles:
+        if name not in BUNDLES:
+            raise UserError(f"export.bundles: there is no bundle {name!r}; {nearest(name, BUNDLES)}")
+    for name in config.min_agreement:
+        if name not in config.bundles:
+            raise UserError(
+                f"export.min_agreement: {name!r} is no bundle of export.bundles; {nearest(name, config.bundles)}"
+            )
+
+
+def least_agreement(config: ExportConfig, name: str) -> float:
+    """The least agreement of a bundle with its source."""
+    families = {"fp32": config.min_agreement_fp32, "int8": config.min_agreement_int8}
+    return config.min_agreement.get(name, families[BUNDLES[name].gate])
+
+
+def stages_of(config: ExportConfig) -> dict[str, str]:
+    """Bundle -> the stage whose folder holds it."""
+    return {name: "export" if name == FP32 else "quantize" for name in config.bundles}
+
+
+YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"))
+"""Keys of ``export`` and of its parts that finished runs may lack."""
+
+
+def settings(config: ExportConfig) -> dict[str, Any]:
+    """The recipe's ``export`` as fingerprints see it: keys that are younger than finished runs count if they are set.
+
+    So a run that was made without them stays up to date.
+    """
+    tree, fresh = config.model_dump(), ExportConfig().model_dump()
+    for part, younger in YOUNGER:
+        ours, theirs = (whole[part] if part else whole for whole in (tree, fresh))
+        if ours[younger] == theirs[younger]:
+            del ours[younger]
+    return tree
+
+
+def fp32_settings(config: ExportConfig) -> dict[str, Any]:
+    """The part of it that the fp32 graph and its bundle depend on."""
+    return {"opset": config.opset, "min_agreement_fp32": least_agreement(config, FP32)}
