@@ -18,6 +18,7 @@ EXTRAS = {
     "openclip": "open_clip",
     "peft": "peft",
     "explain": "captum",
+    "openvino": "openvino",
     "trackers": "wandb",
     "dev": "pytest",
 }

@@ -1,7 +1,8 @@
 """A bundle on its runtime, without torch: for deployment, for evaluation of exported models, for the parity gate.
 
-A bundle is the folder that ``distill export`` writes: ``model.onnx``, ``preprocess.json``, ``tokenizer.json``
-(models with text), ``labels.json`` and ``bundle.json``, which holds the sha256 of the others.
+A bundle is the folder that ``distill export`` writes: ``model.onnx`` (or the files of another of
+:data:`~distill.runtimes.RUNTIMES`), ``preprocess.json``, ``tokenizer.json`` (models with text), ``labels.json`` and
+``bundle.json``, which holds the sha256 of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
@@ -20,6 +20,8 @@ from distill.formats import TABULAR, TEXT, BadInput
 from distill.formats.tabular import TabularFormat
 from distill.preprocess import Preprocessor, has_text
 from distill.runs import read_json, sha256_file
+from distill.runtimes import RUNTIMES
+from distill.runtimes.onnxruntime import open_session as open_session
 from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_from_json
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"
@@ -32,29 +34,6 @@ EMBEDDING = "embedding_"
 """Begins the name of an output that is no task's."""
 
 
-def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
-    """Load an ONNX file on the CPU; prediction and benchmarks share these settings.
-
-    Args:
-        path: the file.
-        threads: threads inside an operator; operators run one after the other.
-
-    Raises:
-        UserError: the file is missing or the runtime cannot load it.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors; the runtime warns about every constant that it folds
-    if not Path(path).is_file():
-        raise UserError(f"no model file {path}; give an ONNX file or a bundle made by `distill export`")
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions share no base class of their own
-        raise UserError(f"{path}: {RUNTIME} {ort.__version__} cannot load it: {_line(error)}") from error
-
-
 def verify_bundle(folder: str | Path) -> dict[str, Any]:
     """Check a bundle's format and the sha256 of its files, and return the content of ``bundle.json``.
 
@@ -65,22 +44,23 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
     try:
         content = read_json(folder / BUNDLE_FILE)
         files = {str(name): str(entry["sha256"]) for name, entry in content["files"].items()}
-        kind, version, runtime = content["format"], int(content["version"]), content["runtime"]
+        kind, version, runtime = content["format"], int(content["version"]), str(content["runtime"])
     except FileNotFoundError:
         raise UserError(f"{folder} is not a bundle: it has no {BUNDLE_FILE}; make one with `distill export`") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{folder / BUNDLE_FILE} is malformed ({error!r}); export the bundle again") from error
-    if (kind, runtime) != (BUNDLE_FORMAT, RUNTIME) or version > BUNDLE_VERSION:
-        found = f"{kind} version {version} for {runtime}"
-        raise UserError(f"{folder} holds a {found}; this version reads {BUNDLE_FORMAT} {BUNDLE_VERSION} for {RUNTIME}")
+    if kind != BUNDLE_FORMAT or runtime not in RUNTIMES or version > BUNDLE_VERSION:
+        found, known = f"{kind} version {version} for {runtime}", ", ".join(RUNTIMES)
+        raise UserError(f"{folder} holds a {found}; this version reads {BUNDLE_FORMAT} {BUNDLE_VERSION} for {known}")
     for name, expected in files.items():
         path = folder / name
         if path.parent != folder or not path.is_file():
             raise UserError(f"bundle {folder} lacks its file {name!r}; copy or export the bundle again")
         if sha256_file(path) != expected:
             raise UserError(f"{path} was changed after export (its sha256 differs); copy or export the bundle again")
-    if not {MODEL_FILE, LABELS_FILE} <= files.keys():
-        raise UserError(f"{folder / BUNDLE_FILE} does not list {MODEL_FILE} and {LABELS_FILE}; export the bundle again")
+    needed = (*RUNTIMES[runtime].files, LABELS_FILE)
+    if not files.keys() >= {*needed}:
+        raise UserError(f"{folder / BUNDLE_FILE} does not list {' and '.join(needed)}; export the bundle again")
     return dict(content)
 
 
@@ -91,7 +71,7 @@ class Predictor:
         info: the content of ``bundle.json``.
         tasks: what the outputs say, in their order.
         preprocessor: turns rows into the graph's inputs.
-        session: the runtime's session.
+        runtime: the runtime that ``bundle.json`` names, with the model loaded.
         inputs: names of the graph's inputs.
         outputs: names of the graph's outputs.
     """
@@ -102,9 +82,9 @@ class Predictor:
         self.info = verify_bundle(folder)
         self.tasks = _read_tasks(folder / LABELS_FILE)
         self.preprocessor = Preprocessor.load(folder)
-        self.session = open_session(folder / MODEL_FILE, threads)
-        self.inputs = [value.name for value in self.session.get_inputs()]
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        chosen = RUNTIMES[self.info["runtime"]]
+        self.runtime = chosen(folder / chosen.files[0], self.info, threads)
+        self.inputs, self.outputs = self.runtime.inputs, self.runtime.outputs
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """Run the graph once.
@@ -122,10 +102,9 @@ class Predictor:
         if missing:
             raise UserError(f"the model's input {missing[0]!r} is missing; it takes {', '.join(self.inputs)}")
         try:
-            values = self.session.run(None, {name: feeds[name] for name in self.inputs})
-        except Exception as error:  # the runtime's exceptions share no base class of their own
+            return self.runtime.run(feeds)
+        except Exception as error:  # the runtimes' exceptions share no base class of their own
             raise UserError(f"the model refused its inputs: {_line(error)}") from error
-        return dict(zip(self.outputs, values, strict=True))
 
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, top_k: int = 3, batch_size: int = 64

@@ -49,6 +49,7 @@ LEVELS = {
         "distill.formats",
         "distill.preprocess",
         "distill.predict",
+        "distill.runtimes",
         "distill.losses",
         "distill.fusion",
         "distill.tasks",
