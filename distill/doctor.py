@@ -18,6 +18,8 @@ EXTRAS = {
     "openclip": "open_clip",
     "peft": "peft",
     "explain": "captum",
+    "executorch": "executorch",
+    "litert": "ai_edge_litert",
     "openvino": "openvino",
     "trackers": "wandb",
     "dev": "pytest",

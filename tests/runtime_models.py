@@ -22,6 +22,7 @@ from distill.contracts import Batch
 from distill.export.bundle import write_bundle
 from distill.export.conversion import EXPORTERS, convert
 from distill.export.onnx import export_onnx, graph_outputs
+from distill.export.torch_program import export_program
 from distill.predict import Predictor, load
 from distill.runtimes import RUNTIMES
 from distill.targets import tasks_from_json
@@ -29,7 +30,12 @@ from students import RecurrentText
 
 LENGTH = 6
 """Tokens of the longest text."""
-PRECISIONS = {"onnxruntime": ("fp32",), "openvino": ("fp32", "int8")}
+PRECISIONS = {
+    "onnxruntime": ("fp32",),
+    "openvino": ("fp32", "int8"),
+    "executorch": ("fp32", "int8"),
+    "litert": ("fp32", "int8"),
+}
 TINY_LABELS = {task: [f"{task} {number}" for number in range(count)] for task, count in NUM_CLASSES.items()}
 
 
@@ -66,7 +72,10 @@ def batch_of(kind: str, count: int, length: int = LENGTH, seed: int = 0) -> Batc
 def source_of(kind: str, suffix: str) -> Path:
     """The model as an exporter takes it."""
     path = Path(tempfile.mkdtemp()) / f"model{suffix}"
-    export_onnx(model_of(kind), batch_of(kind, 4), path)
+    if suffix == ".onnx":
+        export_onnx(model_of(kind), batch_of(kind, 4), path)
+    else:
+        export_program(model_of(kind), batch_of(kind, 4), path, rows=1)
     return path
 
 

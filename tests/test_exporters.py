@@ -17,10 +17,18 @@ from distill.export.subprocesses import ExportError, read_feeds, run_exporter, w
 from distill.predict import EMBEDDING, load, predict_rows
 from distill.runtimes import RUNTIMES
 
-PACKAGES = {"openvino": ["openvino", "nncf"]}
+PACKAGES = {
+    "openvino": ["openvino", "nncf"],
+    "executorch": ["executorch", "torchao"],
+    "litert": ["ai_edge_litert", "ai_edge_quantizer"],
+}
 """What a runtime's exporter needs."""
+SLOW = {"executorch", "litert"}
+"""Their exporters take half a minute and more."""
 MODELS = ["cross_attention", "concat", "gru", "learnt"]
-RUNTIME = pytest.mark.parametrize("runtime", list(EXPORTERS))
+RUNTIME = pytest.mark.parametrize(
+    "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in EXPORTERS]
+)
 
 
 @pytest.fixture(autouse=True)

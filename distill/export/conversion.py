@@ -18,15 +18,21 @@ class Exporter(NamedTuple):
 
     Attributes:
         module: below ``distill.export``.
-        source: what it converts, as the file's suffix: an ONNX file.
+        source: what it converts, as the file's suffix: an ONNX file or a program of one row.
+        keeps_float: whether parts can be kept from quantization.
     """
 
     module: str
     source: str
+    keeps_float: bool
 
 
-EXPORTERS: dict[str, Exporter] = {"openvino": Exporter("openvino", ".onnx")}
-"""Runtime -> its exporter; ``onnxruntime`` runs what :mod:`distill.export.onnx` writes."""
+EXPORTERS = {
+    "openvino": Exporter("openvino", ".onnx", keeps_float=True),
+    "executorch": Exporter("executorch", ".pt2", keeps_float=False),
+    "litert": Exporter("litert", ".pt2", keeps_float=False),
+}
+"""Runtime -> its exporter; ``onnxruntime`` and ``torch`` run what ``export_onnx`` and ``export_program`` write."""
 
 
 def convert(
@@ -45,7 +51,7 @@ def convert(
         source: the model as the exporter takes it.
         folder: where the files that the runtime's class names are written.
         feeds: for int8 the graph's inputs for some batches of *training* rows; float32 without.
-        keep_float: with ``feeds``, parts of node names whose operators stay in float.
+        keep_float: with ``feeds``, parts of node names whose operators stay in float, where the exporter has it.
         report: told how long it has taken.
 
     Returns:
@@ -65,6 +71,6 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         if feeds is not None:
             path = write_feeds(Path(temporary) / "feeds.safetensors", feeds)
-            arguments = {"feeds": str(path), "keep_float": list(keep_float)}
+            arguments = {"feeds": str(path)} | ({"keep_float": list(keep_float)} if exporter.keeps_float else {})
         made = run_exporter(exporter.module, source, folder / files[0], arguments, report=report)
     return made | {"bytes": sum((folder / file).stat().st_size for file in files)}
