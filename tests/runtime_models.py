@@ -86,7 +86,7 @@ def bundle_of(kind: str, runtime: str, precision: str = "fp32") -> Path:
     source = source_of(kind, EXPORTERS[runtime].source if runtime in EXPORTERS else ".onnx")
     graph: dict[str, Any] | None = None
     if runtime in EXPORTERS:
-        feeds = [as_feeds(batch_of(kind, 32, seed=100 + number)) for number in range(4)]
+        feeds = [as_feeds(batch_of(kind, 32, seed=100 + number)) for number in range(2)]
         graph = convert(runtime, source, folder, feeds=feeds if precision == "int8" else None)
         source = folder / RUNTIMES[runtime].files[0]
     write_bundle(

@@ -82,5 +82,7 @@ def test_a_bundle_of_an_unknown_runtime_is_refused(tmp_path: Path) -> None:
     content = {"format": "multidistill-bundle", "version": 1, "files": {}}
     for runtime in ("abacus", ["openvino"]):
         (tmp_path / "bundle.json").write_text(json.dumps({**content, "runtime": runtime}))
-        with pytest.raises(UserError, match=r"for .*; this version reads .* for onnxruntime, openvino"):
+        with pytest.raises(
+            UserError, match=r"for .*; this version reads .* for onnxruntime, openvino, executorch, litert, torch"
+        ):
             load(tmp_path)

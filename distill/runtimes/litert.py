@@ -30,7 +30,9 @@ class LiteRT(RowByRow):
             self.call = Interpreter(str(path), num_threads=threads).get_signature_runner()
         except (RuntimeError, ValueError) as error:
             raise refused(path, self, error) from error
+        self.dtypes = {name: value["dtype"] for name, value in self.call.get_input_details().items()}
 
     def _row(self, values: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        found = self.call(**{f"args_{number}": value for number, value in enumerate(values)})
+        named = {f"args_{number}": value for number, value in enumerate(values)}
+        found = self.call(**{name: value.astype(self.dtypes[name]) for name, value in named.items()})  # ids are int32
         return [np.asarray(found[f"output_{number}"]) for number in range(len(self.outputs))]
