@@ -19,6 +19,9 @@ EXTRAS = {
     "peft": "peft",
     "explain": "captum",
     "serve": "fastapi",
+    "executorch": "executorch",
+    "litert": "ai_edge_litert",
+    "openvino": "openvino",
     "trackers": "wandb",
     "dev": "pytest",
 }

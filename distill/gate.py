@@ -21,7 +21,7 @@ from distill.dual import DualEncoder
 from distill.export.bundle import ParityError, parity, write_bundle
 from distill.export.onnx import extract_tower
 from distill.formats import TABULAR, TEXT, BadInput
-from distill.predict import EMBEDDING, MODEL_FILE, Graph, load
+from distill.predict import EMBEDDING, MODEL_FILE, load, open_graph
 from distill.preprocess import Preprocessor
 from distill.workspace import PRUNED, STUDENT, Workspace
 
@@ -108,7 +108,7 @@ class Gate:
         """The lowest agreement of any output of a model file that is no bundle yet; NEVER if one is not even finite."""
         wanted = list(towers(self._model, graph))
         try:
-            found = evaluate.predict_bundle(Graph(graph), self._batches, embeddings=wanted)
+            found = evaluate.predict_bundle(open_graph(graph), self._batches, embeddings=wanted)
             return min(entry["agreement"] for entry in self._compare(found, NEVER).values())
         except ParityError:
             return NEVER

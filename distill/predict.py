@@ -1,7 +1,8 @@
 """A bundle on its runtime, without torch: for deployment, for evaluation of exported models, for the parity gate.
 
-A bundle is the folder that ``distill export`` writes: ``model.onnx``, ``preprocess.json``, ``tokenizer.json``
-(models with text), ``labels.json`` and ``bundle.json``, which holds the sha256 of the others.
+A bundle is the folder that ``distill export`` writes: ``model.onnx`` (or the files of another of
+:data:`~distill.runtimes.RUNTIMES`), ``preprocess.json``, ``tokenizer.json`` (models with text), ``labels.json`` and
+``bundle.json``, which holds the sha256 of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
@@ -21,6 +21,9 @@ from distill.formats.tabular import TabularFormat
 from distill.onnx_file import check_one_file
 from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor, has_text
 from distill.runs import read_json, sha256_file
+from distill.runtimes import RUNTIMES, Runtime
+from distill.runtimes.onnxruntime import OnnxRuntime
+from distill.runtimes.onnxruntime import open_session as open_session
 from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_from_json
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"
@@ -31,30 +34,6 @@ RUNTIME = "onnxruntime"
 NOTHING = "nothing to classify; give a file, a text or a table with rows"
 EMBEDDING = "embedding_"
 """Begins the name of an output that is no task's."""
-
-
-def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
-    """Load an ONNX file on the CPU; prediction and benchmarks share these settings.
-
-    Args:
-        path: the file.
-        threads: threads inside an operator; operators run one after the other.
-
-    Raises:
-        UserError: the file is missing, has weights in other files, or the runtime cannot load it.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors; the runtime warns about every constant that it folds
-    if not Path(path).is_file():
-        raise UserError(f"no model file {path}; give an ONNX file or a bundle made by `distill export`")
-    check_one_file(Path(path))
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions share no base class of their own
-        raise UserError(f"{path}: {RUNTIME} {ort.__version__} cannot load it: {_line(error)}") from error
 
 
 def verify_bundle(folder: str | Path) -> dict[str, Any]:
@@ -69,9 +48,10 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
     try:
         content = read_json(folder / BUNDLE_FILE)
         kind, version, runtime = content["format"], content["version"], content["runtime"]
-        if (kind, runtime) != (BUNDLE_FORMAT, RUNTIME) or (type(version) is int and version > BUNDLE_VERSION):
+        newer = type(version) is int and version > BUNDLE_VERSION
+        if kind != BUNDLE_FORMAT or runtime not in RUNTIMES or newer:
             found = f"{kind} version {version} for {runtime}"
-            expected = f"{BUNDLE_FORMAT} {BUNDLE_VERSION} for {RUNTIME}"
+            expected = f"{BUNDLE_FORMAT} {BUNDLE_VERSION} for {', '.join(RUNTIMES)}"
             raise UserError(f"{folder} holds a {found}; this version reads {expected}: update it or export again")
         if type(version) is not int or version < 1:
             raise ValueError(f"version is {version!r}, not a whole number from 1 on")
@@ -89,11 +69,13 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
         _refuse_link(path)
         if sha256_file(path) != digest:
             raise UserError(f"{path} was changed after export (its sha256 differs); copy or export the bundle again")
-    needed = {MODEL_FILE, LABELS_FILE, SPEC_FILE}
+    opened = RUNTIMES[runtime].files
+    needed = {*opened, LABELS_FILE, SPEC_FILE}
     if not needed <= files.keys() or ((folder / TOKENIZER_FILE).exists() and TOKENIZER_FILE not in files):
         unlisted = sorted((needed | {TOKENIZER_FILE}) - files.keys())
         raise UserError(f"{folder / BUNDLE_FILE} does not list {' and '.join(unlisted)}; export the bundle again")
-    check_one_file(folder / MODEL_FILE)
+    if MODEL_FILE in opened:
+        check_one_file(folder / MODEL_FILE)
     return dict(content)
 
 
@@ -106,16 +88,13 @@ class Graph:
     """A model file on its runtime.
 
     Attributes:
-        session: the runtime's session.
+        runtime: the runtime, with the model loaded.
         inputs: names of the graph's inputs.
         outputs: names of the graph's outputs.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 1) -> None:
-        """Load a file; see :func:`open_session`."""
-        self.session = open_session(path, threads)
-        self.inputs = [value.name for value in self.session.get_inputs()]
-        self.outputs = [value.name for value in self.session.get_outputs()]
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.inputs, self.outputs = runtime, runtime.inputs, runtime.outputs
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """Run the graph once.
@@ -133,10 +112,14 @@ class Graph:
         if missing:
             raise UserError(f"the model's input {missing[0]!r} is missing; it takes {', '.join(self.inputs)}")
         try:
-            values = self.session.run(None, {name: feeds[name] for name in self.inputs})
-        except Exception as error:  # the runtime's exceptions share no base class of their own
+            return self.runtime.run(feeds)
+        except Exception as error:  # the runtimes' exceptions share no base class of their own
             raise UserError(f"the model refused its inputs: {_line(error)}") from error
-        return dict(zip(self.outputs, values, strict=True))
+
+
+def open_graph(path: str | Path, threads: int = 1) -> Graph:
+    """Load an ONNX file; see :func:`~distill.runtimes.onnxruntime.open_session`."""
+    return Graph(OnnxRuntime(Path(path), {}, threads))
 
 
 class Predictor(Graph):
@@ -154,7 +137,8 @@ class Predictor(Graph):
         self.info = verify_bundle(folder)
         self.tasks = _read_tasks(folder / LABELS_FILE)
         self.preprocessor = Preprocessor.load(folder)
-        super().__init__(folder / MODEL_FILE, threads=threads)
+        chosen = RUNTIMES[self.info["runtime"]]
+        super().__init__(chosen(folder / chosen.files[0], self.info, threads))
         for task in self.tasks:
             if task not in self.outputs:
                 where = folder / LABELS_FILE

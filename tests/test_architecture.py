@@ -49,6 +49,7 @@ LEVELS = {
         "distill.preprocess",
         "distill.onnx_file",
         "distill.predict",
+        "distill.runtimes",
         "distill.losses",
         "distill.fusion",
         "distill.tasks",

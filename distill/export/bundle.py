@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from distill.contracts import UserError
@@ -22,12 +22,12 @@ from distill.predict import (
     BUNDLE_FORMAT,
     BUNDLE_VERSION,
     LABELS_FILE,
-    MODEL_FILE,
     RUNTIME,
     verify_bundle,
 )
 from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor
 from distill.runs import atomic, read_json, sha256_file, write_json
+from distill.runtimes import RUNTIMES
 from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task, tasks_to_json
 
 __all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"]
@@ -58,17 +58,22 @@ def write_bundle(
     name: str,
     source: Mapping[str, Any],
     info: Mapping[str, Any],
+    runtime: str = RUNTIME,
+    graph: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a bundle and verify it.
 
     Args:
         folder: where to; made if absent, files of an older bundle are replaced.
-        model_path: the ONNX file; copied to ``model.onnx`` unless it is that file.
+        model_path: the model's first file, beside the others that the runtime needs; copied unless it lies there.
         preprocessor: how rows become the graph's inputs.
         tasks: what the outputs say, in their order.
         name: the model's name, for people.
         source: where the model comes from (such as ``fingerprint`` of its training run), JSON values.
         info: what else is known (such as ``precision`` or measured quality), JSON values; the model card lists them.
+        runtime: which of :data:`~distill.runtimes.RUNTIMES` the files are for.
+        graph: ``inputs`` and ``outputs`` as :func:`distill.export.conversion.convert` gives them; an ONNX file says its
+            own.
 
     Returns:
         The content of ``bundle.json``: format, version, runtime, inputs, outputs, file hashes, source and info.
@@ -77,11 +82,14 @@ def write_bundle(
         UserError: the tasks do not fit the graph's outputs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    graph = describe(onnx.load(model_path))
+    chosen = RUNTIMES[runtime]
+    graph = describe(onnx.load(model_path)) if graph is None else graph
     _check_tasks(tasks, graph["outputs"])
     (folder / BUNDLE_FILE).unlink(missing_ok=True)  # written last: a folder without it is no bundle
-    if model_path.resolve() != (folder / MODEL_FILE).resolve():
-        shutil.copyfile(model_path, folder / MODEL_FILE)
+    for file in chosen.files:
+        path = model_path.with_suffix(Path(file).suffix)
+        if path.resolve() != (folder / file).resolve():
+            shutil.copyfile(path, folder / file)
     preprocessor.save(folder)
     if preprocessor.tokenizer:
         _settle_tokenizer(folder / TOKENIZER_FILE, preprocessor.tokenizer.max_length)
@@ -90,17 +98,15 @@ def write_bundle(
         "format": BUNDLE_FORMAT,
         "version": BUNDLE_VERSION,
         "name": name,
-        "runtime": RUNTIME,
-        "runtime_version": onnxruntime.__version__,
-        "opset": graph["opset"],
-        "inputs": graph["inputs"],
-        "outputs": graph["outputs"],
+        "runtime": runtime,
+        "runtime_version": metadata.version(chosen.package),
+        **{key: graph[key] for key in ("opset", "inputs", "outputs") if key in graph},
         "source": dict(source),
         "info": dict(info),
     }
     with atomic(folder / CARD_FILE) as temporary:
         temporary.write_text(model_card(content, tasks, preprocessor), encoding="utf-8")
-    names = [MODEL_FILE, SPEC_FILE, LABELS_FILE, CARD_FILE]
+    names = [*chosen.files, SPEC_FILE, LABELS_FILE, CARD_FILE]
     names += [TOKENIZER_FILE] if preprocessor.tokenizer else []
     files = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256_file(folder / file)} for file in names}
     write_json(folder / BUNDLE_FILE, {**content, "files": files})

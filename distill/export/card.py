@@ -9,8 +9,9 @@ from typing import Any
 from distill.formats import TEXT
 from distill.formats.image import ImageFormat
 from distill.formats.tabular import TabularFormat
-from distill.predict import LABELS_FILE, MODEL_FILE
+from distill.predict import LABELS_FILE, MODEL_FILE, RUNTIME
 from distill.preprocess import TOKENIZER_FILE, Preprocessor
+from distill.runtimes import RUNTIMES
 from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task
 
 ARGUMENTS = {
@@ -58,7 +59,7 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
         [
             f"# {content['name']}",
             "",
-            "A model distilled with multidistill. It runs on onnxruntime, without torch.",
+            f"A model distilled with multidistill. It runs on {content['runtime']}{_beside(content['runtime'])}.",
             "",
             *told,
             "",
@@ -66,7 +67,11 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
             "",
             "## Use",
             "",
-            *_alone(preprocessor, list(content["outputs"]) if not tasks else [], tasks),
+            *(
+                _alone(preprocessor, [] if tasks else [*content["outputs"]], tasks)
+                if content["runtime"] == RUNTIME
+                else ()
+            ),
             "```python",
             "from distill.predict import load",
             "",
@@ -84,6 +89,13 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
             "",
         ]
     ).replace("\n\n\n", "\n\n")
+
+
+def _beside(runtime: str) -> str:
+    """What a runtime needs, and what it does not."""
+    chosen = RUNTIMES[runtime]
+    needs = f" (`pip install 'multidistill[{chosen.extra}]'`)" if chosen.extra else ""
+    return needs if chosen.needs_torch else f"{needs}, without torch"
 
 
 def _plain(value: Any) -> str:

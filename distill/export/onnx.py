@@ -99,7 +99,7 @@ def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int = 20
     if size > MAX_FILE_BYTES:
         raise UserError(f"the model holds {size / 1e9:.2f} GB, one ONNX file at most 2.14 GB; export a smaller model")
     inputs = graph_inputs(_traceable(example))
-    with _evaluating(model), _quiet():
+    with exporting(model):
         with torch.no_grad():
             outputs = graph_outputs(model(_traceable(example)))
         program = torch.onnx.export(
@@ -179,18 +179,32 @@ def _dynamic(name: str) -> dict[int, str]:
     return {0: "batch", 1: "length"} if name in ("text", "text_mask") else {0: "batch"}
 
 
-def _traceable(example: Batch) -> Batch:
-    """Bring the example to 2 rows and 3 or more tokens: the tracer fixes sizes of 0 and 1, and may join equal ones."""
+def two_rows(example: Batch) -> Batch:
+    """Bring the example to 2 rows: the tracer fixes sizes of 0 and 1."""
 
     def rows(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor])[:2]
 
     inputs = {name: rows(tensor) for name, tensor in example.inputs.items()}
+    present = {modality: rows(flags) for modality, flags in example.present.items()}
+    return Batch(rows(example.ids), rows(example.views), inputs, present, {})
+
+
+def _traceable(example: Batch) -> Batch:
+    """Bring the example to 2 rows and 3 or more tokens: the tracer may join equal sizes, too."""
+    batch = two_rows(example)
+    inputs = dict(batch.inputs)
     for name in ("text", "text_mask"):
         if name in inputs and inputs[name].shape[1] < 3:
             inputs[name] = nn.functional.pad(inputs[name], (0, 3 - inputs[name].shape[1]))
-    present = {modality: rows(flags) for modality, flags in example.present.items()}
-    return Batch(rows(example.ids), rows(example.views), inputs, present, {})
+    return batch._replace(inputs=inputs)
+
+
+@contextmanager
+def exporting(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, without the exporters' warnings."""
+    with _evaluating(model), _quiet():
+        yield
 
 
 @contextmanager

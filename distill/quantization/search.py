@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from distill.predict import Graph
+from distill.predict import open_graph
 from distill.progress import Progress, silent
 from distill.quantization.errors import decibels, few_rows
 from distill.quantization.static import StaticQuantizer
@@ -86,7 +86,7 @@ def _scan(quantizer: StaticQuantizer, outputs: Collection[str], folder: Path, re
 def _values(
     path: Path, rows: list[dict[str, NDArray[Any]]], outputs: Collection[str]
 ) -> dict[str, NDArray[np.float64]]:
-    graph = Graph(path)
+    graph = open_graph(path)
     answers = [graph.run(feeds) for feeds in rows]
     return {name: np.concatenate([each[name].astype(np.float64) for each in answers]) for name in outputs}
 

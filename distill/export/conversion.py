@@ -1,0 +1,76 @@
+"""Which exporter makes a runtime's model, and from what."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.contracts import UserError
+from distill.export.subprocesses import Feeds, run_exporter, write_feeds
+from distill.progress import Progress, silent
+from distill.runtimes import RUNTIMES
+
+
+class Exporter(NamedTuple):
+    """How a runtime's model is made.
+
+    Attributes:
+        module: below ``distill.export``.
+        source: what it converts, as the file's suffix: an ONNX file or a program of one row.
+        keeps_float: whether parts can be kept from quantization.
+    """
+
+    module: str
+    source: str
+    keeps_float: bool
+
+
+EXPORTERS = {
+    "openvino": Exporter("openvino", ".onnx", keeps_float=True),
+    "executorch": Exporter("executorch", ".pt2", keeps_float=False),
+    "litert": Exporter("litert", ".pt2", keeps_float=False),
+}
+"""Runtime -> its exporter; ``onnxruntime`` and ``torch`` run what ``export_onnx`` and ``export_program`` write."""
+
+
+def convert(
+    runtime: str,
+    source: Path,
+    folder: Path,
+    *,
+    feeds: Iterable[Feeds] | None = None,
+    keep_float: Sequence[str] = (),
+    report: Progress = silent,
+) -> dict[str, Any]:
+    """Write a runtime's model, in a process of its own.
+
+    Args:
+        runtime: one of :data:`EXPORTERS`.
+        source: the model as the exporter takes it.
+        folder: where the files that the runtime's class names are written.
+        feeds: for int8 the graph's inputs for some batches of *training* rows; float32 without.
+        keep_float: with ``feeds``, parts of node names whose operators stay in float, where the exporter has it.
+        report: told how long it has taken.
+
+    Returns:
+        ``inputs`` and ``outputs`` (name -> dtype and shape, dynamic dimensions by name), ``bytes`` of the files, and
+        what else the exporter says.
+
+    Raises:
+        UserError: a package is missing, there are no feeds, or ``keep_float`` has an entry that matches nothing.
+        ExportError: the exporter cannot convert the model.
+    """
+    exporter = EXPORTERS[runtime]
+    if source.suffix != exporter.source:
+        raise UserError(f"{source}: the exporter for {runtime} converts {exporter.source} files")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = RUNTIMES[runtime].files
+    arguments: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        if feeds is not None:
+            path = write_feeds(Path(temporary) / "feeds.safetensors", feeds)
+            arguments = {"feeds": str(path)} | ({"keep_float": list(keep_float)} if exporter.keeps_float else {})
+        made = run_exporter(exporter.module, source, folder / files[0], arguments, report=report)
+    return made | {"bytes": sum((folder / file).stat().st_size for file in files)}

@@ -1,0 +1,97 @@
+"""A model as a program of ``torch.export`` (``.pt2``): a bundle's model, and what other exporters convert."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from distill.contracts import Batch
+from distill.export.onnx import ExportModule, exporting, graph_inputs, graph_outputs, two_rows
+from distill.runs import atomic
+from distill.runtimes.torch import GRAPH_FILE
+
+DTYPES = {torch.uint8: "uint8", torch.bool: "bool", torch.int64: "int64", torch.float32: "float32"}
+
+
+def export_program(model: torch.nn.Module, example: Batch, path: Path, *, rows: int | None = None) -> dict[str, Any]:
+    """Write a model as a program.
+
+    Args:
+        model: a ``Batch -> Outputs`` model; exported in eval mode, its modes are restored.
+        example: some rows with the inputs and modalities that the program is to have; the length of its texts is that
+            of all that the program reads.
+        path: the file to write.
+        rows: 1 for runtimes that run one row at a time; None for any number.
+
+    Returns:
+        ``inputs`` and ``outputs`` (name -> dtype and shape, the number of rows by name) and ``bytes``.
+
+    Raises:
+        UserError: the example lacks a modality's raw input.
+    """
+    batch = two_rows(example)
+    inputs = graph_inputs(batch)
+    if rows is not None:
+        inputs = {name: value[:rows] for name, value in inputs.items()}
+    dynamic = (tuple({0: torch.export.Dim("batch")} for _ in inputs),) if rows is None else None
+    with exporting(model):
+        with torch.no_grad():
+            outputs = graph_outputs(model(batch))
+        graph = {"inputs": _described(inputs), "outputs": _described(outputs)}
+        program = torch.export.export(
+            ExportModule(model, list(inputs)).eval(), tuple(inputs.values()), dynamic_shapes=dynamic
+        )
+        _strip_build_traces(program)
+        with atomic(path) as temporary:
+            named = temporary.with_suffix(path.suffix)  # torch refuses other endings
+            torch.export.save(program, named, extra_files={GRAPH_FILE: json.dumps(graph)})
+            named.replace(temporary)
+    return {**graph, "bytes": path.stat().st_size}
+
+
+def in_plain_layout(program: ExportedProgram, graph: Mapping[str, Any]) -> ExportedProgram:
+    """Return a program of one row without ``channels_last`` tensors: the runtimes choose layouts, and some refuse it.
+
+    Args:
+        program: as :func:`export_program` writes it.
+        graph: its inputs and outputs.
+    """
+    module = program.module()
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()
+    for node in module.graph.nodes:
+        layouts = (torch.channels_last, torch.channels_last_3d)
+        node.args = tuple(torch.contiguous_format if each in layouts else each for each in node.args)
+        if node.kwargs.get("memory_format") in layouts:
+            node.kwargs = {**node.kwargs, "memory_format": torch.contiguous_format}
+    module.recompile()
+    return torch.export.export(module, example_of(graph))
+
+
+def example_of(graph: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return one row of zeros for each input of a program."""
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    return tuple(
+        torch.zeros([1, *value["shape"][1:]], dtype=dtypes[value["dtype"]]) for value in graph["inputs"].values()
+    )
+
+
+def _strip_build_traces(program: ExportedProgram) -> None:
+    """Drop the example, which would be pickled, and the Python stack of each node, which names the build machine."""
+    program.example_inputs = None
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+
+
+def _described(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"dtype": DTYPES[value.dtype], "shape": ["batch", *value.shape[1:]]} for name, value in tensors.items()
+    }
