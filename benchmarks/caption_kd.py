@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import students
@@ -22,21 +22,24 @@ from benchmarks.student_arms import points_against
 from distill import captions, evaluate, pipeline
 from distill.build import input_spec
 from distill.config import CaptionsConfig, Recipe
-from distill.contracts import TEST, UserError
+from distill.contracts import TEST, Artifact, UserError
 from distill.report import formats
-from distill.targets import CAPTIONING
+from distill.runs import copy_stage, find
+from distill.targets import CAPTIONING, known
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 LABELS, WORDS, SEQUENCES, BOTH = "true captions", "word-level KD", "sequence-level KD", "both"
 MEASURES = ("exact match", "BLEU-1", "CIDEr-D")
 EXAMPLES = 12
+SHARED = ("data", "vocabulary", "pretrain", "towers", "transfer", "teacher", "inherit")
+"""Stages that all ways to learn have in common."""
 
 Written = dict[str, list[str]]
 """``true``, and a model or arm -> its captions of the test rows."""
 
 
 def arms(recipe: Recipe) -> dict[str, Recipe]:
-    """Name -> the recipe whose student is it; those that are told captions have a run folder of their own."""
+    """Name -> the recipe whose student is it, with a run folder of its own; :func:`measure` shares what is alike."""
     told = recipe.cache.model_copy(update={"captions": CaptionsConfig(), "enabled": False})
     labels = recipe.student.model_copy(update={"objective": recipe.student.baseline})
     changes = {
@@ -51,16 +54,23 @@ def arms(recipe: Recipe) -> dict[str, Recipe]:
     }
 
 
-def written(recipe: Recipe, name: str) -> list[str]:
-    """What a model of a run writes for the test rows, in their order."""
-    done = pipeline.run(recipe, until=STUDENT)
-    work = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, done)
+def share(done: Mapping[str, Artifact], recipe: Recipe) -> None:
+    """Copy what a run of the same seed has made, up to the student as it begins, to where another looks for it."""
+    for name in SHARED:
+        folder = pipeline.run_folder(recipe) / name
+        if find(folder, name, done[name].fingerprint, read=False) is None:
+            copy_stage(done[name].path, folder, name, done[name].fingerprint)
+
+
+def written(work: Workspace, name: str) -> list[str]:
+    """What a model of a run writes for the test rows that have a true caption, in their order."""
     model: Any = work.model(name)
     reads = TEACHER if name == TEACHER else STUDENT
-    task = caption_task(recipe)
+    task = caption_task(work.recipe)
     loader = work.towers(work.clean_loader(TEST, input_spec(model), reads), model, reads)
-    arrays = evaluate.predict_torch(model, evaluate.clean_batches(loader, reads))
-    return captions.texts(work.tasks()[task], arrays[f"logits.{task}"])
+    said = evaluate.predict_torch(model, evaluate.clean_batches(loader, reads))[f"logits.{task}"]
+    data = work.data()
+    return captions.texts(data.tasks[task], said[known(data.targets[task][data.rows(TEST)])])
 
 
 def caption_task(recipe: Recipe) -> str:
@@ -77,13 +87,18 @@ def caption_task(recipe: Recipe) -> str:
 
 def measure(recipe: Recipe) -> Written:
     """What teacher and students of one seed write, and what is true."""
-    task = caption_task(recipe)
-    chosen = arms(recipe)
-    found = {name: written(arm, STUDENT) for name, arm in chosen.items()}
-    done = pipeline.run(chosen[WORDS], until=STUDENT)
-    data = Workspace(recipe, pipeline.ENCODERS, students.INHERITANCES, done).data()
-    true = captions.texts(data.tasks[task], data.targets[task][data.rows(TEST)])
-    return {"true": true, TEACHER: written(chosen[WORDS], TEACHER), **found}
+    task, works = caption_task(recipe), {}
+    for name, arm in arms(recipe).items():
+        pipeline.run_folder(arm).mkdir(parents=True, exist_ok=True)
+        if works:
+            share(works[LABELS].done, arm)
+        done = pipeline.run(arm, until=STUDENT)
+        works[name] = Workspace(arm, pipeline.ENCODERS, students.INHERITANCES, done)
+    data = works[LABELS].data()
+    targets = data.targets[task][data.rows(TEST)]
+    true = captions.texts(data.tasks[task], targets[known(targets)])
+    students_write = {name: written(work, STUDENT) for name, work in works.items()}
+    return {"true": true, TEACHER: written(works[LABELS], TEACHER), **students_write}
 
 
 def scores(found: Written, name: str) -> dict[str, float]:

@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe, such as student.train.epochs=5")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on")
-    parser.add_argument("--recipe", default="trimodal", help="any whose tasks have classes")
+    parser.add_argument("--recipe", default="trimodal", help="any of two modalities or more whose tasks have classes")
     parser.add_argument("--output", default="runs", help="folder of the runs")
     add_outputs(parser)
     return parser.parse_intermixed_args(arguments)
@@ -103,6 +103,9 @@ def main(arguments: Sequence[str]) -> None:
     """Train what is not trained yet, and print the tables."""
     options = parse(arguments)
     recipes = seed_recipes(options.recipe, options.overrides, options.output, options.seeds)
+    for part in (recipes[0].teacher, recipes[0].student):
+        if len(part.encoders) < 2:
+            raise UserError(f"{options.recipe} has a model of one modality, which has no sets; name another recipe")
     found = []
     for recipe in recipes:
         found.append(measure(recipe))

@@ -215,20 +215,24 @@ def _memory_child(folder: Path, batch: int, threads: int, text_length: int) -> N
 def _peak_resident_bytes() -> int | None:
     status = Path("/proc/self/status")
     if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        return None if line is None else int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:
         return None
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: numbers start at 1")
-    return numbers
+    return [_number(part) for part in text.split(",")]
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -239,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("bundle", type=Path, help="the bundle's folder")
     parser.add_argument("--batches", type=_numbers, default=[1], help="rows a run, as 1,8")
     parser.add_argument("--threads", type=_numbers, default=[1], help="threads inside an operator, as 1,2")
-    parser.add_argument("--runs", type=int, default=100, help="timed runs of each")
-    parser.add_argument("--text-length", type=int, default=TEXT_LENGTH, help="tokens of texts")
+    parser.add_argument("--runs", type=_number, default=100, help="timed runs of each")
+    parser.add_argument("--text-length", type=_number, default=TEXT_LENGTH, help="tokens of texts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--memory", type=_numbers, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -138,7 +138,9 @@ class Reader(nn.Module):
         for task, head in self.heads.items():
             if head.reads_tokens:
                 there = {name: mask & present[name][:, None] for name, mask in masks.items()}
-                everything = torch.cat(list(tokens.values()), dim=1), torch.cat(list(there.values()), dim=1)
+                parts = list(tokens.values()), list(there.values())
+                places = [torch.arange(part.shape[1], device=part.device) for part in parts[0]]
+                everything = (*(torch.cat(part, dim=1) for part in parts), torch.cat(places))
                 logits[task] = head(fused, *everything, targets.get(task))
             else:
                 logits |= self._logits(task, head(fused), pooled, present)

@@ -191,4 +191,8 @@ class Preprocessor:
     def _text(number: int, value: Any) -> str:
         if value is not None and not isinstance(value, str):
             raise BadInput(f"row {number}: text is a {type(value).__name__}; give a string")
+        try:
+            (value or "").encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"row {number}: the text has half of a surrogate pair, which is no character") from error
         return value or ""

@@ -13,13 +13,14 @@ import typer
 from distill.contracts import UserError
 
 HOST = "127.0.0.1"
+GRACE_SECONDS = 5  # for requests that have begun, once it is asked to stop
 
 
 def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/quantize/onnx-int8.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     threads: Annotated[int, typer.Option(min=1, help="Threads inside an operator.")] = 1,
-    max_mb: Annotated[float, typer.Option(min=0.01, help="Largest request, MB.")] = 16.0,
+    max_mb: Annotated[float, typer.Option(min=0.01, max=2048, help="Largest request, MB.")] = 16.0,
     max_rows: Annotated[int, typer.Option(min=1, help="Most rows of a request.")] = 64,
 ) -> None:
     """Answer rows over HTTP, on this machine alone (127.0.0.1); needs no torch."""
@@ -34,12 +35,17 @@ def serve(
     predictor = load(bundle, threads=threads)
     limits = Limits(body_bytes=int(max_mb * 1e6), rows=max_rows)
     with _bound(port) as listening:
-        config = uvicorn.Config(make_app(predictor, limits), log_level="warning", access_log=False)
+        app = make_app(predictor, limits)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS)
         server = uvicorn.Server(config)
+
+        def leave(signum: int, frame: object) -> None:
+            server.should_exit = True
+
+        # uvicorn has handlers of its own while it runs, and raises what it got again for those from before
+        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
         address = f"http://{HOST}:{listening.getsockname()[1]}"
         typer.echo(f"serving {predictor.info['name']} on {address} (POST {address}/predict); stop with Ctrl-C")
-        # uvicorn ends what it began, and then raises the signal again for handlers from before, which would complain
-        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             server.run(sockets=[listening])
         finally:

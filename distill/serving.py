@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -28,7 +30,7 @@ from distill.formats import SERIES, TABULAR, TEXT, BadInput
 from distill.predict import Predictor
 
 HOSTS = ("127.0.0.1", "localhost")
-"""Names by which a browser may ask: a page elsewhere whose name is made to lead here is refused."""
+"""Names by which it is asked: a page elsewhere whose name is made to lead here is refused, as are its own requests."""
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -39,13 +41,13 @@ class Limits(NamedTuple):
     Attributes:
         body_bytes: of a request.
         rows: of a request.
-        waiting: rows that may wait; with more, requests are told to come again.
-        batch: rows of one run of the graph.
+        waiting: rows that may wait beside those of a request; where more do, it is told to come again.
+        batch: rows that are joined for a run of the graph; a request with more has runs of its own.
     """
 
     body_bytes: int = 16 * 2**20
     rows: int = 64
-    waiting: int = 1024
+    waiting: int = 256
     batch: int = 64
 
 
@@ -57,7 +59,7 @@ class Batcher:
     """Joins the rows of requests that wait at the same time.
 
     Args:
-        predictor: whose graph runs.
+        predictor: which decodes rows, two requests at a time, and whose graph runs.
         limits: ``batch`` and ``waiting``.
 
     Attributes:
@@ -67,62 +69,74 @@ class Batcher:
     def __init__(self, predictor: Predictor, limits: Limits) -> None:
         self._predictor, self._limits = predictor, limits
         self._queue: asyncio.Queue[tuple[Feeds, int, asyncio.Future[Feeds]]] = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1)
+        self._decoding, self._running = ThreadPoolExecutor(2), ThreadPoolExecutor(1)
         self.waiting = 0
 
-    async def run(self, feeds: Feeds, rows: int) -> Feeds:
-        """Return the graph's outputs for B rows of inputs.
+    async def run(self, rows: Sequence[Mapping[str, Any]]) -> Feeds:
+        """Return the graph's outputs for B rows.
 
         Raises:
             BusyError: too many rows wait.
-            UserError: the model refuses them.
+            UserError: a row cannot be read, or the model refuses it.
         """
-        if self.waiting + rows > self._limits.waiting:
+        if self.waiting > self._limits.waiting:
             raise BusyError(f"{self.waiting} rows wait; ask again in a moment")
-        future: asyncio.Future[Feeds] = asyncio.get_running_loop().create_future()
-        self.waiting += rows
+        loop = asyncio.get_running_loop()
+        self.waiting += len(rows)
         try:
-            self._queue.put_nowait((feeds, rows, future))
+            feeds = await loop.run_in_executor(self._decoding, self._predictor.feeds, rows)
+            future: asyncio.Future[Feeds] = loop.create_future()
+            self._queue.put_nowait((feeds, len(rows), future))
             return await future
         finally:
-            self.waiting -= rows
+            self.waiting -= len(rows)
 
     async def work(self) -> None:
-        """Answer what comes, until cancelled."""
-        loop = asyncio.get_running_loop()
+        """Answer what comes, until cancelled; what fails together is tried again one by one."""
+        kept: list[Any] = []
         while True:
-            jobs = [await self._queue.get()]
-            while not self._queue.empty() and sum(rows for _, rows, _ in jobs) < self._limits.batch:
-                jobs.append(self._queue.get_nowait())
-            open_jobs = [job for job in jobs if not job[2].done()]  # who asked may have gone
-            if not open_jobs:
-                continue
-            try:
-                parts = await loop.run_in_executor(self._thread, self._run_together, open_jobs)
-            except UserError as error:
-                for _, _, future in open_jobs:
-                    _settle(future, error)
-            else:
-                for (_, _, future), part in zip(open_jobs, parts, strict=True):
-                    _settle(future, part)
+            jobs = kept or [await self._queue.get()]
+            kept = []
+            while not self._queue.empty() and not kept:
+                job = self._queue.get_nowait()
+                fits = sum(rows for _, rows, _ in jobs) + job[1] <= self._limits.batch
+                (jobs if fits else kept).append(job)
+            jobs = [job for job in jobs if not job[2].done()]  # who asked may have gone
+            if not await self._answer(jobs, last=len(jobs) == 1):
+                for job in jobs:
+                    await self._answer([job], last=True)
+
+    async def _answer(self, jobs: Sequence[tuple[Feeds, int, asyncio.Future[Feeds]]], *, last: bool) -> bool:
+        """Run the graph and settle the jobs; where it fails, settle them only if this was the last try."""
+        if not jobs:
+            return True
+        loop = asyncio.get_running_loop()
+        try:
+            parts = await loop.run_in_executor(self._running, self._run_together, jobs)
+        except Exception as error:  # whatever the runtime raises belongs to who asked; the next ones get answers
+            for _, _, future in jobs if last else ():
+                if not future.done():
+                    future.set_exception(error)
+            return last
+        for (_, _, future), part in zip(jobs, parts, strict=True):
+            if not future.done():
+                future.set_result(part)
+        return True
 
     def _run_together(self, jobs: Sequence[tuple[Feeds, int, Any]]) -> list[Feeds]:
-        tokenizer = self._predictor.preprocessor.tokenizer
-        outputs = self._predictor.run(join_feeds([feeds for feeds, _, _ in jobs], tokenizer.pad_id if tokenizer else 0))
+        tokenizer, most = self._predictor.preprocessor.tokenizer, self._limits.batch
+        feeds = join_feeds([feeds for feeds, _, _ in jobs], tokenizer.pad_id if tokenizer else 0)
+        total = sum(rows for _, rows, _ in jobs)
+        runs = [
+            self._predictor.run({name: values[start : start + most] for name, values in feeds.items()})
+            for start in range(0, total, most)
+        ]
+        outputs = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
         ends = np.cumsum([rows for _, rows, _ in jobs])
         return [
             {name: values[end - rows : end] for name, values in outputs.items()}
             for (_, rows, _), end in zip(jobs, ends, strict=True)
         ]
-
-
-def _settle(future: asyncio.Future[Feeds], found: Feeds | UserError) -> None:
-    if future.done():
-        return
-    if isinstance(found, UserError):
-        future.set_exception(found)
-    else:
-        future.set_result(found)
 
 
 def join_feeds(parts: Sequence[Mapping[str, NDArray[Any]]], pad_id: int) -> Feeds:
@@ -159,13 +173,11 @@ def make_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
     app = FastAPI(
         title=str(info["name"]), version=str(info["version"]), lifespan=lifespan, docs_url=None, redoc_url=None
     )  # pages of documentation would load scripts from elsewhere
-    app.add_middleware(BodyLimit, most=limits.body_bytes)
+    app.add_middleware(Guard, most=limits.body_bytes)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS))
     app.add_exception_handler(UserError, _refused)
     app.add_exception_handler(BusyError, _busy)
-
-    async def outputs_of(rows: Sequence[Mapping[str, Any]]) -> Feeds:
-        return await batcher.run(await asyncio.to_thread(predictor.feeds, rows), len(rows))
+    app.add_exception_handler(RequestValidationError, _malformed)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -179,13 +191,17 @@ def make_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
         kept = ("name", "runtime", "runtime_version", "inputs", "outputs", "info")
         return {name: info[name] for name in kept} | {"reads": reads, "tasks": tasks}
 
-    @app.post("/predict")
+    def need_tasks() -> None:
+        if not predictor.tasks:
+            raise UserError(f"{info['name']} gives embeddings and has no classes to predict; ask /embed")
+
+    @app.post("/predict", dependencies=[Depends(need_tasks)])
     async def predict(asked: Rows) -> dict[str, Any]:
         """Answer the tasks for rows; files are given as base64."""
         given: Any = asked
-        return {"predictions": predictor.answers(await outputs_of(contents(given.rows)), given.top_k)}
+        return {"predictions": predictor.answers(_finite(await batcher.run(contents(given.rows))), given.top_k)}
 
-    @app.post("/predict/form", openapi_extra=_form_schema(reads))
+    @app.post("/predict/form", dependencies=[Depends(need_tasks)], openapi_extra=_form_schema(reads))
     async def predict_form(request: Request, top_k: Annotated[int, Field(ge=1)] = 3) -> dict[str, Any]:
         """Answer the tasks for one row: a form whose fields are named like modalities, files as they are."""
         async with request.form(max_files=len(reads), max_fields=len(reads)) as form:
@@ -193,13 +209,13 @@ def make_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
             unknown = [name for name in form if name not in reads]
         if unknown:
             raise HTTPException(422, f"{info['name']} reads no {unknown[0]}; it reads {', '.join(reads)}")
-        return predictor.answers(await outputs_of([row]), top_k)[0]
+        return predictor.answers(_finite(await batcher.run([row])), top_k)[0]
 
     @app.post("/embed")
     async def embed(asked: Rows) -> dict[str, Any]:
         """Give the embeddings of rows."""
         given: Any = asked
-        found = predictor.embeddings(await outputs_of(contents(given.rows)))
+        found = predictor.embeddings(_finite(await batcher.run(contents(given.rows))))
         return {"embeddings": {name: values.tolist() for name, values in found.items()}}
 
     return app
@@ -243,12 +259,12 @@ def _content(number: int, name: str, value: Any) -> Any:
 async def _form_value(name: str, value: Any) -> Any:
     """What a field of a form holds: a file's bytes, a text, or the JSON of a record."""
     if isinstance(value, UploadFile):
-        return await value.read()
+        return await value.read() or None  # a browser sends an empty file where none was chosen
     if name == TABULAR:
         try:
             return json.loads(value)
-        except ValueError as error:
-            raise BadInput(f"{name} is no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{name} is no JSON: {type(error).__name__}") from error
     return value if name == TEXT else str(value).encode()
 
 
@@ -265,12 +281,28 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": " ".join(str(error).split())}, 422)
 
 
+async def _malformed(request: Request, error: Exception) -> JSONResponse:
+    """What is wrong, without what was sent: it may be large, and no JSON."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]).encode("utf-8", "replace").decode()
+    return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+
+def _finite(outputs: Feeds) -> Feeds:
+    """Refuse to tell what is no number as if it were an answer."""
+    for name, values in outputs.items():
+        if not np.isfinite(values).all():
+            raise HTTPException(500, f"the model's output {name!r} is not finite")
+    return outputs
+
+
 async def _busy(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "1"})
 
 
-class BodyLimit:
-    """Refuses requests whose body is too large, whether they say so before or not.
+class Guard:
+    """Refuses requests of pages elsewhere, and those whose body is too large, whether they say so before or not.
 
     Args:
         app: what is asked.
@@ -285,7 +317,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        told = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        headers = dict(scope["headers"])
+        origin = urlsplit(headers.get(b"origin", b"").decode("latin-1")).hostname
+        if b"origin" in headers and origin not in HOSTS:
+            await JSONResponse({"detail": "pages of other places may not ask"}, 403)(scope, receive, send)
+            return
+        told = int(headers.get(b"content-length", b"0"))
         if told > self.most:
             await JSONResponse({"detail": self._too_large}, 413)(scope, receive, send)
             return

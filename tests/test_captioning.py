@@ -15,7 +15,10 @@ from distill.contracts import IGNORE, Batch
 from distill.data.batches import Batches
 from distill.data.prepared import PreparedData
 from distill.evaluate import read_arrays
+from distill.fusion import ConcatFusion
+from distill.fusion.base import masked_mean
 from distill.losses import token_cross_entropy, token_kd
+from distill.multimodal import Encoded, Encoder, MultimodalModel
 from distill.predict import load
 from distill.runs import read_json
 from distill.targets import CAPTIONING, FIRST, LAST, PAD, Task
@@ -34,7 +37,7 @@ def made(seed=0, rows=4, tokens=3):
         torch.nn.init.normal_(parameter, std=0.5)
     mask = torch.ones(rows, tokens, dtype=torch.bool)
     mask[1:, -1] = False
-    return head, (torch.randn(rows, DIM), torch.randn(rows, tokens, DIM), mask)
+    return head, (torch.randn(rows, DIM), torch.randn(rows, tokens, DIM), mask, torch.arange(tokens))
 
 
 @torch.no_grad()
@@ -57,7 +60,7 @@ def test_writing_takes_the_token_that_teacher_forcing_finds_most_probable(seed):
 
 
 def test_a_position_reads_no_later_token_and_nothing_that_is_masked():
-    head, (fused, tokens, mask) = made()
+    head, (fused, tokens, mask, places) = made()
     targets = torch.tensor([[5, 6, 7, LAST, IGNORE]]).expand(4, -1)
     other = targets.clone()
     other[:, 2] = 9
@@ -65,9 +68,9 @@ def test_a_position_reads_no_later_token_and_nothing_that_is_masked():
     changed[~mask] = 7.0
     with torch.no_grad():
         one, two, three = (
-            head(fused, tokens, mask, targets),
-            head(fused, tokens, mask, other),
-            head(fused, changed, mask, targets),
+            head(fused, tokens, mask, places, targets),
+            head(fused, tokens, mask, places, other),
+            head(fused, changed, mask, places, targets),
         )
     torch.testing.assert_close(one[:, :3], two[:, :3])
     assert not torch.allclose(one[:, 3], two[:, 3])
@@ -75,16 +78,52 @@ def test_a_position_reads_no_later_token_and_nothing_that_is_masked():
 
 
 def test_what_is_written_depends_on_the_order_of_what_is_read():
-    head, (fused, tokens, mask) = made()
+    head, (fused, tokens, mask, places) = made()
     targets = torch.tensor([[5, 6, 7, LAST, IGNORE]]).expand(4, -1)
     with torch.no_grad():
-        one, two = head(fused, tokens, mask, targets), head(fused, tokens.flip(1), mask.flip(1), targets)
+        one, two = (
+            head(fused, tokens, mask, places, targets),
+            head(fused, tokens.flip(1), mask.flip(1), places, targets),
+        )
     assert (one - two).abs().amax((1, 2)).min() > 1e-2
+
+
+class Given(Encoder):
+    """An encoder whose tokens are the input."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.reads, self.out_dim = name, DIM
+
+    def forward(self, inputs):
+        tokens, mask = inputs[self.reads], inputs.get("text_mask", torch.ones(4, 3, dtype=torch.bool))
+        return Encoded(tokens, mask[:, : tokens.shape[1]], masked_mean(tokens, mask[:, : tokens.shape[1]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", [("text", "image"), ("image", "text")])
+def test_padding_of_one_modality_moves_no_other(order):
+    torch.manual_seed(0)
+    head = CaptionHead(DIM, VOCABULARY, length=LENGTH, depth=1, heads=2)
+    encoders = {name: Given(name) for name in order}
+    model = MultimodalModel(encoders, ConcatFusion(list(order), DIM), {"words": head}, {}, dim=DIM, embedding_dim=4)
+    model.eval()
+    text, image = torch.randn(4, 5, DIM), torch.randn(4, 3, DIM)
+    targets = {"words": torch.tensor([[5, 6, 7, LAST, IGNORE]]).expand(4, -1)}
+    said = []
+    for padding in (0, 4):
+        mask = torch.nn.functional.pad(torch.ones(4, 5, dtype=torch.bool), (0, padding))
+        padded = torch.nn.functional.pad(text, (0, 0, 0, padding), value=7.0)
+        there = {name: torch.ones(4, dtype=torch.bool) for name in order}
+        inputs = {"text": padded, "text_mask": mask, "image": image}
+        batch = Batch(torch.arange(4), torch.zeros(4, dtype=torch.int64), inputs, there, targets)
+        said.append(model(batch).logits["words"])
+    torch.testing.assert_close(*said)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(1, 8), (9, 8), (5, 7)])
 def test_places_have_vectors_of_their_own(count, dim):
-    vectors = sinusoids(count, dim)
+    vectors = sinusoids(torch.arange(count), dim)
     assert vectors.shape == (count, dim) and vectors.unique(dim=0).shape == (count, dim)
     half = (dim + 1) // 2
     for place in range(count):
@@ -105,7 +144,7 @@ def test_as_many_beams_as_captions_find_the_best_one():
     head = CaptionHead(8, 6, length=3, depth=1, heads=1).eval()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
-    read = (torch.randn(5, 8), torch.randn(5, 2, 8), torch.ones(5, 2, dtype=torch.bool))
+    read = (torch.randn(5, 8), torch.randn(5, 2, 8), torch.ones(5, 2, dtype=torch.bool), torch.arange(2))
     found = head.beam_search(head.read(*read), beams=216, penalty=0.0)
     everything = itertools.product(range(6), repeat=3)
     whole = {tuple(targets_of(torch.tensor([c]))[0].tolist()): torch.tensor(c) for c in everything}

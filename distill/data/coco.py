@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from distill.contracts import UserError
 from distill.data.folders import ListedFiles
@@ -43,7 +44,11 @@ class CocoCaptionsSource(ListedFiles):
         self._files = sorted(file for file in (folder / ANNOTATIONS).glob("captions_*.json") if NAMED.match(file.name))
         if not self._files:
             raise UserError(f"{folder} holds no {ANNOTATIONS}/captions_SPLIT.json; give a folder laid out as COCO's")
-        super().__init__(folder, pa.concat_tables([_read(file, val) for file in self._files]))
+        table = pa.concat_tables([_read(file, val) for file in self._files])
+        if pc.count_distinct(table["id"]).as_py() < len(table):  # an image could be in train and in test
+            names = ", ".join(file.name for file in self._files)
+            raise UserError(f"{folder}: caption ids repeat in {names}; keep the files of one year in {ANNOTATIONS}")
+        super().__init__(folder, table)
 
     def identity(self, media: Any) -> dict[str, str | None]:
         """Return the hashes of images and of the files of captions, by relative name."""
@@ -59,20 +64,22 @@ def _read(file: Path, val: str) -> pa.Table:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         names = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
-        captions = [(int(c["id"]), int(c["image_id"]), str(c["caption"]).strip()) for c in content["annotations"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        numbers = pa.array([int(entry["id"]) for entry in content["annotations"]], pa.int64())
+        shown = pa.array([int(entry["image_id"]) for entry in content["annotations"]], pa.int64())
+        texts = pa.array([entry["caption"].strip() for entry in content["annotations"]], pa.string())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{file} is no file of COCO captions: {type(error).__name__} {error}; fetch it again"
         ) from error
-    for number, image, _ in captions:
-        if image not in names or Path(names[image]).name != names[image]:
+    for number, image in zip(numbers.to_pylist(), shown.to_pylist(), strict=True):
+        if image not in names or Path(names[image]).name != names[image] or names[image] in ("", ".."):
             raise UserError(f"{file}: caption {number} is of image {image}, of which it names no file; fetch it again")
     return pa.table(
         {
-            "image": [f"{images}/{names[image]}" for _, image, _ in captions],
-            "caption": pa.array([text for _, _, text in captions], pa.string()),
-            "image_id": pa.array([image for _, image, _ in captions], pa.int64()),
-            "id": pa.array([number for number, _, _ in captions], pa.int64()),
-            "split": pa.array([val if split == "val" else split] * len(captions), pa.string()),
+            "image": [f"{images}/{names[image]}" for image in shown.to_pylist()],
+            "caption": texts,
+            "image_id": shown,
+            "id": numbers,
+            "split": pa.array([val if split == "val" else split] * len(numbers), pa.string()),
         }
     )

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill.contracts import IGNORE
@@ -35,11 +36,11 @@ class Memory(NamedTuple):
         return Memory(keys, values, self.bias.repeat_interleave(times, 0))
 
 
-def sinusoids(count: int, dim: int) -> Tensor:
-    """A vector for each of ``count`` places (Vaswani et al. 2017, section 3.5): [count, dim], sines, then cosines."""
+def sinusoids(places: Tensor, dim: int) -> Tensor:
+    """A vector for each place [S] (Vaswani et al. 2017, section 3.5): float32 [S, dim], sines, then cosines."""
     half = (dim + 1) // 2
-    rates = torch.exp(torch.arange(half) * (-math.log(10000) / half))
-    angles = torch.arange(count)[:, None] * rates
+    rates = torch.exp(torch.arange(half, device=places.device) * (-math.log(10000) / half))
+    angles = places[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
 
 
@@ -118,36 +119,38 @@ class CaptionHead(nn.Module):
         self.norm, self.output = nn.LayerNorm(in_dim), nn.Linear(in_dim, num_outputs)
         self.dropout = Dropout(dropout)
 
-    def forward(self, fused: Tensor, tokens: Tensor, mask: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(self, fused: Tensor, tokens: Tensor, mask: Tensor, places: Tensor, targets: Tensor | None) -> Tensor:
         """Answer with logits where there are targets, and else with what it writes.
 
         Args:
             fused: [B, D].
             tokens: [B, S, D], of all modalities.
             mask: bool [B, S].
+            places: int64 [S], of each token among those of its modality, from 0 on.
             targets: int64 [B, L], true tokens up to the closing one, IGNORE behind it; or None.
 
         Returns:
             Logits [B, L, V] of each token under those before it; or int64 [B, L], PAD behind the closing one.
         """
-        memory = self.read(fused, tokens, mask)
+        memory = self.read(fused, tokens, mask, places)
         if targets is None:
             return self.write(memory) if self.beams == 1 else self.beam_search(memory, self.beams)
         begin = torch.full_like(targets[:, :1], FIRST)
         given = torch.cat([begin, targets[:, :-1]], dim=1)
         given = torch.where(given == IGNORE, PAD, given)
         length = given.shape[1]
-        places = torch.arange(length, device=given.device)
-        causal = (places[:, None] < places).to(fused.dtype) * LOWEST
-        return self._continue(given, places, [None] * len(self.blocks), memory, causal)[0]
+        written = torch.arange(length, device=given.device)
+        causal = (written[:, None] < written).to(fused.dtype) * LOWEST
+        return self._continue(given, written, [None] * len(self.blocks), memory, causal)[0]
 
-    def read(self, fused: Tensor, tokens: Tensor, mask: Tensor) -> Memory:
-        """Return what every step reads of [B, D] and [B, S, D], with the place of each token among them.
+    def read(self, fused: Tensor, tokens: Tensor, mask: Tensor, places: Tensor) -> Memory:
+        """Return what every step reads of [B, D] and [B, S, D], with the places of the tokens.
 
-        The fused vector is the first token, and always there.
+        The fused vector is a token too, the first one, and always there. Places begin anew with each modality, so that
+        padding behind a text moves nothing.
         """
         context = self.norm_context(torch.cat([fused[:, None], tokens], dim=1))
-        context = context + sinusoids(context.shape[1], context.shape[2]).to(context)
+        context = context + sinusoids(F.pad(places + 1, (1, 0)), context.shape[2]).to(context.dtype)
         there = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         blocks: list[DecoderBlock] = list(self.blocks)  # type: ignore[arg-type]
         pairs = [block.cross_attention.remember(context) for block in blocks]
