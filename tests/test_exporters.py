@@ -25,7 +25,6 @@ PACKAGES = {
 """What a runtime's exporter needs."""
 SLOW = {"executorch", "litert"}
 """Their exporters take half a minute and more."""
-pytestmark = pytest.mark.filterwarnings("ignore:read_text is deprecated:DeprecationWarning")  # by executorch's import
 MODELS = ["cross_attention", "concat", "gru", "learnt"]
 RUNTIME = pytest.mark.parametrize(
     "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in EXPORTERS]
