@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import import_module, metadata
 from pathlib import Path
@@ -21,9 +22,11 @@ class ExecuTorch(RowByRow):
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
         """Open a program; the number of threads is the process's, and is set. See :class:`Runtime`."""
         try:
-            import_module("executorch.kernels.quantized")  # registers operators
-            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-            from executorch.runtime import Runtime as Loader
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the package's own, of its imports
+                import_module("executorch.kernels.quantized")  # registers operators
+                from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+                from executorch.runtime import Runtime as Loader
         except ImportError as error:
             raise missing(type(self), error) from error
         super().__init__(graph, threads)
