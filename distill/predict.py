@@ -47,7 +47,7 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
     _refuse_link(folder / BUNDLE_FILE)
     try:
         content = read_json(folder / BUNDLE_FILE)
-        kind, version, runtime = content["format"], content["version"], content["runtime"]
+        kind, version, runtime = content["format"], content["version"], str(content["runtime"])
         newer = type(version) is int and version > BUNDLE_VERSION
         if kind != BUNDLE_FORMAT or runtime not in RUNTIMES or newer:
             found = f"{kind} version {version} for {runtime}"

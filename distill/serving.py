@@ -187,9 +187,7 @@ def make_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
     @app.get("/model")
     async def model() -> dict[str, Any]:
         """What the bundle reads and says."""
-        tasks = {name: {"kind": task.kind, "names": list(task.names)} for name, task in predictor.tasks.items()}
-        kept = ("name", "runtime", "runtime_version", "inputs", "outputs", "info")
-        return {name: info[name] for name in kept} | {"reads": reads, "tasks": tasks}
+        return _described(predictor, reads)
 
     def need_tasks() -> None:
         if not predictor.tasks:
@@ -219,6 +217,12 @@ def make_app(predictor: Predictor, limits: Limits | None = None) -> FastAPI:
         return {"embeddings": {name: values.tolist() for name, values in found.items()}}
 
     return app
+
+
+def _described(predictor: Predictor, reads: Sequence[str]) -> dict[str, Any]:
+    tasks = {name: {"kind": task.kind, "names": list(task.names)} for name, task in predictor.tasks.items()}
+    kept = ("name", "runtime", "runtime_version", "inputs", "outputs", "info")
+    return {name: predictor.info[name] for name in kept} | {"reads": list(reads), "tasks": tasks}
 
 
 def rows_model(reads: Sequence[str], most: int) -> type[BaseModel]:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
+import itertools
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from export_models import tiny_preprocessor, write_tiny_graph
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_project import distill, refusal
 
 from distill.export.bundle import write_bundle
 from distill.predict import Predictor, load
-from distill.serving import join_feeds
+from distill.serving import Batcher, BusyError, Limits, join_feeds
 from distill.targets import tasks_from_json
 
 NAMES = ["apple", "bird", "chair"]
+GRACE = "import sys; import distill.serve_command as s; s.GRACE_SECONDS = 1;"
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from distill.cli import main; main(sys.argv[1:])"
 
 
@@ -78,11 +86,18 @@ def photo(bundle: Path) -> Path:
 
 
 def ask(
-    port: int, path: str, body: Any = None, *, host: str = "", kind: str = "application/json", chunked: bool = False
+    port: int,
+    path: str,
+    body: Any = None,
+    *,
+    host: str = "",
+    origin: str = "",
+    kind: str = "application/json",
+    chunked: bool = False,
 ) -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    headers = {"Content-Type": kind} | ({"Host": host} if host else {})
+    headers = {"Content-Type": kind} | ({"Host": host} if host else {}) | ({"Origin": origin} if origin else {})
     sent = iter([content]) if chunked else content
     connection.request("GET" if body is None else "POST", path, sent, headers, encode_chunked=chunked)
     answer = connection.getresponse()
@@ -158,6 +173,9 @@ def test_what_it_reads_is_told(port: int) -> None:
         ({"rows": [{"image": "photo.png"}]}, 422, "row 0: image is no base64"),
         ({"rows": [{"image": "AAAA"}]}, 422, "row 0: not a readable image"),
         ({"rows": [{"text": "a"}], "top_k": 0}, 422, "top_k"),
+        (b'{"rows": [{"text": "a"}], "top_k": NaN}', 422, "top_k"),
+        (b'{"rows": [{"text": "\\ud800 red"}]}', 422, "row 0: the text has half of a surrogate pair"),
+        (b'{"rows": [{"text": "a"}], "\\ud800": 1}', 422, "unable to parse"),
         (b"{", 422, "JSON"),
         ({"rows": [{"text": "a" * 200_000}]}, 413, "larger than 100000 bytes"),
     ],
@@ -181,6 +199,93 @@ def test_mistakes_in_forms(port: int) -> None:
         body, kind = form(**fields)  # type: ignore[arg-type]
         status, answer = ask(port, "/predict/form", body, kind=kind)
         assert status == 422 and message in answer["detail"], answer
+
+
+def test_a_file_that_was_not_chosen_is_absent(port: int) -> None:
+    body, kind = form(image=b"", text="red cat")
+    assert ask(port, "/predict/form", body, kind=kind)[0] == 200
+
+
+def test_pages_elsewhere_are_refused(port: int) -> None:
+    body = {"rows": [{"text": "red"}]}
+    assert ask(port, "/predict", body, origin="http://evil.example")[0] == 403
+    assert ask(port, "/predict", body, origin="null")[0] == 403
+    assert ask(port, "/predict", body, origin=f"http://127.0.0.1:{port}")[0] == 200
+
+
+class Stand:
+    """A predictor whose graph doubles a number, takes a while, and fails at a negative one."""
+
+    preprocessor = SimpleNamespace(tokenizer=None)
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def feeds(self, rows: Any) -> dict[str, Any]:
+        time.sleep(0.005)
+        return {"x": np.array([[row] for row in rows], np.float32)}
+
+    def run(self, feeds: Any) -> dict[str, Any]:
+        self.runs.append(len(feeds["x"]))
+        time.sleep(0.01)
+        if (feeds["x"] < 0).any():
+            raise MemoryError("no room")
+        return {"y": 2 * feeds["x"]}
+
+
+def asked(stand: Stand, limits: Limits, requests: list[list[float]]) -> list[Any]:
+    """What concurrent requests get."""
+
+    async def all_of_them() -> list[Any]:
+        batcher = Batcher(stand, limits)  # type: ignore[arg-type]
+        worker = asyncio.create_task(batcher.work())
+        found = await asyncio.gather(*(batcher.run(rows) for rows in requests), return_exceptions=True)
+        assert batcher.waiting == 0 and not worker.done()
+        worker.cancel()
+        return found
+
+    return asyncio.run(all_of_them())
+
+
+def test_what_fails_together_is_tried_alone_and_later_requests_get_answers() -> None:
+    requests = [[float(number)] for number in range(12)]
+    requests[5] = [-1.0]
+    found = asked(Stand(), Limits(), requests)
+    for number, answer in enumerate(found):
+        if number == 5:
+            assert isinstance(answer, MemoryError)
+        else:
+            assert answer["y"].tolist() == [[2.0 * number]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 6))
+def test_runs_have_as_many_rows_as_they_may_and_everyone_gets_his_own(sizes: list[int], batch: int) -> None:
+    stand, numbers = Stand(), itertools.count()
+    requests = [[float(next(numbers)) for _ in range(size)] for size in sizes]
+    found = asked(stand, Limits(batch=batch), requests)
+    assert [answer["y"][:, 0].tolist() for answer in found] == [[2 * x for x in rows] for rows in requests]
+    assert max(stand.runs) <= batch and sum(stand.runs) == sum(sizes)
+
+
+def test_who_comes_when_too_many_wait_is_told_so_and_one_alone_never_is() -> None:
+    found = asked(Stand(), Limits(waiting=3), [[1.0] * 3] * 6)
+    busy = [isinstance(answer, BusyError) for answer in found]
+    assert busy == [False, False, True, True, True, True]  # the second one finds three rows waiting, as many as may
+    assert not isinstance(asked(Stand(), Limits(waiting=3), [[1.0] * 50])[0], BusyError)
+
+
+def test_a_request_that_does_not_end_does_not_keep_the_server(bundle: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH.replace("import sys;", GRACE), "serve", bundle, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r":(\d+) ", process.stdout.readline())
+        assert found
+        with socket.create_connection(("127.0.0.1", int(found[1])), timeout=10) as waiting:
+            waiting.sendall(b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 50\r\n\r\n{")
+            assert ask(int(found[1]), "/health")[0] == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
 
 
 def test_names_that_others_point_here_are_refused(port: int) -> None:
