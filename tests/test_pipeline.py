@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tiny_project import distill, distill_process, make_project, refusal, run_python, start_distill
 from tokenizers import Tokenizer
 
-from distill import engine, pipeline, planning, runs
+from distill import engine, pipeline, runs
 from distill.build import input_spec
 from distill.recipe import load_recipe
 from distill.runs import locked, read_json
@@ -261,8 +261,7 @@ def test_a_run_says_what_it_replaces_and_a_forced_one_does_not(copied):
     assert "what lies there" not in distill("cache", "recipe.yaml", "transfer.texts=20", "--force", "cache").out
 
 
-def test_long_work_of_other_settings_is_not_replaced_unasked(copied, monkeypatch):
-    monkeypatch.setattr(planning, "PRECIOUS", 60)
+def test_long_work_of_other_settings_is_not_replaced_unasked(copied):
     manifest = copied / "runs/tiny/teacher/manifest.json"
     content = json.loads(manifest.read_text())
     content["info"]["cost"]["seconds"] = 4000.0
@@ -288,8 +287,7 @@ def test_what_was_made_from_a_forced_stage_goes_with_it_and_other_work_stays(cop
     assert kept == (set() if same_teacher else {"student"})  # it has another teacher
 
 
-def test_unfinished_long_work_counts_too(copied, monkeypatch):
-    monkeypatch.setattr(planning, "PRECIOUS", 60)
+def test_unfinished_long_work_counts_too(copied):
     folder = copied / "runs/tiny/student"
     (folder / "manifest.json").unlink()
     os.utime(folder / "model.safetensors", (time.time() + 4000,) * 2)

@@ -52,7 +52,7 @@ def spoken(rows):
     found = few([row for row in rows if row["style"] == "twemoji"], "category")
     for row in found:
         pitch = 200 + 10 * hashlib.blake2b(row["category"].encode(), digest_size=1).digest()[0]
-        row["audio"] = sound(tone(pitch, 0.5, 8000), 8000, "FLAC")
+        row["audio"], row["spoken"] = sound(tone(pitch, 0.5, 8000), 8000, "FLAC"), row["text"].split(",")[0]
     return found
 
 
