@@ -5,8 +5,7 @@ Needs numpy and the bundle's runtime, and nothing else of multidistill: copy thi
     python bench_bundle.py BUNDLE --batches 1,8 --threads 1,2 --json measured.json
 
 Inputs are made up: what they hold does not change the time. Batches and numbers of threads are timed in short rounds
-that take turns, so that a disturbance of the device hits all alike. ``report.measured: [measured.json]`` puts the
-figures into a run's report.
+that take turns, so that a disturbance of the device hits all alike.
 """
 
 from __future__ import annotations

@@ -108,11 +108,11 @@ def best_found(made: Mapping[str, Any]) -> str:
     """The end of a refusal: the best that a search has found; empty of a bundle that was not searched for."""
     if "search" not in made:
         return ""
-    tried = made["search"]["tried"]
+    tried, layers = made["search"]["tried"], sum(made["quantized"].values()) + sum(made["kept_float"].values())
     best = max(tried, key=lambda one: NOTHING if one["agreement"] is None else one["agreement"])
     agreed = "nothing finite" if best["agreement"] is None else f"an agreement of {best['agreement']:.4f}"
     return (
-        f"; the search found {agreed} at best, with {best['num_float']} of {len(made['search']['scan'])} layers in "
+        f"; the search found {agreed} at best, with {best['num_float']} of {layers} layers in "
         "float: lower export.min_agreement_int8 or train longer"
     )
 

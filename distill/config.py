@@ -244,7 +244,7 @@ class PruneConfig(Strict):
 
     ratio: float = Field(0.5, ge=0, lt=1)  # share of channels removed; 0: heads, their dimensions or blocks alone go
     importance: Literal["magnitude", "taylor", "hessian", "bn_scale", "random"] = "magnitude"
-    rows: int = Field(256, ge=2)  # training rows that importance, depth and sensitivity read
+    rows: int = Field(256, ge=2)  # training rows that importance, depth and sensitivity read, in batches of 32
     scope: Literal["global", "layer"] = "global"  # what is ranked together: all, or the channels or heads of each layer
     ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}  # module-path prefix, the longest counts -> its own
     sensitivity: bool = False  # a scan of what each stage costs gives them ratios, which reach ``ratio`` together
@@ -260,6 +260,8 @@ class PruneConfig(Strict):
     def _prune_something(self) -> PruneConfig:
         if self.sensitivity and (self.ratios or not self.ratio):
             raise ValueError("sensitivity finds the ratios that reach ratio; leave ratios out and set ratio above 0")
+        if self.sensitivity and self.steps > 1:
+            raise ValueError("sensitivity measures the whole student once; set steps to 1")
         if not any((self.ratio, self.heads, self.head_dims, self.depth, *self.ratios.values())):
             raise ValueError("ratio is 0 and so is all else, so nothing is pruned; raise one")
         for name in ("epochs", "max_steps"):

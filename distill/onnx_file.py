@@ -25,6 +25,8 @@ NAME, EXTERNAL_DATA, DATA_LOCATION = 8, 13, 14
 """Fields of a tensor."""
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Wire types of protobuf."""
+LARGEST_KEY = 2**32
+"""Keys have 32 bits: of longer ones, which no writer makes, readers cut the rest, and would see another field."""
 MAX_DEPTH = 64
 """Messages inside each other, at most."""
 
@@ -65,6 +67,8 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     """Each field's number and wire type, and where its value begins and ends."""
     while start < end:
         key, start = _varint(data, start, end)
+        if key >= LARGEST_KEY:
+            raise ValueError(f"key {key}")
         field, wire = key >> 3, key & 7
         if wire == VARINT:
             _, last = _varint(data, start, end)

@@ -31,6 +31,8 @@ BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json
 BUNDLE_FORMAT, BUNDLE_VERSION = "multidistill-bundle", 1
 
 RUNTIME = "onnxruntime"
+LONGEST_NAME = 100
+"""Characters of the name of a bundle's file."""
 NOTHING = "nothing to classify; give a file, a text or a table with rows"
 EMBEDDING = "embedding_"
 """Begins the name of an output that is no task's."""
@@ -56,6 +58,9 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
         if type(version) is not int or version < 1:
             raise ValueError(f"version is {version!r}, not a whole number from 1 on")
         files = {str(name): str(entry["sha256"]) for name, entry in content["files"].items()}
+        for name, value in {**content["inputs"], **content["outputs"]}.items():
+            if not isinstance(value["dtype"], str) or not all(isinstance(size, int | str) for size in value["shape"]):
+                raise ValueError(f"{name!r} has no type and shape")
     except FileNotFoundError:
         raise UserError(f"{folder} is not a bundle: it has no {BUNDLE_FILE}; make one with `distill export`") from None
     except UserError:
@@ -64,7 +69,7 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder / BUNDLE_FILE} is malformed ({error!r}); export the bundle again") from error
     for name, digest in files.items():
         path = folder / name
-        if name != Path(name).name or "\\" in name or not path.is_file():
+        if name != Path(name).name or "\\" in name or len(name) > LONGEST_NAME or not path.is_file():
             raise UserError(f"bundle {folder} lacks its file {name!r}; copy or export the bundle again")
         _refuse_link(path)
         if sha256_file(path) != digest:
@@ -139,10 +144,8 @@ class Predictor(Graph):
         self.preprocessor = Preprocessor.load(folder)
         chosen = RUNTIMES[self.info["runtime"]]
         super().__init__(chosen(folder / chosen.files[0], self.info, threads))
-        for task in self.tasks:
-            if task not in self.outputs:
-                where = folder / LABELS_FILE
-                raise UserError(f"{where} names {task!r}, which the model does not answer; export the bundle again")
+        _check_tasks(folder / LABELS_FILE, self.tasks, self.outputs, self.info["outputs"])
+        _check_inputs(folder / SPEC_FILE, self.preprocessor, self.info["inputs"])
 
     def predict(
         self, rows: Sequence[Mapping[str, Any]], *, top_k: int = 3, batch_size: int = 64
@@ -348,10 +351,36 @@ def in_words(said: Mapping[str, Any]) -> str:
     return f"{', '.join(said['labels']) or 'none'} ({listed})" if "labels" in said else listed
 
 
+def _check_tasks(path: Path, tasks: Mapping[str, Task], answered: Sequence[str], told: Mapping[str, Any]) -> None:
+    """Refuse labels that are not those of the model's outputs."""
+    for name, task in tasks.items():
+        if name not in answered:
+            raise UserError(f"{path} names {name!r}, which the model does not answer; export the bundle again")
+        widths = told.get(name, {}).get("shape", ())[1:]
+        if task.kind != CAPTIONING and list(widths) != [len(task.names)]:
+            raise UserError(
+                f"{path} has {len(task.names)} names for {name!r}, and the model answers {list(widths)} numbers a row; "
+                "export the bundle again"
+            )
+        if not all(isinstance(label, str) for label in task.names):
+            raise UserError(f"{path}: a name of {name!r} is no text; export the bundle again")
+
+
+def _check_inputs(path: Path, preprocessor: Preprocessor, told: Mapping[str, Any]) -> None:
+    """Refuse preprocessing that makes other arrays than the model reads."""
+    for item in preprocessor.formats.values():
+        for name, (dtype, shape) in item.arrays.items():
+            if name in told and (told[name]["dtype"], list(told[name]["shape"][1:])) != (dtype, list(shape)):
+                raise UserError(
+                    f"{path} makes {name!r} {dtype} {list(shape)}, and the model reads {told[name]['dtype']} "
+                    f"{told[name]['shape'][1:]}; export the bundle again"
+                )
+
+
 def _read_tasks(path: Path) -> dict[str, Task]:
     try:
         return tasks_from_json(read_json(path))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} does not say what the model's outputs are: {_line(error)}; export it again") from error
 
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from distill.contracts import UserError
 from distill.formats import TEXT, BadInput, Format, from_json, to_json
 
+LARGEST = 2**31 - 1
+"""Token id, or number of tokens."""
 SPEC_FILE = "preprocess.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -124,9 +126,11 @@ class Preprocessor:
             text = spec.pop(TEXT, None)
             formats = from_json(spec)
             options = None if text is None else (str(text["tokenizer"]), int(text["max_length"]), int(text["pad_id"]))
+            if options is not None and not (1 <= options[1] <= LARGEST and 0 <= options[2] <= LARGEST):
+                raise ValueError(f"max_length is {options[1]} and pad_id {options[2]}")
         except FileNotFoundError:
             raise UserError(f"no {SPEC_FILE} in {folder}; is it a bundle made by `distill export`?") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file} is malformed ({error!r}); export the bundle again") from error
         if options is None:
             return cls(formats)

@@ -152,6 +152,18 @@ def nested(bundle: Path) -> None:
     (bundle / "bundle.json").write_text("[" * 100_000)
 
 
+def long_name(bundle: Path) -> None:
+    listed(bundle, **{300 * "a": {"sha256": ""}})
+
+
+def no_inputs(bundle: Path) -> None:
+    content(bundle, inputs=None)
+
+
+def odd_inputs(bundle: Path) -> None:
+    content(bundle, inputs={"image": 3})
+
+
 BROKEN: dict[Callable[[Path], None], str] = {
     truncated: "was changed after export",
     truncated_and_signed: "is no whole ONNX file",
@@ -169,6 +181,9 @@ BROKEN: dict[Callable[[Path], None], str] = {
     named_with_a_backslash: r"lacks its file '..\\notes'",
     newer: "version 2 for onnxruntime; this version reads multidistill-bundle 1",
     nested: "is malformed (RecursionError",
+    long_name: "lacks its file 'aaa",
+    no_inputs: "is malformed (TypeError",
+    odd_inputs: "is malformed (TypeError",
 }
 
 
@@ -239,6 +254,46 @@ def test_a_task_without_output_is_refused(bundle: Path) -> None:
     (bundle / "labels.json").write_text(json.dumps({"category": ["a", "b", "c"], "colour": ["d", "e"]}))
     sign(bundle, "labels.json")
     assert "names 'colour', which the model does not answer" in refusal(distill("predict", bundle, "--text", "red"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("labels.json", '{"category": ["a", "b"]}', "has 2 names for 'category', and the model answers [3] numbers"),
+        ("labels.json", '{"category": ["a", "b", "c", "d"]}', "has 4 names for 'category'"),
+        ("labels.json", '{"category": {"kind": "multilabel", "names": [1, 2, 3]}}', "a name of 'category' is no text"),
+        ("labels.json", "[" * 100_000, "labels.json does not say what the model's outputs are"),
+        ("preprocess.json", "[" * 100_000, "preprocess.json is malformed"),
+        ("preprocess.json", '{"image": {"size": 1000000000}}', "makes 'image' uint8 [3, 1000000000, 1000000000], and"),
+        ("preprocess.json", '{"image": {"size": "x"}}', "makes 'image' uint8 [3, 'x', 'x'], and the model reads"),
+    ],
+)
+def test_files_that_do_not_fit_the_model_are_refused(name: str, text: str, message: str, bundle: Path) -> None:
+    (bundle / name).write_text(text)
+    sign(bundle, name)
+    assert message in refusal(distill("predict", bundle, "--text", "red"))
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_length", 10**30), ("max_length", 0), ("pad_id", 10**30)])
+def test_numbers_of_a_tokenizer_have_bounds(field: str, value: int, bundle: Path) -> None:
+    spec = json.loads((bundle / "preprocess.json").read_text())
+    spec["text"][field] = value
+    (bundle / "preprocess.json").write_text(json.dumps(spec))
+    sign(bundle, "preprocess.json")
+    assert "preprocess.json is malformed" in refusal(distill("predict", bundle, "--text", "red"))
+
+
+def test_a_field_that_others_would_read_as_another_is_refused(whole: Path, tmp_path: Path) -> None:
+    """Readers cut keys to 32 bits, so that this one is field 7 to them, the graph, and unknown to who does not."""
+    model = onnx.load(whole / "model.onnx")
+    with_weights_outside(model, "initializer")
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = bytes([*(len(graph) >> 7 * place & 127 | 128 for place in range(4)), len(graph) >> 28])
+    file = tmp_path / "model.onnx"
+    file.write_bytes(model.SerializeToString() + b"\xba\x80\x80\x80\x10" + size + graph)
+    with pytest.raises(UserError, match="is no whole ONNX file"):
+        check_one_file(file)
 
 
 def test_a_whole_bundle_is_read(whole: Path, bundle: Path) -> None:

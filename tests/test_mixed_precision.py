@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from distill.bundles import best_found
 from distill.config import QuantizeConfig
 from distill.export.onnx import export_onnx
-from distill.predict import Graph
+from distill.predict import open_graph
 from distill.quantization import search
 from distill.quantization.errors import MOST_DB, ROWS, TOGETHER, decibels, few_rows, layer_errors
 from distill.quantization.search import search_floats
@@ -103,7 +103,8 @@ def test_a_refusal_tells_the_best_try() -> None:
         {"num_float": 2, "agreement": 0.91},
         {"num_float": 3, "agreement": 0.9},
     ]
-    said = best_found({"search": {"kept": [], "scan": [{}] * 4, "tried": tried}})
+    counts = {"quantized": {"Conv": 2, "Gather": 1}, "kept_float": {"Gemm": 1}}
+    said = best_found({"search": {"kept": [], "scan": [], "tried": tried}, **counts})
     assert "0.9100 at best, with 2 of 4 layers in float" in said
     assert best_found({"quantized": {}}) == ""
 
@@ -150,7 +151,7 @@ def test_layers_stay_comparable(quantizer: StaticQuantizer, tmp_path: Path) -> N
     quantizer.write(tmp_path / "mixed.onnx", [SPOILT])
     onnx.save(quantizer.model, tmp_path / "float.onnx")
     feeds = as_feeds(rows(300, 8, seed=7))
-    exact, rough, mixed = (Graph(tmp_path / f"{name}.onnx").run(feeds) for name in ("float", "int8", "mixed"))
+    exact, rough, mixed = (open_graph(tmp_path / f"{name}.onnx").run(feeds) for name in ("float", "int8", "mixed"))
     for task in TASKS:
         bad, good = (np.abs(each[task] - exact[task]).mean() for each in (rough, mixed))
         assert good < 0.5 * bad

@@ -19,7 +19,7 @@ from distill.bundles import BUNDLES, check_bundles, fp32_settings, least_agreeme
 from distill.config import ExportConfig, QuantizeConfig
 from distill.contracts import UserError
 from distill.export.onnx import describe, export_onnx
-from distill.predict import Graph
+from distill.predict import open_graph
 from distill.quantization import weights
 from distill.quantization.dynamic import quantize_dynamic
 from distill.quantization.half import convert_half
@@ -53,7 +53,7 @@ def test_a_precision_keeps_answers_and_interface(
     before, after = (describe(onnx.load(path)) for path in (float_graph, tmp_path / "model.onnx"))
     assert (after["inputs"], after["outputs"]) == (before["inputs"], before["outputs"])
     feeds = as_feeds(rows(1000, 8, seed=7))
-    expected, found = (Graph(path).run(feeds) for path in (float_graph, tmp_path / "model.onnx"))
+    expected, found = (open_graph(path).run(feeds) for path in (float_graph, tmp_path / "model.onnx"))
     for task in ("category", "subcategory"):
         assert (found[task].argmax(1) == expected[task].argmax(1)).mean() >= least
         assert not np.array_equal(found[task], expected[task]), "nothing was changed"

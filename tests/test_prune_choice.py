@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from itertools import product
 from typing import Any
 
@@ -18,6 +19,7 @@ from distill.config import PruneConfig
 from distill.contracts import Batch, Outputs, UserError
 from distill.fusion import ConcatFusion, PerceiverFusion
 from distill.prune import PrunePlan, apply, compose, plan, prune
+from distill.prune.depth import check_blocks
 from distill.prune.measuring import answers, drop
 from distill.prune.saliency import saliency
 from distill.prune.selection import choose, ranked_together
@@ -232,6 +234,15 @@ def test_the_blocks_that_a_model_misses_least_go() -> None:
     assert outputs(smaller).keys() == outputs(model).keys()
 
 
+@pytest.mark.parametrize("children", [["block0", "block1"], ["1", "0"]])
+def test_lists_whose_blocks_have_names_are_none(children: list[str]) -> None:
+    """Without one of them torch would name the others anew."""
+    model = nn.Module()
+    model.blocks = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in children))
+    with pytest.raises(UserError, match="'blocks' is no plain list of blocks"):
+        check_blocks(model, "blocks")
+
+
 def test_blocks_of_a_transformer_go_and_those_that_change_shapes_stay() -> None:
     model = around(build("transformer", depth=4))
     given = as_batch(texts([7, 3, 5, 6], 7))
@@ -239,7 +250,7 @@ def test_blocks_of_a_transformer_go_and_those_that_change_shapes_stay() -> None:
     assert len(apply(copy.deepcopy(model), made).encoders["text"].blocks) == 1
     with pytest.raises(UserError, match=r"depth\.encoders\.text\.blocks is 4, and no further block can go: it has 1"):
         plan(model, given, PruneConfig(ratio=0.0, depth={"encoders.text.blocks": 4}))
-    with pytest.raises(UserError, match=r"'encoders\.text\.norm' is no list of blocks; .*encoders\.text\.blocks"):
+    with pytest.raises(UserError, match=r"'encoders\.text\.norm' is no plain list of blocks; .*encoders\.text\.blocks"):
         plan(model, given, PruneConfig(ratio=0.0, depth={"encoders.text.norm": 1}))
     net = settled(real(ConcatFusion(["image", "text"], 32)))
     stage = "encoders.image.stages.2"  # a convolution that changes the width, ReLU, and two residual blocks

@@ -84,6 +84,6 @@ def test_a_bundle_of_an_unknown_runtime_is_refused(tmp_path: Path) -> None:
     for runtime in ("abacus", ["openvino"]):
         (tmp_path / "bundle.json").write_text(json.dumps({**content, "runtime": runtime}))
         with pytest.raises(
-            UserError, match=r"for .*; this version reads .* for onnxruntime, openvino, executorch, litert, torch"
+            UserError, match=r"for .*; this version reads .* for onnxruntime, openvino, executorch, litert"
         ):
             load(tmp_path)

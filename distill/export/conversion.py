@@ -32,7 +32,7 @@ EXPORTERS = {
     "executorch": Exporter("executorch", ".pt2", keeps_float=False),
     "litert": Exporter("litert", ".pt2", keeps_float=False),
 }
-"""Runtime -> its exporter; ``onnxruntime`` and ``torch`` run what ``export_onnx`` and ``export_program`` write."""
+"""Runtime -> its exporter; ``onnxruntime`` runs what ``export_onnx`` writes."""
 
 
 def convert(

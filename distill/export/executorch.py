@@ -13,10 +13,9 @@ import torch
 from torch.export import ExportedProgram
 
 from distill.export.subprocesses import answer, read_feeds
-from distill.export.torch_program import in_plain_layout
+from distill.export.torch_program import in_plain_layout, read_program
 from distill.runtimes import RUNTIMES
 from distill.runtimes.base import checked, missing
-from distill.runtimes.torch import read_program
 
 
 def convert(source: Path, out: Path, *, feeds: str | None = None) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.export.subprocesses import answer
-from distill.export.torch_program import example_of, in_plain_layout
+from distill.export.torch_program import example_of, in_plain_layout, read_program
 from distill.runtimes import RUNTIMES
 from distill.runtimes.base import missing
-from distill.runtimes.torch import read_program
 
 
 def convert(source: Path, out: Path, *, feeds: str | None = None) -> dict[str, Any]:

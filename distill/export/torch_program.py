@@ -1,4 +1,9 @@
-"""A model as a program of ``torch.export`` (``.pt2``): a bundle's model, and what other exporters convert."""
+"""A model as a program of ``torch.export`` (``.pt2``): what exporters convert.
+
+A bundle's model it is not: torch's reader (seen in 2.14) unpickles what a file asks it to, evaluates its expressions of
+sizes, calls the functions that its nodes name, and writes the names of its inputs into Python that it runs. So read no
+program but one that this machine has just written.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,9 @@ from torch.export import ExportedProgram
 from distill.contracts import Batch
 from distill.export.onnx import ExportModule, exporting, graph_inputs, graph_outputs, two_rows
 from distill.runs import atomic
-from distill.runtimes.torch import GRAPH_FILE
 
+GRAPH_FILE = "graph.json"
+"""An extra file of the archive: the names, types and shapes of what goes in and comes out."""
 DTYPES = {torch.uint8: "uint8", torch.bool: "bool", torch.int64: "int64", torch.float32: "float32"}
 
 
@@ -53,6 +59,17 @@ def export_program(model: torch.nn.Module, example: Batch, path: Path, *, rows: 
             torch.export.save(program, named, extra_files={GRAPH_FILE: json.dumps(graph)})
             named.replace(temporary)
     return {**graph, "bytes": path.stat().st_size}
+
+
+def read_program(path: Path) -> tuple[ExportedProgram, dict[str, Any]]:
+    """Read a program that :func:`export_program` wrote on this machine: torch runs code that a file may hold.
+
+    Returns:
+        The program, and its ``inputs`` and ``outputs`` (name -> dtype and shape).
+    """
+    extra = {GRAPH_FILE: ""}
+    program = torch.export.load(path, extra_files=extra)
+    return program, json.loads(extra[GRAPH_FILE])
 
 
 def in_plain_layout(program: ExportedProgram, graph: Mapping[str, Any]) -> ExportedProgram:

@@ -19,8 +19,8 @@ from distill.prune.saliency import FROM_DATA
 
 
 def judges(config: PruneConfig) -> list[str]:
-    """Return the fields of the student that importance follows from: the terms without a teacher, if it reads data."""
-    return ["baseline"] if config.importance in FROM_DATA else []
+    """Return the fields of the student that a plan follows from: the terms without a teacher, if it reads rows."""
+    return ["baseline"] if config.importance in FROM_DATA or config.depth or config.sensitivity else []
 
 
 def default_modules(able: Sequence[str], *, fusion: bool) -> list[str]:
@@ -60,6 +60,14 @@ def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
     for where, paths in (("ratios", recipe.prune.ratios), ("depth", recipe.prune.depth)):
         for path in paths:
             _check_path(recipe, path, f"prune.{where}", f"it has {', '.join(able)}")
+    for number, term in enumerate(student.objective):
+        for tap in term.tapped("student"):
+            for path in recipe.prune.depth:
+                if tap.partition(":")[0].startswith(f"{path}."):
+                    raise UserError(
+                        f"student.objective[{number}].taps: {tap!r} lies in {path!r}, whose blocks may go "
+                        "(prune.depth); tap the list itself, or leave one out"
+                    )
     for outer, inner_path in combinations(sorted(recipe.prune.depth), 2):
         if inner_path.startswith(f"{outer}."):
             raise UserError(f"prune.depth: {inner_path!r} lies in {outer!r}, whose blocks may go; leave one out")

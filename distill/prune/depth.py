@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -56,11 +57,20 @@ def plan_depth(
 
 
 def check_blocks(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
-    """Return a model's list of blocks; a UserError if the path is none."""
-    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList | nn.Sequential)}
+    """Return a model's list of blocks; a UserError if the path is none.
+
+    Lists of a class of their own, or whose blocks have names, would be other ones without some of their blocks.
+    """
+    lists = {name: each for name, each in model.named_modules() if _is_plain(each)}
     if path not in lists:
-        raise UserError(f"prune.depth: {path!r} is no list of blocks; {nearest(path, lists)}")
-    return lists[path]
+        raise UserError(f"prune.depth: {path!r} is no plain list of blocks; {nearest(path, lists)}")
+    blocks: Any = lists[path]
+    return cast("nn.ModuleList | nn.Sequential", blocks)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_children()]
+    return type(module) in (nn.ModuleList, nn.Sequential) and names == [str(number) for number in range(len(names))]
 
 
 def _changes(model: nn.Module, path: str, whole: Mapping[str, Tensor], batches: Sequence[Batch]) -> dict[int, float]:

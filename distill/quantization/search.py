@@ -83,15 +83,18 @@ def _scan(quantizer: StaticQuantizer, outputs: Collection[str], folder: Path, re
     return sorted(found, key=lambda layer: layer["sqnr_db"])
 
 
-def _values(
-    path: Path, rows: list[dict[str, NDArray[Any]]], outputs: Collection[str]
-) -> dict[str, NDArray[np.float64]]:
+def _values(path: Path, rows: list[dict[str, NDArray[Any]]], outputs: Collection[str]) -> dict[str, NDArray[Any]]:
     graph = open_graph(path)
     answers = [graph.run(feeds) for feeds in rows]
-    return {name: np.concatenate([each[name].astype(np.float64) for each in answers]) for name in outputs}
+    joined = {name: np.concatenate([each[name] for each in answers]) for name in outputs}
+    whole = {name: np.issubdtype(values.dtype, np.integer) for name, values in joined.items()}
+    return {name: values if whole[name] else values.astype(np.float64) for name, values in joined.items()}
 
 
-def _sqnr(expected: NDArray[np.float64], found: NDArray[np.float64]) -> float:
+def _sqnr(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    """Of numbers the ratio of signal to error, dB; of token ids, whose distance means nothing, that of their counts."""
+    if np.issubdtype(expected.dtype, np.integer):
+        return decibels(float(expected.size), float((expected != found).sum()))
     return decibels(float(np.square(expected).sum()), float(np.square(expected - found).sum()))
 
 

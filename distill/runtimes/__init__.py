@@ -7,14 +7,12 @@ from distill.runtimes.executorch import ExecuTorch
 from distill.runtimes.litert import LiteRT
 from distill.runtimes.onnxruntime import OnnxRuntime
 from distill.runtimes.openvino import OpenVino
-from distill.runtimes.torch import TorchProgram
 
 RUNTIMES: dict[str, type[Runtime]] = {
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVino,
     "executorch": ExecuTorch,
     "litert": LiteRT,
-    "torch": TorchProgram,
 }
 """What ``bundle.json`` calls a runtime -> the class that opens its files."""
 
