@@ -9,7 +9,7 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, NamedTuple
@@ -18,12 +18,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, create_model
-from starlette.datastructures import UploadFile
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distill.contracts import UserError
 from distill.formats import SERIES, TABULAR, TEXT, BadInput
@@ -33,6 +31,10 @@ HOSTS = ("127.0.0.1", "localhost")
 """Names by which it is asked: a page elsewhere whose name is made to lead here is refused, as are its own requests."""
 
 Feeds = dict[str, NDArray[Any]]
+Scope = dict[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
 class Limits(NamedTuple):
@@ -262,7 +264,7 @@ def _content(number: int, name: str, value: Any) -> Any:
 
 async def _form_value(name: str, value: Any) -> Any:
     """What a field of a form holds: a file's bytes, a text, or the JSON of a record."""
-    if isinstance(value, UploadFile):
+    if not isinstance(value, str):
         return await value.read() or None  # a browser sends an empty file where none was chosen
     if name == TABULAR:
         try:
@@ -313,7 +315,7 @@ class Guard:
         most: bytes.
     """
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], most: int) -> None:
         self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

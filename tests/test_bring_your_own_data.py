@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import tarfile
 from itertools import combinations
 from pathlib import Path
@@ -161,8 +162,23 @@ def in_shards(photos: Path, rows: list[dict[str, str]]) -> None:
                     tar.addfile(entry, io.BytesIO(data))
 
 
+def in_coco(photos, rows):
+    """The rows as COCO lays them out, with their labels as captions and a file for each split."""
+    for place, split in enumerate(("train", "valid", "test")):
+        own = list(enumerate(rows))[place::3]
+        for folder in ("annotations", split):
+            (photos / "coco" / folder).mkdir(parents=True, exist_ok=True)
+        for number, row in own:
+            shutil.copy(photos / row["file"], photos / "coco" / split / f"{number}.jpg")
+        content = {
+            "images": [{"id": number, "file_name": f"{number}.jpg"} for number, _ in own],
+            "annotations": [{"id": number, "image_id": number, "caption": row["label"]} for number, row in own],
+        }
+        (photos / "coco/annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+
+
 SOURCES = re.findall(r"`(\{type: \w+, path: (?:\"[^\"]*\"|[^}\"]*)\})`", PAGE)
-COLUMNS = {"table": ("file", "label"), "hf_dataset": ("file", "label")}
+COLUMNS = {"table": ("file", "label"), "hf_dataset": ("file", "label"), "coco_captions": ("image", "caption")}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +187,9 @@ COLUMNS = {"table": ("file", "label"), "hf_dataset": ("file", "label")}
         (source, splits)
         for source in SOURCES
         for splits in (False, True)
-        if "hub:" not in source and not (splits and "tar_shards" in source)  # shards have a pattern for each split
+        if "hub:" not in source
+        and not (splits and "tar_shards" in source)  # shards have a pattern for each split
+        and not (not splits and "coco" in source)  # which says it always
     ],
 )
 def test_the_other_sources_have_the_columns_that_the_page_names(photos, source, splits):
@@ -183,6 +201,8 @@ def test_the_other_sources_have_the_columns_that_the_page_names(photos, source, 
         in_folders(photos, rows, re.search(r"path: (\w+)", source)[1], splits=splits)
     elif kind == "tar_shards":
         in_shards(photos, rows)
+    elif kind == "coco_captions":
+        in_coco(photos, rows)
     else:
         in_tables(photos, [{**row, "split": SPLITS[n % 3]} if splits else row for n, row in enumerate(rows)])
     column, label = COLUMNS.get(kind, (modality, "label"))
