@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def test_another_loss_of_the_baseline_is_another_importance_of_data_alone() -> N
 
     other = "student.baseline.0.weight=2"
     assert key(other) == key()
-    assert key(other, "prune.importance=taylor") != key("prune.importance=taylor")
+    for reads in ("prune.importance=taylor", "prune.depth={encoders.image.stages.1: 1}", "prune.sensitivity=true"):
+        assert key(other, reads) != key(reads)
 
 
 STEPS = (
@@ -167,12 +169,21 @@ def test_a_changed_plan_stops_who_reads_the_model(here) -> None:
             "prune.ratios={encoders.image: 1.5}",
             r"'prune\.ratios\.encoders\.image' is 1\.5: Input should be less than 1",
         ),
+        (
+            "student.objective.0={loss: fitnet, taps: {student: encoders.image.stages.1.2:mean, teacher: "
+            "encoders.image.stages.1:mean}} prune.depth={encoders.image.stages.1: 1}",
+            r"student\.objective\[0\]\.taps: 'encoders\.image\.stages\.1\.2:mean' lies in 'encoders\.image\.stages\.1'",
+        ),
+        (
+            "prune.sensitivity=true prune.steps=2 prune.train.epochs=2",
+            "measures the whole student once; set steps to 1",
+        ),
         ("prune.steps=9", r"'prune' is .*: Value error, train\.epochs is 1, fewer than steps, 9; each step needs one"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_run(option: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        check_pruning(load_recipe("recipe.yaml", [option]), pipeline.ENCODERS)
+        check_pruning(load_recipe("recipe.yaml", re.split(r" (?=prune\.)", option)), pipeline.ENCODERS)
 
 
 @pytest.mark.parametrize(
