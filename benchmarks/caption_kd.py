@@ -17,7 +17,7 @@ from typing import Any
 
 import students
 from benchmarks.quickstart_seeds import seed_recipes
-from benchmarks.seed_tables import add_outputs, command_line, mean_and_half, put_out, table
+from benchmarks.seed_tables import command_line, mean_and_half, put_out, seed_parser, table
 from benchmarks.student_arms import points_against
 from distill import captions, evaluate, pipeline
 from distill.build import input_spec
@@ -144,16 +144,8 @@ def markdown(found: Sequence[Written], recipe: Recipe, command: str) -> str:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.caption_kd",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", help="overrides of the recipe, such as student.train.epochs=5")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on")
-    parser.add_argument("--recipe", default="speech_to_text", help="any with a task of kind captioning")
-    parser.add_argument("--output", default="runs", help="folder of the runs")
-    add_outputs(parser)
+    any_recipe = "any with a task of kind captioning"
+    parser = seed_parser("benchmarks.caption_kd", __doc__, recipe="speech_to_text", any_recipe=any_recipe)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -30,6 +30,25 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
 
 
+def seed_parser(module: str, about: str | None, *, recipe: str, any_recipe: str) -> argparse.ArgumentParser:
+    """The command line of a benchmark that runs a recipe under several seeds.
+
+    Args:
+        module: such as "benchmarks.caption_kd".
+        about: its docstring.
+        recipe: the one that is run by default.
+        any_recipe: which others may be.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about, formatter_class=raw)
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe, such as student.train.epochs=5")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on")
+    parser.add_argument("--recipe", default=recipe, help=any_recipe)
+    parser.add_argument("--output", default="runs", help="folder of the runs")
+    add_outputs(parser)
+    return parser
+
+
 def put_out(options: argparse.Namespace, text: str, found: Mapping[str, Any]) -> None:
     """Print tables, and write them and what they show where the options say."""
     print(text)
