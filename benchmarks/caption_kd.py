@@ -103,7 +103,7 @@ def measure(recipe: Recipe) -> Written:
 
 def scores(found: Written, name: str) -> dict[str, float]:
     """The measures of one model's captions, in [0, 1]."""
-    ours, true = found[name], found["true"]
+    ours, true = found[name], [[caption] for caption in found["true"]]
     values = (captions.exact(ours, true).mean(), captions.bleu(ours, true, 1), captions.cider(ours, true).mean())
     return {measure: float(value) for measure, value in zip(MEASURES, values, strict=True)}
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.metrics import Integers
 from distill.targets import Task
 
 ORDERS = (1, 2, 3, 4)  # words of an n-gram
@@ -18,39 +19,60 @@ SIGMA = 6.0  # of the penalty for another length, in words
 NGrams = Counter[tuple[str, ...]]
 
 
-def cider(written: Sequence[str], true: Sequence[str]) -> NDArray[np.float64]:
-    """Return each row's CIDEr-D divided by 10, in [0, 1], for one true caption a row (Vedantam et al. 2015, arXiv
-    1411.5726).
+def cider(written: Sequence[str], true: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    """Return each row's CIDEr-D divided by 10, in [0, 1] (Vedantam et al. 2015, arXiv 1411.5726).
 
     For n = 1 to 4 the cosine of tf-idf vectors of n-grams, in which a written n-gram counts at most as often as the
-    true one has it, times ``exp(-(difference of lengths)² / 2·6²)``; the mean over n. The idf is of the true captions.
-    Words are taken as they stand. An n that neither caption has enough words for counts 0, as in the authors' code: so
-    a perfect caption of one word gets 0.25. A set of one caption, or of equal ones, has an idf of 0, and all get 0.
+    true one has it, times ``exp(-(difference of lengths)² / 2·6²)``; the mean over n, and over the row's true captions.
+    The idf is of rows: an n-gram is in a row that has it in any true caption. Words are taken as they stand. An n that
+    neither caption has enough words for counts 0, as in the authors' code: so a perfect caption of one word gets 0.25.
+    A set of one row, or of rows with equal captions, has an idf of 0, and all get 0.
 
     Args:
         written: N captions.
-        true: N true ones.
+        true: the true ones of each row, at least one.
     """
-    pairs = [(_ngrams(ours), _ngrams(theirs)) for ours, theirs in zip(written, true, strict=True)]
+    rows = [(_ngrams(ours), [_ngrams(each) for each in theirs]) for ours, theirs in zip(written, true, strict=True)]
     seen: Counter[tuple[str, ...]] = Counter()
-    for _, theirs in pairs:
-        seen.update(ngram for order in theirs for ngram in order)
-    rows = math.log(max(1, len(pairs)))
-    return np.array([_similar(ours, theirs, seen, rows) for ours, theirs in pairs], np.float64)
+    for _, theirs in rows:
+        seen.update({ngram for each in theirs for order in each for ngram in order})
+    whole = math.log(max(1, len(rows)))
+    return np.array(
+        [sum(_similar(ours, each, seen, whole) for each in theirs) / len(theirs) for ours, theirs in rows], np.float64
+    )
 
 
-def exact(written: Sequence[str], true: Sequence[str]) -> NDArray[np.bool_]:
-    """Return which captions are the true ones, word by word, bool [N]."""
-    return np.array([ours == theirs for ours, theirs in zip(written, true, strict=True)], bool)
+def exact(written: Sequence[str], true: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
+    """Return which captions are one of the row's true ones, word by word, bool [N]."""
+    return np.array([ours in theirs for ours, theirs in zip(written, true, strict=True)], bool)
 
 
-def bleu(written: Sequence[str], true: Sequence[str], order: int) -> float:
-    """Return BLEU of n-grams up to an order over all rows (Papineni et al. 2002), torchmetrics'."""
+def bleu(written: Sequence[str], true: Sequence[Sequence[str]], order: int) -> float:
+    """Return BLEU of n-grams up to an order over all rows and their true captions (Papineni et al. 2002),
+    torchmetrics'.
+    """
     from torchmetrics.functional.text import bleu_score
 
     if not len(true):
         return float("nan")
-    return float(bleu_score(list(written), [[caption] for caption in true], n_gram=order))
+    return float(bleu_score(list(written), true, n_gram=order))
+
+
+def references(task: Task, ids: NDArray[Any], shown: Integers | None = None) -> list[list[str]]:
+    """Return the true captions of each row: its own, and those of the rows that show the same.
+
+    Args:
+        task: of captions.
+        ids: int64 [N, L].
+        shown: int64 [N], equal where rows show the same; None where all differ.
+    """
+    own = texts(task, ids)
+    if shown is None:
+        return [[caption] for caption in own]
+    found: dict[int, list[str]] = {}
+    for number, caption in zip(shown.tolist(), own, strict=True):
+        found.setdefault(number, []).append(caption)
+    return [found[number] for number in shown.tolist()]
 
 
 def _ngrams(caption: str) -> list[NGrams]:

@@ -23,11 +23,14 @@ from distill.bundles import BUNDLES, LAYERS_FILE, Exported, best_found, least_ag
 from distill.config import FP32, INT8
 from distill.contracts import AND, TEST, TRAIN, Batch
 from distill.data.loader import InputSpec
+from distill.data.prepared import PreparedData
+from distill.data.texts import Texts
 from distill.dual import DualEncoder
 from distill.export.bundle import ParityError
 from distill.export.onnx import export_onnx
-from distill.formats import Format
+from distill.formats import TEXT, Format
 from distill.gate import SHIPPED, Gate, bundle_says, towers
+from distill.label_noise import doubts_of, told, write_doubts
 from distill.other_teachers import provenance
 from distill.predict import MODEL_FILE, load
 from distill.progress import progress
@@ -39,6 +42,7 @@ from distill.workspace import STUDENT, TEACHER, Workspace
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
 VERSIONS = ("torch", "transformers", "accelerate", "timm", "onnx", "onnxruntime", "torch-pruning", "numpy")
 CALIBRATION_BATCH = 32
+DOUBTS_FILE = "label_doubts.csv"
 PAIR = ("image", "text")
 
 
@@ -234,13 +238,15 @@ def _median_row(work: Workspace, model: Model) -> dict[str, NDArray[Any]]:
 
 
 def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Write ``report.json``, ``report.md`` and ``report.html``."""
+    """Write ``report.json``, ``report.md`` and ``report.html``, and the labels that the teacher doubts."""
     recipe, data = work.recipe, work.data()
     predictions = work.path("evaluate")
     kept = evaluate.read_arrays(predictions / "targets.safetensors")
     measured = work.done["bench"].info["models"]
     fused = recipe.teacher.fusion is not None or recipe.student.fusion is not None
     tasks = dict(data.tasks) if fused else {}
+    doubts = doubts_of(work)
+    write_doubts(folder / DOUBTS_FILE, data.tasks, doubts)
     pairs = None
     if recipe.retrieval is not None:
         tasks |= {f"{task}{ZERO_SHOT}": data.tasks[task] for task in recipe.retrieval.prompts}
@@ -254,6 +260,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         pairs=pairs,
         groups=kept["group"],
         ids=kept["ids"],
+        shown=shown_alike(data, data.rows(TEST)),
         models=[_entry(work, name, predictions, measured[name]) for name in (*TRAINED, *recipe.export.bundles)],
         data={
             **work.done["data"].info,
@@ -268,12 +275,26 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         teachers=provenance(recipe),
         parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
         quantized=_layers(work),
+        doubts={task: told(data.tasks[task], splits, recipe.report.examples) for task, splits in doubts.items()},
         examples=lambda row: _example(work, row),
         num_examples=recipe.report.examples,
         resamples=recipe.report.bootstrap,
     )
     report = write_report(context, folder)
     return {"title": report["headline"]["title"]}
+
+
+def shown_alike(data: PreparedData, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Numbers that rows share which show models the same, as an image with several captions does; None of series and
+    tables, whose rows are all different.
+    """
+    if not data.present.keys() <= {*data.codes, TEXT}:
+        return None
+    shown = [codes[rows] for codes in data.codes.values()]
+    if TEXT in data.present:
+        assert isinstance(data.texts, Texts)
+        shown.append(data.texts.numbers[rows])
+    return np.unique(np.stack(shown), axis=1, return_inverse=True)[1].reshape(-1)
 
 
 def _layers(work: Workspace) -> dict[str, Any]:

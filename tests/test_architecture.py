@@ -95,6 +95,7 @@ LEVELS = {
         "distill.writing",
         "distill.bundles",
         "distill.gate",
+        "distill.label_noise",
         "distill.results",
         "distill.explaining",
         "distill.check",

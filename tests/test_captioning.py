@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from distill.fusion.base import masked_mean
 from distill.losses import token_cross_entropy, token_kd
 from distill.multimodal import Encoded, Encoder, MultimodalModel
 from distill.predict import load
+from distill.results import shown_alike
 from distill.runs import read_json
 from distill.targets import CAPTIONING, FIRST, LAST, PAD, Task
 from distill.tasks import CaptionHead
@@ -180,27 +182,55 @@ def test_losses_are_means_over_tokens_and_then_over_captions():
 
 TRUE = ["red heart", "a cat with wry smile", "face with tears of joy", "a cat"]
 TRUE += ["grinning face with smiling eyes", "red circle"]
+ALONE = [[caption] for caption in TRUE]
 WRITTEN = ["red heart", "a cat with smile", "face with tears of joy", "a a cat cat", "smiling face", "blue circle"]
 
 
 def test_cider_is_that_of_the_authors_code():
     """The figures were computed with cider_scorer.py of pycocoevalcap 1.2 (CIDEr-D, n = 4, sigma = 6)."""
     expected = [5.0, 4.20030877, 10.0, 2.12316566, 1.3782806, 1.50703649]
-    assert 10 * captions.cider(WRITTEN, TRUE) == pytest.approx(expected, abs=1e-7)
+    assert 10 * captions.cider(WRITTEN, ALONE) == pytest.approx(expected, abs=1e-7)
+
+
+def test_measures_of_several_true_captions_are_those_of_the_authors_code():
+    """The figures were computed with pycocoevalcap 1.2: CIDEr-D as above, BLEU with the closest length."""
+    cat = ["a cat with wry smile", "a smiling cat", "cat"]
+    true = [
+        cat,
+        cat,
+        ["red heart"],
+        ["face with tears of joy", "a face that laughs"],
+        ["red circle", "a big red circle"],
+    ]
+    ours = ["a smiling cat", "a cat with smile", "blue heart", "face with tears of joy", "a red circle"]
+    expected = [3.36630596, 2.16016375, 1.5362427, 5.35034788, 3.5322418]
+    assert 10 * captions.cider(ours, true) == pytest.approx(expected, abs=1e-7)
+    assert captions.bleu(ours, true, 1) == pytest.approx(0.941176470532872, abs=1e-6)
+    assert captions.bleu(ours, true, 4) == pytest.approx(0.7614269731715568, abs=1e-6)
+    assert captions.exact(ours, true).tolist() == [True, False, False, True, False]
+
+
+def test_rows_that_show_the_same_share_their_captions():
+    task = Task(CAPTIONING, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "cat", "heart"), length=3)
+    ids = np.array([[4, 5, LAST], [4, 6, LAST], [5, LAST, IGNORE]])
+    assert captions.references(task, ids) == [["red cat"], ["red heart"], ["cat"]]
+    together = captions.references(task, ids, np.array([7, 2, 7]))
+    assert together == [["red cat", "cat"], ["red heart"], ["red cat", "cat"]]
 
 
 def test_other_measures_of_captions():
-    assert captions.exact(WRITTEN, TRUE).tolist() == [True, False, True, False, False, False]
-    assert captions.bleu(TRUE, TRUE, 1) == 1 and 0 < captions.bleu(WRITTEN, TRUE, 1) < 1
-    assert captions.cider(["", "x"], ["a b", "c d"]).tolist() == [0, 0]
+    assert captions.exact(WRITTEN, ALONE).tolist() == [True, False, True, False, False, False]
+    assert captions.bleu(TRUE, ALONE, 1) == 1 and 0 < captions.bleu(WRITTEN, ALONE, 1) < 1
+    assert captions.cider(["", "x"], [["a b"], ["c d"]]).tolist() == [0, 0]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abcdefg"), min_size=4, max_size=7), min_size=2, max_size=6, unique_by=tuple))
 def test_only_the_true_caption_has_the_highest_cider(words):
     true = [" ".join(each) for each in words]
-    own = captions.cider(true, true)
-    turned = captions.cider(true[1:] + true[:1], true)
+    alone = [[each] for each in true]
+    own = captions.cider(true, alone)
+    turned = captions.cider(true[1:] + true[:1], alone)
     assert (own <= 1 + 1e-9).all() and (turned <= own + 1e-9).all()
 
 
@@ -337,3 +367,15 @@ def test_wrong_recipes_are_told_in_a_sentence(finished, change, message, tmp_pat
     verb = ("run",) if change.startswith("data.") else ("validate",)
     answer = distill(*verb, recipe, change, f"output={tmp_path}")
     assert answer.code == 2 and message in " ".join(answer.err.split()), answer.err
+
+
+def test_rows_with_one_image_show_the_same(finished):
+    data = PreparedData.open(finished[0] / "data")
+    rows = data.rows("test")
+    shown = shown_alike(data, rows)
+    assert len(np.unique(shown)) == len(rows)  # every drawing is another one
+    twice = data.codes["image"].copy()
+    twice[rows[1]] = twice[rows[0]]
+    again = shown_alike(replace(data, codes={"image": twice}), rows)
+    assert again[0] == again[1] and len(np.unique(again)) == len(rows) - 1
+    assert shown_alike(replace(data, present={**data.present, "series": data.present["image"]}), rows) is None

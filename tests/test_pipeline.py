@@ -1,5 +1,6 @@
 """A whole run through the command line, and what the next run of the same folder does and leaves alone."""
 
+import csv
 import json
 import os
 import re
@@ -90,6 +91,22 @@ def test_report_keeps_its_contract(project):
     assert report["data"]["rows"] == {"train": 72, "valid": 15, "test": 9}
     assert report["data"]["test_fingerprint"] != report["data"]["fingerprint"]
     assert all(entry["step"] > 0 for epochs in report["curves"].values() for entry in epochs)
+
+
+def test_report_tells_which_labels_the_teacher_doubts(project):
+    folder = project / "runs/tiny/report"
+    found = read_json(folder / "report.json")["doubts"]
+    with open(folder / "label_doubts.csv", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    for task in ("colour", "shape"):
+        splits = found[task]["splits"]
+        assert {split: counts["judged"] for split, counts in splits.items()} == {"train": 72, "test": 9}
+        assert sum(counts["doubted"] for counts in splits.values()) == sum(line["task"] == task for line in written)
+    ids = {split: {line["id"] for line in written if line["split"] == split} for split in ("train", "test")}
+    with open(project / "rows.csv", encoding="utf-8") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    assert all(rows[number]["split"] == split for split, numbers in ids.items() for number in numbers)
+    assert written and all(rows[line["id"]][line["task"]] == line["given"] != line["answer"] for line in written)
 
 
 @pytest.mark.parametrize("stage, bundle", [("export", "onnx-fp32"), ("quantize", "onnx-int8")])

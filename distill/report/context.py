@@ -71,6 +71,8 @@ class ReportContext:
         targets: task -> [N, ...], as its task says.
         groups: int64 [N]; rows of a group are resampled together.
         ids: int64 [N].
+        shown: int64 [N], equal where rows show models the same, so that captions of all are true of each; None where
+            all rows differ.
         pairs: which images and texts of the rows belong together; None where retrieval is not measured.
         models: in the order of the tables.
         data: what is known about the data, JSON values: rows a split, licences, ``fingerprint``, and
@@ -83,6 +85,7 @@ class ReportContext:
         teachers: further teacher that the student learnt from -> ``{"run", "stage", "fingerprint"}`` of its fit.
         parity: bundle -> what its export gate measured, JSON values.
         quantized: static int8 bundle -> ``layers`` and, where it was searched for, ``search``, as its stage wrote them.
+        doubts: task -> which labels the teacher doubts, as :func:`distill.label_noise.told` says.
         examples: shows a row to a human; None for none.
         num_examples: largest number of regressions shown.
         resamples: bootstrap replicates.
@@ -97,6 +100,7 @@ class ReportContext:
     groups: Integers
     ids: Integers
     models: Sequence[ModelEntry]
+    shown: Integers | None = None
     pairs: Pairs | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = ()
@@ -107,6 +111,7 @@ class ReportContext:
     teachers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    doubts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     examples: Examples | None = None
     num_examples: int = 8
     resamples: int = 2000

@@ -120,6 +120,16 @@ def written(context: ReportContext, evidence: TaskEvidence, shown: Sequence[str]
     return found
 
 
+def doubted(context: ReportContext, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the labels of a task that the teacher doubts, with what the rows show."""
+    strongest = []
+    for doubt in found["strongest"]:
+        shown = _shown(context, doubt["id"])
+        text = str(shown.get("text") or "")[:TEXT_LENGTH]
+        strongest.append({**doubt, "text": text, "image": _inlined(shown.get("image_png"))})
+    return {**found, "strongest": strongest}
+
+
 def _inlined(image: bytes | None) -> str | None:
     return f"data:image/png;base64,{base64.b64encode(image).decode()}" if image else None
 

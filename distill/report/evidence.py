@@ -45,10 +45,11 @@ class TaskEvidence:
         self.logits = {model.name: model.logits[task][answered] for model in self.models}
         self.means: dict[Key, Any] = {}
         self.replicates: dict[Key, Floats] = {}
-        self.true: list[str] = []  # captions
+        self.true: list[list[str]] = []  # captions of each row
         draw = (context.groups[answered], context.resamples, context.bootstrap_seed)
         if self.kind == CAPTIONING:
-            self.true = captions.texts(self.info, self.targets)
+            shown = None if context.shown is None else context.shown[answered]
+            self.true = captions.references(self.info, self.targets, shown)
         if self.kind in (CLASSIFICATION, CAPTIONING):
             self._resample_means(self._columns(answered), *draw)
         else:
