@@ -87,7 +87,8 @@ def markdown(found: dict[str, dict[str, Any]], options: argparse.Namespace, comm
         f"{options.seed}), in all splits; teacher and student learnt from what came of it. The last column is of as "
         "many of the strongest doubts as there are wrong labels: the share of these that are."
     )
-    return f"# Labels that the teacher doubts\n\n    {command}\n\n{fill(about, 120)}\n\n{table([*titles, 'strongest'], rows)}\n"
+    shown = table([*titles, "strongest"], rows)
+    return f"# Labels that the teacher doubts\n\n    {command}\n\n{fill(about, 120)}\n\n{shown}\n"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
