@@ -264,8 +264,9 @@ def check(recipe: Recipe, until: str | None = None) -> None:
         why = f"runs are written to a folder, and {recipe.output} is a URL"
         raise UserError(f"output: {why}; name a folder, one that all machines share if there are several")
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
-    bundles.check_bundles(recipe.export)
-    if "pruned" in [stage.name for stage in _needed(until)]:
+    needed = [stage.name for stage in _needed(until)]
+    bundles.check_bundles(recipe.export, made="quantize" in needed)
+    if "pruned" in needed:
         check_pruning(recipe, ENCODERS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -30,6 +31,7 @@ from distill.formats import Format
 from distill.gate import SHIPPED, Gate, bundle_says, towers
 from distill.other_teachers import provenance
 from distill.predict import MODEL_FILE, load
+from distill.programs import Sources, graph_apart
 from distill.progress import progress
 from distill.report import ModelEntry, ReportContext, write_report
 from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
@@ -61,19 +63,21 @@ def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Write the other gated bundles from the fp32 graph; those that are calibrated read training rows."""
+    """Write the other gated bundles, for each runtime; those that are calibrated read training rows."""
     config, gate = work.recipe.export, Gate(work)
     model: Any = work.model(SHIPPED)
     fixed = [f"encoders.{name}.{part}" for name, encoder in model.encoders.items() for part in encoder.keep_float]
     how = config.quantize.model_copy(update={"keep_float": [*config.quantize.keep_float, *fixed]})
-    path, made, found = folder / "model.onnx", {}, {}
+    made, found = {}, {}
     names = [name for name in config.bundles if name != FP32]
-    with progress("quantize", quiet=work.quiet) as report:
+    with progress("quantize", quiet=work.quiet) as report, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        sources = Sources(work, model, Path(scratch))
         for number, name in enumerate(names):
             least, kind = least_agreement(config, name), BUNDLES[name]
             assert kind.make is not None
             exported = Exported(
                 graph=work.path("export") / FP32 / MODEL_FILE,
+                program=sources.program,
                 feeds=partial(_calibration, work, model),
                 config=how,
                 agreement=gate.agreement,
@@ -82,12 +86,14 @@ def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
                 folder=folder,
                 progress=partial(progress, quiet=work.quiet),
             )
-            made[name] = kind.make(exported, path)
+            path = Path(scratch) / kind.file
+            graph, made[name] = graph_apart(kind.make(exported, path))
+            part = None if graph is None else partial(sources.make_part, kind.make, exported)
+            info = {"precision": kind.precision, **made[name]}
             try:
-                found[name] = gate.write(folder / name, path, {"precision": kind.precision, **made[name]}, least)
+                found[name] = gate.write(folder / name, path, info, least, graph=graph, part=part)
             except ParityError as error:
                 raise ParityError(f"{name}: {error}{best_found(made[name])}") from None
-            path.unlink()
             report(number + 1, len(names), name)
     return {**made.pop(INT8, {}), **({"others": made} if made else {}), "parity": found}
 
@@ -102,7 +108,7 @@ def _calibration(work: Workspace, model: Model) -> Iterator[dict[str, NDArray[An
 
 
 def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Predict the test rows with every model: the trained ones in torch, the bundles on onnxruntime."""
+    """Predict the test rows with every model: the trained ones in torch, each bundle on its runtime."""
     data = work.data()
     rows = data.rows(TEST)
     targets = {f"target.{task}": values[rows] for task, values in data.targets.items()}

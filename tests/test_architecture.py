@@ -94,6 +94,7 @@ LEVELS = {
         "distill.recovery",
         "distill.writing",
         "distill.bundles",
+        "distill.programs",
         "distill.gate",
         "distill.results",
         "distill.explaining",

@@ -1,0 +1,90 @@
+"""A run writes, gates and evaluates bundles of other runtimes; a stand-in of one that every machine has shows how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stand_in_runtime
+from tiny_project import distill, make_project, refusal
+
+from distill.evaluate import read_arrays
+from distill.predict import load
+from distill.runs import read_json
+from distill.runtimes import RUNTIMES
+
+NAMES = ["executorch-fp32", "executorch-int8"]
+BUNDLES = f"export.bundles=[{','.join(NAMES)}]"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run with the stand-in's bundles, up to the predictions of the test rows."""
+    folder = tmp_path_factory.mktemp("runtimes")
+    make_project(folder)
+    with stand_in_runtime.installed() as patch:
+        patch.chdir(folder)
+        answer = distill("evaluate", "recipe.yaml", BUNDLES)
+        assert answer.code == 0, answer.err
+        yield folder
+
+
+def info(project: Path, stage: str) -> dict[str, Any]:
+    return dict(read_json(project / "runs/tiny" / stage / "manifest.json")["info"])
+
+
+def test_bundles_are_written_gated_and_evaluated(project: Path) -> None:
+    made = info(project, "quantize")
+    assert made["parity"].keys() == made["others"].keys() == {*NAMES}
+    assert sorted(path.name for path in (project / "runs/tiny/quantize").iterdir() if path.is_dir()) == NAMES
+    for name in NAMES:
+        bundle = load(project / "runs/tiny/quantize" / name)
+        assert bundle.info["runtime"] == "executorch" and bundle.info["info"]["precision"] == name.split("-")[1]
+        assert {"inputs", "outputs"}.isdisjoint(bundle.info["info"])
+        found, said = (read_arrays(project / f"runs/tiny/evaluate/{each}.safetensors") for each in (name, "pruned"))
+        stand_in_runtime.close(found, said)
+
+
+def test_programs_read_texts_of_the_recipes_length_and_training_rows_calibrate(project: Path) -> None:
+    bundle = load(project / "runs/tiny/quantize/executorch-int8")
+    assert bundle.info["inputs"]["text"]["shape"] == ["batch", 12]
+    others = info(project, "quantize")["others"]
+    assert others["executorch-fp32"]["calibrated"] == []
+    (batch,) = others["executorch-int8"]["calibrated"]
+    assert batch.keys() == {*bundle.inputs} and batch["image"] == [16, 3, 32, 32]
+
+
+def test_bundles_of_other_runtimes_answer_and_the_default_ones_stay(project: Path) -> None:
+    answers = [distill("predict", project / "runs/tiny" / place, "--text", "a red cat", "--json") for place in (
+        "export/onnx-fp32", "quantize/executorch-fp32"
+    )]  # fmt: skip
+    assert [answer.code for answer in answers] == [0, 0]
+    plan = distill("run", "recipe.yaml", BUNDLES, "--dry-run").out
+    assert "quantize   up to date" in plan and "bench      to do" in plan
+
+
+def test_a_missing_package_stops_a_run_before_it_starts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.bundles.missing_packages", lambda runtime: ["torchao"] * (runtime == "executorch"))
+    said = refusal(distill("run", "recipe.yaml", BUNDLES, "name=other"))
+    assert "'executorch-fp32' needs torchao" in said and "pip install 'multidistill[executorch]'" in said
+    assert not Path("runs/other").exists()
+    assert distill("train", "recipe.yaml", BUNDLES).code == 0, "what makes no bundle needs no exporter"
+
+
+@pytest.mark.parametrize("wrong", ["another runtime's numbers", "exchanged inputs"])
+def test_a_wrong_model_of_another_runtime_is_refused(
+    wrong: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(stand_in_runtime.StandIn):
+        def _row(self, values: list[Any]) -> list[Any]:
+            if wrong == "exchanged inputs":  # in the order of names: image, image_present, text, ...
+                values[1], values[4] = values[4], values[1]
+                return super()._row(values)
+            return [value + 0.2 for value in super()._row(values)]
+
+    monkeypatch.setitem(RUNTIMES, "executorch", Wrong)
+    answer = distill("quantize", "recipe.yaml", "export.bundles=[executorch-fp32]")  # the last to ask for the bundles
+    assert answer.code == 1 and "executorch-fp32: " in answer.err
+    assert ("alone: output" if wrong == "exchanged inputs" else "bundle and source differ by 0.2") in answer.err
