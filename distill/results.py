@@ -21,7 +21,7 @@ from PIL import Image
 from distill import bench, evaluate
 from distill.build import Model, example_batch, input_spec
 from distill.bundles import BUNDLES, LAYERS_FILE, Exported, best_found, least_agreement, stages_of
-from distill.config import FP32, INT8
+from distill.config import FP32, INT8, Recipe
 from distill.contracts import AND, TEST, TRAIN, Batch
 from distill.data.loader import InputSpec
 from distill.dual import DualEncoder
@@ -30,12 +30,14 @@ from distill.export.onnx import export_onnx
 from distill.formats import Format
 from distill.gate import SHIPPED, Gate, bundle_says, towers
 from distill.other_teachers import provenance
-from distill.predict import MODEL_FILE, load
+from distill.predict import MODEL_FILE, load, verify_bundle
 from distill.programs import Sources, graph_apart
 from distill.progress import progress
 from distill.report import ModelEntry, ReportContext, write_report
+from distill.report.formats import milliseconds
 from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
 from distill.runs import read_json
+from distill.runtimes import RUNTIMES
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
@@ -199,22 +201,17 @@ def _zero_shot(
 
 
 def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Measure every graph side by side on onnxruntime, on one test row whose text has the median length."""
+    """Measure every graph on its runtime, on one test row whose text has the median length."""
     recipe, export = work.recipe, work.path("export")
-    paths = {
-        TEACHER: export / "teacher.onnx",
-        STUDENT: export / "student.onnx",
-        **{name: bundle_folder(work, name) / MODEL_FILE for name in recipe.export.bundles},
-    }
     models = {name: work.model(name) for name in (TEACHER, STUDENT, SHIPPED)}
     feeds = {name: _median_row(work, model) for name, model in models.items()}
-    feeds |= dict.fromkeys(recipe.export.bundles, feeds[SHIPPED])
+    timed = {name: bench.Timed(export / f"{name}.onnx", feeds[name]) for name in (TEACHER, STUDENT)}
+    for name in recipe.export.bundles:
+        kind, folder_of = BUNDLES[name], bundle_folder(work, name)
+        timed[name] = bench.Timed(folder_of / kind.file, feeds[SHIPPED], kind.runtime, verify_bundle(folder_of))
+    settings = {"repeats": recipe.bench.repeats, "threads": recipe.bench.threads}
     with progress("bench", quiet=work.quiet) as report:
-        measured = bench.bench_onnx(
-            {name: (path, feeds[name]) for name, path in paths.items()},
-            repeats=recipe.bench.repeats,
-            threads=recipe.bench.threads,
-        )
+        measured = bench.bench_models(timed, **settings, neighbour=FP32)
         report(1, 1)
     for name, model in models.items():
         length = feeds[name]["text"].shape[1] if "text" in feeds[name] else 0
@@ -267,7 +264,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
             "test_fingerprint": data.fingerprint(TEST),
         },
         seeds=[recipe.seed],
-        versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        versions=_versions(recipe) | {"python": platform.python_version()},
         curves={name: _curve(work.path(name) / "metrics.jsonl") for name in TRAINED},
         costs={name: artifact.info["cost"] for name, artifact in work.done.items() if "cost" in artifact.info},
         cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
@@ -280,6 +277,12 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
     )
     report = write_report(context, folder)
     return {"title": report["headline"]["title"]}
+
+
+def _versions(recipe: Recipe) -> dict[str, str]:
+    """Of what every run is made with, and of the runtimes of its bundles."""
+    runtimes = (RUNTIMES[BUNDLES[name].runtime].package for name in recipe.export.bundles)
+    return {name: metadata.version(name) for name in (*VERSIONS, *runtimes)}
 
 
 def _layers(work: Workspace) -> dict[str, Any]:
@@ -295,7 +298,8 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
         if key.startswith("subset."):
             _, modalities, task = key.split(".")
             subsets.setdefault(modalities, {})[task] = values
-    threads = measured["threads"]
+    threads, beside = measured["threads"], measured.get("neighbour_p50_ms")
+    note = f"{measured['runtime']} CPU, batch 1, {threads} thread{'s' if threads > 1 else ''}"
     return ModelEntry(
         name=name,
         stage=stages_of(work.recipe.export).get(name, name),
@@ -307,7 +311,7 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
         flops=measured["flops"],
         size_bytes=measured["size_bytes"],
         latency_ms=measured["latency_ms"],
-        latency_note=f"{measured['runtime']} CPU, batch 1, {threads} thread{'s' if threads > 1 else ''}",
+        latency_note=note if beside is None else f"{note}; in turns with {FP32}, which took {milliseconds(beside)}",
         peak_memory_bytes=measured["peak_memory_bytes"],
         seeds=[work.recipe.seed],
         source=SHIPPED if name in BUNDLES else None,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from distill import bundles
+from distill import bench, bundles
 from distill.export.torch_program import read_program
 from distill.runtimes import RUNTIMES
 from distill.runtimes.base import RowByRow, Tensors
@@ -24,7 +24,7 @@ NAME = "executorch"
 class StandIn(RowByRow):
     """A program of one row."""
 
-    files, extra, package, needs_torch = ("model.pte",), NAME, "torch", True
+    files, extra, package, needs_torch, modules = ("model.pte",), NAME, "torch", True, ("torch",)
 
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
         super().__init__(graph, threads)
@@ -59,6 +59,7 @@ def installed() -> Iterator[pytest.MonkeyPatch]:
         patch.setitem(RUNTIMES, NAME, StandIn)
         patch.setattr(bundles, "convert", convert)
         patch.setattr(bundles, "missing_packages", lambda runtime: [])
+        patch.setattr(bench, "peak_memory", lambda model, threads: 1_000_000)  # a process of its own lacks it
         yield patch
 
 

@@ -1,13 +1,15 @@
-"""A run writes, gates and evaluates bundles of other runtimes; a stand-in of one that every machine has shows how."""
+"""A run writes, gates, evaluates and times bundles of other runtimes; a stand-in of one shows how."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stand_in_runtime
+from stand_in_runtime import StandIn
 from tiny_project import distill, make_project, refusal
 
 from distill.evaluate import read_arrays
@@ -21,12 +23,12 @@ BUNDLES = f"export.bundles=[{','.join(NAMES)}]"
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run with the stand-in's bundles, up to the predictions of the test rows."""
+    """A finished run with the stand-in's bundles."""
     folder = tmp_path_factory.mktemp("runtimes")
     make_project(folder)
     with stand_in_runtime.installed() as patch:
         patch.chdir(folder)
-        answer = distill("evaluate", "recipe.yaml", BUNDLES)
+        answer = distill("run", "recipe.yaml", BUNDLES)
         assert answer.code == 0, answer.err
         yield folder
 
@@ -56,13 +58,28 @@ def test_programs_read_texts_of_the_recipes_length_and_training_rows_calibrate(p
     assert batch.keys() == {*bundle.inputs} and batch["image"] == [16, 3, 32, 32]
 
 
+def test_the_report_has_them_with_their_runtime_and_its_neighbour(project: Path) -> None:
+    report = read_json(project / "runs/tiny/report/report.json")
+    models = {model["name"]: model for model in report["models"]}
+    assert [*models][-3:] == ["onnx-fp32", *NAMES] and "in turns" not in models["onnx-fp32"]["latency_note"]
+    for name in NAMES:
+        model, bundle = models[name], project / "runs/tiny/quantize" / name
+        assert model["runtime"] == "executorch" and 0 < model["latency_ms"]["p50"] <= model["latency_ms"]["p95"]
+        assert model["size_bytes"] == (bundle / "model.pte").stat().st_size and model["flops"] > 0
+        assert re.fullmatch(
+            r"executorch 2\.\S+ CPU, batch 1, 1 thread; in turns with onnx-fp32, which took [\d.]+\sms",
+            model["latency_note"],
+        )
+        assert model["latency_note"] in (project / "runs/tiny/report/report.md").read_text()
+
+
 def test_bundles_of_other_runtimes_answer_and_the_default_ones_stay(project: Path) -> None:
     answers = [distill("predict", project / "runs/tiny" / place, "--text", "a red cat", "--json") for place in (
         "export/onnx-fp32", "quantize/executorch-fp32"
     )]  # fmt: skip
     assert [answer.code for answer in answers] == [0, 0]
     plan = distill("run", "recipe.yaml", BUNDLES, "--dry-run").out
-    assert "quantize   up to date" in plan and "bench      to do" in plan
+    assert "to do" not in plan
 
 
 def test_a_missing_package_stops_a_run_before_it_starts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +94,7 @@ def test_a_missing_package_stops_a_run_before_it_starts(project: Path, monkeypat
 def test_a_wrong_model_of_another_runtime_is_refused(
     wrong: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wrong(stand_in_runtime.StandIn):
+    class Wrong(StandIn):
         def _row(self, values: list[Any]) -> list[Any]:
             if wrong == "exchanged inputs":  # in the order of names: image, image_present, text, ...
                 values[1], values[4] = values[4], values[1]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,18 @@ class ExecuTorch(RowByRow):
     """A program of one row, whose convolutions and products run on XNNPACK."""
 
     files, extra, package, needs_torch = ("model.pte",), "executorch", "executorch", True
+    modules = (
+        "executorch.kernels.quantized",  # registers operators
+        "executorch.extension.pybindings.portable_lib",
+        "executorch.runtime",
+    )
 
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
         """Open a program; the number of threads is the process's, and is set. See :class:`Runtime`."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the package's own, of its imports
-                import_module("executorch.kernels.quantized")  # registers operators
-                from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-                from executorch.runtime import Runtime as Loader
+            self.start()
+            from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+            from executorch.runtime import Runtime as Loader
         except ImportError as error:
             raise missing(type(self), error) from error
         super().__init__(graph, threads)
