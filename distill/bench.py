@@ -80,11 +80,12 @@ def bench_models(
     found: dict[str, dict[str, Any]] = {}
     for runtime in dict.fromkeys(model.runtime for model in models.values()):
         group = {name: model for name, model in models.items() if model.runtime == runtime}
-        beside = neighbour is not None and neighbour not in group
-        timed = _bench_together({**group, neighbour: models[neighbour]} if beside else group, repeats, threads)
+        beside = {} if neighbour is None or neighbour in group else {neighbour: models[neighbour]}
+        timed = _bench_together({**group, **beside}, repeats, threads)
         for name in group:
-            extra = {"neighbour_p50_ms": timed[neighbour]["latency_ms"]["p50"]} if beside else {}
-            found[name] = {**timed[name], **_measures(models[name], threads), **extra}
+            found[name] = {**timed[name], **_measures(models[name], threads)}
+            if neighbour in beside:
+                found[name]["neighbour_p50_ms"] = timed[neighbour]["latency_ms"]["p50"]
     return {name: found[name] for name in models}
 
 
