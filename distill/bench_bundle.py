@@ -214,7 +214,8 @@ def measure(
     info = read_bundle(folder)
     load_packages(info["runtime"])
     runtime = RUNTIMES[info["runtime"]]
-    loads, version, timed = [], "", {}
+    loads, version = [], ""
+    timed: dict[tuple[int, int], Any] = {}
     for together in [[count] for count in threads] if runtime.one_pool else [threads]:
         calls: dict[tuple[int, int], Callable[[], object]] = {}
         for count in together:

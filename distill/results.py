@@ -29,6 +29,7 @@ from distill.export.bundle import ParityError
 from distill.export.onnx import export_onnx
 from distill.formats import Format
 from distill.gate import SHIPPED, Gate, bundle_says, towers
+from distill.measured import on_devices
 from distill.other_teachers import provenance
 from distill.predict import MODEL_FILE, load, verify_bundle
 from distill.programs import Sources, graph_apart
@@ -271,6 +272,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         teachers=provenance(recipe),
         parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
         quantized=_layers(work),
+        measured=on_devices(recipe.report, (work.path("export"), work.path("quantize"))),
         examples=lambda row: _example(work, row),
         num_examples=recipe.report.examples,
         resamples=recipe.report.bootstrap,

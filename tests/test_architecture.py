@@ -95,6 +95,7 @@ LEVELS = {
         "distill.writing",
         "distill.bundles",
         "distill.programs",
+        "distill.measured",
         "distill.gate",
         "distill.results",
         "distill.explaining",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import stand_in_runtime
 from stand_in_runtime import StandIn
+from test_measured import measured_file
 from tiny_project import distill, make_project, refusal
 
 from distill.evaluate import read_arrays
 from distill.predict import load
-from distill.runs import read_json
+from distill.runs import read_json, sha256_file
 from distill.runtimes import RUNTIMES
 
 NAMES = ["executorch-fp32", "executorch-int8"]
@@ -80,6 +82,28 @@ def test_bundles_of_other_runtimes_answer_and_the_default_ones_stay(project: Pat
     assert [answer.code for answer in answers] == [0, 0]
     plan = distill("run", "recipe.yaml", BUNDLES, "--dry-run").out
     assert "to do" not in plan
+
+
+def test_what_was_measured_on_devices_is_in_the_report(project: Path) -> None:
+    for name in ("onnx-fp32", "executorch-int8"):
+        file = next((project / "runs/tiny").glob(f"*/{name}/bundle.json"))
+        content = measured_file(sha256_file(file))
+        (project / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    change = "report.measured=[onnx-fp32.json,executorch-int8.json]"
+    answer = distill("run", "recipe.yaml", BUNDLES, change)
+    assert answer.code == 0 and "report: done" in answer.out and "bench: " not in answer.out, answer.err
+    folder = project / "runs/tiny/report"
+    rows = read_json(folder / "report.json")["measured"]
+    assert [(row["bundle"], row["batch"]) for row in rows] == [
+        ("onnx-fp32", 1), ("onnx-fp32", 8), ("executorch-int8", 1), ("executorch-int8", 8)
+    ]  # fmt: skip
+    assert [row["peak_memory_bytes"] for row in rows[:2]] == [12_000_000, None]
+    line = "| onnx-fp32 | Cortex-A76 (aarch64), Linux 6.6 | onnxruntime 1.31 | 8 | 2 | 2.00\u00a0ms |"
+    assert line in (folder / "report.md").read_text(encoding="utf-8")
+    assert "Cortex-A76" in (folder / "report.html").read_text(encoding="utf-8")
+    (project / "onnx-fp32.json").write_text(json.dumps(measured_file("0" * 64)), encoding="utf-8")
+    said = refusal(distill("run", "recipe.yaml", BUNDLES, change))
+    assert "onnx-fp32.json is of another bundle than this run's executorch-fp32, executorch-int8, onnx-fp32" in said
 
 
 def test_a_missing_package_stops_a_run_before_it_starts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

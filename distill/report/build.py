@@ -66,6 +66,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
         "teachers": context.teachers,
         "parity": context.parity,
         "quantized": {name: _layers(found) for name, found in context.quantized.items()},
+        "measured": context.measured,
         "versions": context.versions,
         "recipe": context.recipe,
     }

@@ -83,6 +83,7 @@ class ReportContext:
         teachers: further teacher that the student learnt from -> ``{"run", "stage", "fingerprint"}`` of its fit.
         parity: bundle -> what its export gate measured, JSON values.
         quantized: static int8 bundle -> ``layers`` and, where it was searched for, ``search``, as its stage wrote them.
+        measured: what was measured on devices: a dict a bundle, device, batch and number of threads, JSON values.
         examples: shows a row to a human; None for none.
         num_examples: largest number of regressions shown.
         resamples: bootstrap replicates.
@@ -107,6 +108,7 @@ class ReportContext:
     teachers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    measured: Sequence[Mapping[str, Any]] = ()
     examples: Examples | None = None
     num_examples: int = 8
     resamples: int = 2000
