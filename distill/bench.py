@@ -9,16 +9,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from distill.contracts import Batch
-from distill.predict import RUNTIME, open_session
+from distill.predict import RUNTIME
+from distill.runtimes import RUNTIMES, Runtime
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,74 +33,122 @@ MEMORY_RUNS = 5
 
 MEMORY_MEANING = (
     "peak resident memory of a fresh process that loaded the model and ran it a few times, minus its own peak "
-    "before that, with onnxruntime imported"
+    "before that, with the runtime imported"
 )
 
 
-def bench_onnx(models: Mapping[str, tuple[Path, Feeds]], *, repeats: int, threads: int = 1) -> dict[str, Any]:
-    """Measure ONNX models side by side.
+class Timed(NamedTuple):
+    """A model to measure.
 
-    All models are warmed up, then timed in short rounds that take turns and change their order, so that a
-    disturbance of the machine hits all alike.
+    Attributes:
+        path: the first of its files.
+        feeds: the inputs to time it with; their first dimension is the batch.
+        runtime: one of :data:`~distill.runtimes.RUNTIMES`.
+        graph: ``inputs`` and ``outputs`` as ``bundle.json`` has them; an ONNX file says its own.
+    """
+
+    path: Path
+    feeds: Feeds
+    runtime: str = RUNTIME
+    graph: Mapping[str, Any] = {}
+
+
+def bench_models(
+    models: Mapping[str, Timed], *, repeats: int, threads: int = 1, neighbour: str | None = None
+) -> dict[str, Any]:
+    """Measure models side by side, those of each runtime by themselves.
+
+    All models of a runtime are warmed up, then timed in short rounds that take turns and change their order, so that a
+    disturbance of the machine hits all alike. Runtimes follow one another, as threads of one may wait in the time of
+    another; ``neighbour`` takes turns with each of them, so that its times tell whether the machine was as fast.
 
     Args:
-        models: name -> ONNX file and the inputs to time it with (their first dimension is the batch).
+        models: name -> what is measured.
         repeats: timed runs a model, at least.
         threads: threads inside an operator.
+        neighbour: a model that is timed beside those of other runtimes too.
 
     Returns:
         For each model: ``latency_ms`` (``p50``, ``p95``, ``p99``, and ``p50_spread``: the smallest and the largest
         median of a round), ``load_ms`` (median), ``peak_memory_bytes`` (see ``peak_memory``; None where the system
-        does not tell), ``peak_memory`` (what that is), ``size_bytes``, ``runtime``, ``batch``, ``threads``, ``runs``.
+        does not tell), ``peak_memory`` (what that is), ``size_bytes``, ``runtime``, ``batch``, ``threads``, ``runs``,
+        and, where the neighbour was timed beside it, ``neighbour_p50_ms``.
 
     Raises:
         UserError: a model file is missing or cannot be loaded.
     """
-    calls: dict[str, Callable[[], object]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for runtime in dict.fromkeys(model.runtime for model in models.values()):
+        group = {name: model for name, model in models.items() if model.runtime == runtime}
+        beside = {} if neighbour is None or neighbour in group else {neighbour: models[neighbour]}
+        timed = _bench_together({**group, **beside}, repeats, threads)
+        for name in group:
+            found[name] = {**timed[name], **_measures(models[name], threads)}
+            if neighbour in beside:
+                found[name]["neighbour_p50_ms"] = timed[neighbour]["latency_ms"]["p50"]
+    return {name: found[name] for name in models}
+
+
+def _bench_together(models: Mapping[str, Timed], repeats: int, threads: int) -> dict[str, Any]:
+    """Load models and time them in turns."""
+    opened: dict[str, Runtime] = {}
     loads: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(LOADS):
-        for name, (path, feeds) in models.items():
+        for name, model in models.items():
             start = time.perf_counter()
-            session = open_session(path, threads)
+            opened[name] = _opened(model, threads)
             loads[name].append(time.perf_counter() - start)
-            calls[name] = _call(session, feeds)
+    calls = {name: partial(runtime.run, models[name].feeds) for name, runtime in opened.items()}
     rounds = _time_rounds(calls, max(1, -(-repeats // ROUND_RUNS)))
     return {
         name: {
             "latency_ms": _summary(rounds[name]),
             "load_ms": float(np.median(loads[name]) * 1e3),
-            "peak_memory_bytes": peak_memory(path, feeds, threads=threads),
-            "peak_memory": MEMORY_MEANING,
-            "size_bytes": path.stat().st_size,
-            "runtime": f"{RUNTIME} {ort.__version__}",
-            "batch": len(next(iter(feeds.values()))),
-            "threads": threads,
+            "runtime": f"{model.runtime} {opened[name].version}",
             "runs": rounds[name].size,
         }
-        for name, (path, feeds) in models.items()
+        for name, model in models.items()
     }
 
 
-def peak_memory(path: Path, feeds: Feeds, *, threads: int = 1) -> int | None:
+def _measures(model: Timed, threads: int) -> dict[str, Any]:
+    """What is measured of a model alone."""
+    return {
+        "peak_memory_bytes": peak_memory(model, threads=threads),
+        "peak_memory": MEMORY_MEANING,
+        "size_bytes": sum(
+            model.path.with_suffix(Path(file).suffix).stat().st_size for file in RUNTIMES[model.runtime].files
+        ),
+        "batch": len(next(iter(model.feeds.values()))),
+        "threads": threads,
+    }
+
+
+def _opened(model: Timed, threads: int) -> Runtime:
+    return RUNTIMES[model.runtime](model.path, model.graph, threads)
+
+
+def peak_memory(model: Timed, *, threads: int = 1) -> int | None:
     """Return what loading and running a model adds to a fresh process's peak resident memory, bytes.
 
     None on systems that tell neither ``VmHWM`` nor ``ru_maxrss``.
     """
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "feeds.safetensors"
-        save_file({name: np.ascontiguousarray(value) for name, value in feeds.items()}, arrays)
+        save_file({name: np.ascontiguousarray(value) for name, value in model.feeds.items()}, arrays)
         package_root = str(Path(__file__).resolve().parent.parent)
         paths = [package_root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        asked = [model.runtime, str(model.path), json.dumps(dict(model.graph)), str(arrays), str(threads)]
         child = subprocess.run(
-            [sys.executable, "-m", "distill.bench", path, arrays, str(threads)],
+            [sys.executable, "-m", "distill.bench", *asked],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             capture_output=True,
             text=True,
             check=False,
         )
     if child.returncode:
-        raise RuntimeError(f"measuring the memory of {path} failed: {child.stderr.strip()[-500:]}")
-    before, after = json.loads(child.stdout)
+        raise RuntimeError(f"measuring the memory of {model.path} failed: {child.stderr.strip()[-500:]}")
+    before, after = json.loads(child.stdout.splitlines()[-1])  # packages may print on loading
     return None if before is None else after - before
 
 
@@ -131,11 +180,6 @@ def flops(model: nn.Module, example: Batch) -> int:
     return int(counter.get_total_flops())
 
 
-def _call(session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
-    inputs = {value.name: feeds[value.name] for value in session.get_inputs()}
-    return lambda: session.run(None, inputs)
-
-
 def _time_rounds(calls: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, NDArray[np.float64]]:
     """Return seconds [rounds, runs a round] for each model."""
     for call in calls.values():
@@ -162,13 +206,14 @@ def _summary(seconds: NDArray[np.float64]) -> dict[str, Any]:
 
 def _memory_child() -> None:
     """Run in a fresh process: print its peak memory before and after a model was loaded and run."""
-    path, arrays, threads = sys.argv[1:]
-    feeds = load_file(arrays)
+    runtime, path, graph, arrays, threads = sys.argv[1:]
+    model = Timed(Path(path), load_file(arrays), runtime, json.loads(graph))
+    RUNTIMES[runtime].start()
     before = _peak_resident_bytes()
-    call = _call(open_session(path, int(threads)), feeds)
+    opened = _opened(model, int(threads))
     for _ in range(MEMORY_RUNS):
-        call()
-    sys.stdout.write(json.dumps([before, _peak_resident_bytes()]))
+        opened.run(model.feeds)
+    sys.stdout.write(f"\n{json.dumps([before, _peak_resident_bytes()])}\n")
 
 
 def _peak_resident_bytes() -> int | None:

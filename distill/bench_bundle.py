@@ -1,11 +1,13 @@
 """What a bundle costs on the device where it lies: latency, throughput, time to load, memory, size.
 
-Needs numpy and the bundle's runtime, and nothing else of multidistill: copy this file and a bundle to a device, and run
+Needs numpy and the bundle's runtime (onnxruntime, openvino, executorch or ai-edge-litert), and nothing else of
+multidistill: copy this file and a bundle to a device, and run
 
     python bench_bundle.py BUNDLE --batches 1,8 --threads 1,2 --json measured.json
 
 Inputs are made up: what they hold does not change the time. Batches and numbers of threads are timed in short rounds
-that take turns, so that a disturbance of the device hits all alike.
+that take turns, so that a disturbance of the device hits all alike; but numbers of threads of ExecuTorch, whose models
+share the process's, follow one another. Its models and those of LiteRT run row by row.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +50,23 @@ class Opened(NamedTuple):
     version: str
 
 
-def open_onnxruntime(path: Path, threads: int) -> Opened:
+class Runtime(NamedTuple):
+    """How a runtime's bundles are loaded.
+
+    Attributes:
+        files: of the model; the first is the one to open.
+        modules: what is imported for any model; its memory is none of the model's.
+        open: takes that file, the names of inputs in their order, and threads inside an operator.
+        one_pool: models of a process share their threads.
+    """
+
+    files: tuple[str, ...]
+    modules: tuple[str, ...]
+    open: Callable[[Path, list[str], int], Opened]
+    one_pool: bool = False
+
+
+def open_onnxruntime(path: Path, inputs: list[str], threads: int) -> Opened:
     """Load ``model.onnx``."""
     import onnxruntime as ort
 
@@ -53,11 +74,84 @@ def open_onnxruntime(path: Path, threads: int) -> Opened:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return Opened(lambda feeds: session.run(None, feeds), ort.__version__)
+    return Opened(lambda feeds: session.run(None, {name: feeds[name] for name in inputs}), ort.__version__)
 
 
-RUNTIMES: dict[str, tuple[str, Callable[[Path, int], Opened]]] = {"onnxruntime": ("model.onnx", open_onnxruntime)}
-"""Runtime that ``bundle.json`` names -> the file of the model, and how it is loaded."""
+def open_openvino(path: Path, inputs: list[str], threads: int) -> Opened:
+    """Load ``model.xml`` for its latency, in float32 wherever it is not quantized."""
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+    return Opened(lambda feeds: request.infer({name: feeds[name] for name in inputs}), metadata.version("openvino"))
+
+
+def open_executorch(path: Path, inputs: list[str], threads: int) -> Opened:
+    """Load ``model.pte``, which runs row by row. The runtime's Python package brings torch, its C++ one does not."""
+    import torch
+    from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
+    from executorch.runtime import Runtime as Loader
+
+    if _threadpool_get_thread_count() != threads:  # loaded models keep the threads that they were loaded with
+        _unsafe_reset_threadpool(threads)
+    method = Loader.get().load_program(path).load_method("forward")
+    run = _by_rows(lambda row: method.execute([torch.from_numpy(value) for value in row]), inputs)
+    return Opened(run, metadata.version("executorch"))
+
+
+def open_litert(path: Path, inputs: list[str], threads: int) -> Opened:
+    """Load ``model.tflite``, which runs row by row and reads token ids as int32."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    call = Interpreter(str(path), num_threads=threads).get_signature_runner()
+    kinds = [call.get_input_details()[f"args_{number}"]["dtype"] for number in range(len(inputs))]
+
+    def run(row: list[Any]) -> object:
+        values = (value.astype(kind, copy=False) for value, kind in zip(row, kinds, strict=True))
+        return call(**{f"args_{number}": value for number, value in enumerate(values)})
+
+    return Opened(_by_rows(run, inputs), metadata.version("ai-edge-litert"))
+
+
+def _by_rows(run: Callable[[list[Any]], object], inputs: list[str]) -> Run:
+    def run_all(feeds: Feeds) -> object:
+        rows = len(feeds[inputs[0]])
+        return [run([feeds[name][row : row + 1] for name in inputs]) for row in range(rows)]
+
+    return run_all
+
+
+RUNTIMES = {
+    "onnxruntime": Runtime(("model.onnx",), ("onnxruntime",), open_onnxruntime),
+    "openvino": Runtime(("model.xml", "model.bin"), ("openvino",), open_openvino),
+    "executorch": Runtime(
+        ("model.pte",), ("executorch.kernels.quantized", "executorch.runtime"), open_executorch, one_pool=True
+    ),
+    "litert": Runtime(("model.tflite",), ("ai_edge_litert.interpreter",), open_litert),
+}
+"""What ``bundle.json`` calls a runtime -> how its bundles are loaded."""
+
+
+PACKAGES = {"litert": "ai-edge-litert"}
+"""Runtime -> its package, where that has another name."""
+
+
+def load_packages(runtime: str) -> None:
+    """Import a runtime; ``SystemExit`` with a sentence where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the packages' own, of their imports
+            for module in RUNTIMES[runtime].modules:
+                import_module(module)
+        if runtime == "openvino":  # its plugin for the CPU is a library of its own
+            sys.modules["openvino"].Core().get_versions("CPU")
+    except ImportError as error:
+        package = PACKAGES.get(runtime, runtime)
+        raise SystemExit(f"error: the bundle is for {runtime} ({error}); pip install {package}") from None
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
@@ -69,8 +163,9 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         raise SystemExit(f"error: {folder} is no bundle ({error!r}); give a folder made by `distill export`") from None
     if runtime not in RUNTIMES:
         raise SystemExit(f"error: {folder} is for {runtime}; this script times {', '.join(RUNTIMES)}")
-    if not isinstance(inputs, dict) or not (folder / RUNTIMES[runtime][0]).is_file():
-        raise SystemExit(f"error: {folder} lacks its model {RUNTIMES[runtime][0]}; copy the whole folder")
+    for file in RUNTIMES[runtime].files:
+        if not isinstance(inputs, dict) or not (folder / file).is_file():
+            raise SystemExit(f"error: {folder} lacks its model {file}; copy the whole folder")
     return dict(content)
 
 
@@ -117,18 +212,21 @@ def measure(
         ``p99_ms``, ``p50_spread_ms`` (the smallest and the largest median of a round), ``rows_per_second``, ``runs``.
     """
     info = read_bundle(folder)
-    file, opener = RUNTIMES[info["runtime"]]
-    calls: dict[tuple[int, int], Callable[[], object]] = {}
+    load_packages(info["runtime"])
+    runtime = RUNTIMES[info["runtime"]]
     loads, version = [], ""
-    for count in threads:
-        for _ in range(LOADS):
-            start = time.perf_counter()
-            opened = opener(folder / file, count)
-            loads.append(time.perf_counter() - start)
-        version = opened.version
-        for batch in batches:
-            calls[batch, count] = _call(opened.run, make_feeds(info["inputs"], batch, text_length))
-    timed = _take_turns(calls, max(1, -(-runs // ROUND)))
+    timed: dict[tuple[int, int], Any] = {}
+    for together in [[count] for count in threads] if runtime.one_pool else [threads]:
+        calls: dict[tuple[int, int], Callable[[], object]] = {}
+        for count in together:
+            for _ in range(LOADS):
+                start = time.perf_counter()
+                opened = runtime.open(folder / runtime.files[0], list(info["inputs"]), count)
+                loads.append(time.perf_counter() - start)
+            version = opened.version
+            for batch in batches:
+                calls[batch, count] = partial(opened.run, make_feeds(info["inputs"], batch, text_length))
+        timed |= _take_turns(calls, max(1, -(-runs // ROUND)))
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -137,7 +235,7 @@ def measure(
         "runtime": f"{info['runtime']} {version}",
         "machine": describe_machine(),
         "text_length": text_length,
-        "size_bytes": (folder / file).stat().st_size,
+        "size_bytes": sum((folder / file).stat().st_size for file in runtime.files),
         "load_ms": float(np.median(loads) * 1e3),
         "peak_memory_bytes": peak_memory(folder, batches[0], threads[0], text_length),
         "results": [_summary(batch, count, seconds) for (batch, count), seconds in timed.items()],
@@ -161,12 +259,8 @@ def peak_memory(folder: Path, batch: int, threads: int, text_length: int) -> int
     child = subprocess.run(asked, capture_output=True, text=True, check=False)
     if child.returncode:
         raise SystemExit(f"error: measuring the memory failed: {child.stderr.strip()[-500:]}")
-    before, after = json.loads(child.stdout)
+    before, after = json.loads(child.stdout.splitlines()[-1])  # packages may print on loading
     return None if before is None else after - before
-
-
-def _call(run: Run, feeds: Feeds) -> Callable[[], object]:
-    return lambda: run(feeds)
 
 
 def _take_turns(calls: Mapping[tuple[int, int], Callable[[], object]], rounds: int) -> dict[tuple[int, int], Any]:
@@ -201,14 +295,14 @@ def _summary(batch: int, threads: int, seconds: Any) -> dict[str, Any]:
 
 def _memory_child(folder: Path, batch: int, threads: int, text_length: int) -> None:
     info = read_bundle(folder)
-    file, opener = RUNTIMES[info["runtime"]]
+    runtime = RUNTIMES[info["runtime"]]
     feeds = make_feeds(info["inputs"], batch, text_length)
-    __import__(info["runtime"])  # its own memory is none of the model's
+    load_packages(info["runtime"])  # their own memory is none of the model's
     before = _peak_resident_bytes()
-    opened = opener(folder / file, threads)
+    opened = runtime.open(folder / runtime.files[0], list(info["inputs"]), threads)
     for _ in range(5):
         opened.run(feeds)
-    sys.stdout.write(json.dumps([before, _peak_resident_bytes()]))
+    sys.stdout.write(f"\n{json.dumps([before, _peak_resident_bytes()])}\n")
 
 
 def _peak_resident_bytes() -> int | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from distill.config import FP32, INT8, ExportConfig, QuantizeConfig, nearest
 from distill.contracts import UserError
+from distill.export.conversion import EXPORTERS, ONNX, convert, missing_packages
 from distill.predict import RUNTIME
 from distill.progress import Progress
 from distill.quantization.common import Feeds
@@ -20,6 +21,7 @@ from distill.quantization.search import search_floats
 from distill.quantization.static import StaticQuantizer
 from distill.quantization.weights import quantize_weights_int4, quantize_weights_int8
 from distill.runs import write_json
+from distill.runtimes import RUNTIMES
 
 NOTHING = float("-inf")
 LAYERS_FILE = "quantize.json"
@@ -32,6 +34,7 @@ class Exported:
 
     Attributes:
         graph: the fp32 ONNX file.
+        program: writes the model as a program of one row, if it is not there yet.
         feeds: makes the inputs of some batches of training rows.
         config: how it is quantized, with the parts of models that their encoders keep in float.
         agreement: of a model file with its source on the validation rows.
@@ -42,6 +45,7 @@ class Exported:
     """
 
     graph: Path
+    program: Callable[[], Path]
     feeds: Callable[[], Iterator[Feeds]]
     config: QuantizeConfig
     agreement: Callable[[Path], float]
@@ -58,7 +62,8 @@ class Kind:
     Attributes:
         runtime: what runs it.
         precision: of its weights and values.
-        make: writes the model file and returns what it did as JSON values, which the bundle holds; None of the fp32
+        make: writes the model to the first of the runtime's files, and the others beside it, and returns what it did as
+            JSON values, which the bundle holds; of other runtimes with ``inputs`` and ``outputs``. None of the fp32
             graph, which is there.
         gate: which of ``export.min_agreement_fp32`` and ``export.min_agreement_int8`` holds where
             ``export.min_agreement`` does not name the bundle.
@@ -68,6 +73,30 @@ class Kind:
     precision: str
     make: Callable[[Exported, Path], dict[str, Any]] | None
     gate: Literal["fp32", "int8"]
+
+    @property
+    def file(self) -> str:
+        """The first of the runtime's files."""
+        return RUNTIMES[self.runtime].files[0]
+
+
+def _converted(runtime: str, precision: Literal["fp32", "int8"]) -> Kind:
+    """The kind of bundle that a runtime's exporter makes."""
+    exporter, int8 = EXPORTERS[runtime], precision == "int8"
+
+    def make(exported: Exported, target: Path) -> dict[str, Any]:
+        source = exported.graph if exporter.source == ONNX else exported.program()
+        with exported.progress(f"convert for {runtime}") as report:
+            return convert(
+                runtime,
+                source,
+                target.parent,
+                feeds=exported.feeds() if int8 else None,
+                keep_float=exported.config.keep_float if int8 else (),
+                report=report,
+            )
+
+    return Kind(runtime, precision, make, precision)
 
 
 def _from_graph(
@@ -100,6 +129,12 @@ BUNDLES = {
     "onnx-int8-dynamic": Kind(RUNTIME, "int8, dynamic", _from_graph(quantize_dynamic), "int8"),
     "onnx-int8-weights": Kind(RUNTIME, "int8 weights", _from_graph(quantize_weights_int8), "int8"),
     "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
+    "openvino-fp32": _converted("openvino", "fp32"),
+    "openvino-int8": _converted("openvino", "int8"),
+    "executorch-fp32": _converted("executorch", "fp32"),
+    "executorch-int8": _converted("executorch", "int8"),
+    "litert-fp32": _converted("litert", "fp32"),
+    "litert-int8": _converted("litert", "int8"),
 }
 """Name -> kind of bundle."""
 
@@ -117,15 +152,22 @@ def best_found(made: Mapping[str, Any]) -> str:
     )
 
 
-def check_bundles(config: ExportConfig) -> None:
-    """Check the names of bundles.
+def check_bundles(config: ExportConfig, *, made: bool = True) -> None:
+    """Check the names of bundles and, where they are to be made, that what makes and runs them is installed.
 
     Raises:
-        UserError: one that is not known, or a least agreement of one that is not made.
+        UserError: one that is not known, a package that is missing, or a least agreement of one that is not made.
     """
     for name in config.bundles:
         if name not in BUNDLES:
             raise UserError(f"export.bundles: there is no bundle {name!r}; {nearest(name, BUNDLES)}")
+        runtime = BUNDLES[name].runtime
+        missing = missing_packages(runtime) if made else []
+        if missing:
+            raise UserError(
+                f"export.bundles: {name!r} needs {' and '.join(missing)}, which this installation lacks; "
+                f"pip install 'multidistill[{RUNTIMES[runtime].extra}]', or leave it out"
+            )
     for name in config.min_agreement:
         if name not in config.bundles:
             raise UserError(

@@ -317,6 +317,7 @@ class ReportConfig(Strict):
 
     bootstrap: int = Field(2000, ge=100)
     examples: int = Field(8, ge=0)
+    measured: list[str] = []  # files that bench_bundle.py wrote on devices, of bundles of this run
 
 
 class Recipe(Strict):

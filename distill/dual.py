@@ -30,6 +30,7 @@ class DualEncoder(nn.Module):
 
     def __init__(self, encoders: dict[str, Encoder], embedding_dim: int) -> None:
         super().__init__()
+        self.embedding_dim = embedding_dim
         self.encoders = nn.ModuleDict(encoders)
         self.embedders = nn.ModuleDict()
         for name, encoder in encoders.items():
@@ -49,6 +50,13 @@ class DualEncoder(nn.Module):
             vectors = unit(upcast(self.project(name, pooled)))
             found[name] = vectors * batch.present[name][:, None].to(vectors.dtype)
         return Outputs({}, found, {})
+
+    def alone(self, modality: str) -> DualEncoder:
+        """The model of one encoder and its projection, with the same weights."""
+        encoder: Any = self.encoders[modality]
+        part = DualEncoder({modality: encoder}, self.embedding_dim)
+        part.embedders[modality] = self.embedders[modality]
+        return part
 
     def project(self, modality: str, pooled: Tensor) -> Tensor:
         """A modality's linear projection: [V, D] to [V, E]."""

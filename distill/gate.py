@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distill import bench, evaluate
 from distill.build import Model, input_spec
-from distill.config import FP32
+from distill.bundles import BUNDLES
 from distill.contracts import AND, VALID, Batch
 from distill.data.loader import InputSpec, Loader
 from distill.data.raw import RawRows
@@ -21,9 +21,14 @@ from distill.dual import DualEncoder
 from distill.export.bundle import ParityError, parity, write_bundle
 from distill.export.onnx import extract_tower
 from distill.formats import TABULAR, TEXT, BadInput
-from distill.predict import EMBEDDING, MODEL_FILE, load, open_graph
+from distill.predict import EMBEDDING, load, open_graph
 from distill.preprocess import Preprocessor
 from distill.workspace import PRUNED, STUDENT, Workspace
+
+Graph = Mapping[str, Any]
+"""``inputs`` and ``outputs`` of a model whose file does not say them."""
+Part = Callable[[str, Path], Graph | None]
+"""Writes the model of one modality's encoder to a path; None of an ONNX file."""
 
 SHIPPED = PRUNED
 """The model that is exported into bundles."""
@@ -52,18 +57,29 @@ class Gate:
         self._loader = work.clean_loader(VALID, self._spec, STUDENT)
         self._batches = evaluate.clean_batches(self._loader, STUDENT)
 
-    def write(self, bundle: Path, graph: Path, info: Mapping[str, Any], least: float) -> dict[str, Any]:
+    def write(
+        self,
+        bundle: Path,
+        file: Path,
+        info: Mapping[str, Any],
+        least: float,
+        *,
+        graph: Graph | None = None,
+        part: Part | None = None,
+    ) -> dict[str, Any]:
         """Write a bundle, and compare what it reads and says.
 
         Files and texts of some validation rows have to become, by the bundle's own preprocessing, what training read
-        of them. The fp32 bundle, from which the others are made, is asked about parts of the modalities too: where all
-        rows have all, nothing else would show that two ``..._present`` were exchanged.
+        of them. Bundles in fp32 are asked about parts of the modalities too: where all rows have all, nothing else
+        would show that two ``..._present`` were exchanged.
 
         Args:
-            bundle: its folder.
-            graph: the model file.
+            bundle: its folder, of the name of its kind.
+            file: the first of the model's files.
             info: what the bundle tells of itself.
             least: least agreement of every output.
+            graph: of a model that is no ONNX file.
+            part: makes the models of single encoders; by default they are taken out of the ONNX file.
 
         Returns:
             As :func:`~distill.export.bundle.parity`.
@@ -71,15 +87,16 @@ class Gate:
         Raises:
             ParityError: the bundle reads or says something else than its source.
         """
-        self._write(bundle, graph, self._spec, info)
+        kind, part = BUNDLES[bundle.name], part or partial(extract_tower, file)
+        self._write(bundle, file, self._spec, info, kind.runtime, graph)
         for modality, folder in towers(self._model, bundle).items():
             model: Any = self._model
             folder.mkdir(exist_ok=True)
-            extract_tower(graph, modality, folder / MODEL_FILE)
+            alone = part(modality, folder / kind.file)
             num_params = sum(map(bench.num_params, (model.encoders[modality], model.embedders[modality])))
-            part = self._spec.only([modality])
-            self._write(folder, folder / MODEL_FILE, part, {**info, "num_params": num_params})
-        same = bundle.name == FP32
+            told = {**info, "num_params": num_params}
+            self._write(folder, folder / kind.file, self._spec.only([modality]), told, kind.runtime, alone)
+        same = kind.precision == "fp32"
         found = self._compare(bundle_says(self._model, bundle, self._batches), least, CLOSE if same else None)
         if same:
             self._compare_parts(bundle, min(least, PARTS_LEAST))
@@ -122,16 +139,20 @@ class Gate:
         embeddings = list(towers(self._model, Path()))
         return evaluate.predict_torch(self._model, self._batches, embeddings=embeddings)
 
-    def _write(self, folder: Path, graph: Path, reads: InputSpec, info: Mapping[str, Any]) -> None:
+    def _write(
+        self, folder: Path, file: Path, reads: InputSpec, info: Mapping[str, Any], runtime: str, graph: Graph | None
+    ) -> None:
         work = self._work
         write_bundle(
             folder,
-            model_path=graph,
+            model_path=file,
             preprocessor=work.preprocessor(reads),
             tasks=work.tasks() if work.recipe.student.fusion else {},
             name=f"{work.recipe.name} {folder.name}",
             source={"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint},
             info=info,
+            runtime=runtime,
+            graph=graph,
         )
         check_reading(load(folder).preprocessor, self._loader, reads, work.recipe.data)
 

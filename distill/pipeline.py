@@ -12,7 +12,7 @@ from typing import Any
 
 import students
 import teachers
-from distill import bundles, results, stages
+from distill import bundles, measured, results, stages
 from distill.check import check_recipe
 from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
@@ -20,7 +20,7 @@ from distill.data.prepare import prepare, source_fingerprint
 from distill.data_config import LabelledConfig
 from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
-from distill.planning import Planned, Stage, copy_planned, make_plan, refuse_loss, run_planned
+from distill.planning import Planned, Stage, check_output, copy_planned, make_plan, refuse_loss, run_planned
 from distill.progress import progress
 from distill.prune import check_pruning, judges
 from distill.ranks import Ranks, join
@@ -239,7 +239,7 @@ STAGES = (
         "compare student and teacher",
         results.write_run_report,
         ("data", "cache", "evaluate", "bench"),
-        _identity,
+        lambda r: {**_identity(r), "report": measured.settings(r.report)},
     ),
 )
 NAMES = [stage.name for stage in STAGES]
@@ -260,12 +260,12 @@ def check(recipe: Recipe, until: str | None = None) -> None:
     Raises:
         UserError: the first mistake found.
     """
-    if "://" in recipe.output:
-        why = f"runs are written to a folder, and {recipe.output} is a URL"
-        raise UserError(f"output: {why}; name a folder, one that all machines share if there are several")
+    check_output(recipe)
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
-    bundles.check_bundles(recipe.export)
-    if "pruned" in [stage.name for stage in _needed(until)]:
+    needed = [stage.name for stage in _needed(until)]
+    bundles.check_bundles(recipe.export, made="quantize" in needed)
+    measured.read_measured(recipe.report)
+    if "pruned" in needed:
         check_pruning(recipe, ENCODERS)
 
 

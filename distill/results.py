@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +21,7 @@ from PIL import Image
 from distill import bench, evaluate
 from distill.build import Model, example_batch, input_spec
 from distill.bundles import BUNDLES, LAYERS_FILE, Exported, best_found, least_agreement, stages_of
-from distill.config import FP32, INT8
+from distill.config import FP32, INT8, Recipe
 from distill.contracts import AND, TEST, TRAIN, Batch
 from distill.data.loader import InputSpec
 from distill.data.prepared import PreparedData
@@ -31,12 +32,16 @@ from distill.export.onnx import export_onnx
 from distill.formats import TEXT, Format
 from distill.gate import SHIPPED, Gate, bundle_says, towers
 from distill.label_noise import doubts_of, told, write_doubts
+from distill.measured import on_devices
 from distill.other_teachers import provenance
-from distill.predict import MODEL_FILE, load
+from distill.predict import MODEL_FILE, load, verify_bundle
+from distill.programs import Sources, graph_apart
 from distill.progress import progress
 from distill.report import ModelEntry, ReportContext, write_report
+from distill.report.formats import milliseconds
 from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
 from distill.runs import read_json
+from distill.runtimes import RUNTIMES
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
@@ -65,19 +70,21 @@ def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Write the other gated bundles from the fp32 graph; those that are calibrated read training rows."""
+    """Write the other gated bundles, for each runtime; those that are calibrated read training rows."""
     config, gate = work.recipe.export, Gate(work)
     model: Any = work.model(SHIPPED)
     fixed = [f"encoders.{name}.{part}" for name, encoder in model.encoders.items() for part in encoder.keep_float]
     how = config.quantize.model_copy(update={"keep_float": [*config.quantize.keep_float, *fixed]})
-    path, made, found = folder / "model.onnx", {}, {}
+    made, found = {}, {}
     names = [name for name in config.bundles if name != FP32]
-    with progress("quantize", quiet=work.quiet) as report:
+    with progress("quantize", quiet=work.quiet) as report, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        sources = Sources(work, model, Path(scratch))
         for number, name in enumerate(names):
             least, kind = least_agreement(config, name), BUNDLES[name]
             assert kind.make is not None
             exported = Exported(
                 graph=work.path("export") / FP32 / MODEL_FILE,
+                program=sources.program,
                 feeds=partial(_calibration, work, model),
                 config=how,
                 agreement=gate.agreement,
@@ -86,12 +93,14 @@ def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
                 folder=folder,
                 progress=partial(progress, quiet=work.quiet),
             )
-            made[name] = kind.make(exported, path)
+            path = Path(scratch) / kind.file
+            graph, made[name] = graph_apart(kind.make(exported, path))
+            part = None if graph is None else partial(sources.make_part, kind.make, exported)
+            info = {"precision": kind.precision, **made[name]}
             try:
-                found[name] = gate.write(folder / name, path, {"precision": kind.precision, **made[name]}, least)
+                found[name] = gate.write(folder / name, path, info, least, graph=graph, part=part)
             except ParityError as error:
                 raise ParityError(f"{name}: {error}{best_found(made[name])}") from None
-            path.unlink()
             report(number + 1, len(names), name)
     return {**made.pop(INT8, {}), **({"others": made} if made else {}), "parity": found}
 
@@ -106,7 +115,7 @@ def _calibration(work: Workspace, model: Model) -> Iterator[dict[str, NDArray[An
 
 
 def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Predict the test rows with every model: the trained ones in torch, the bundles on onnxruntime."""
+    """Predict the test rows with every model: the trained ones in torch, each bundle on its runtime."""
     data = work.data()
     rows = data.rows(TEST)
     targets = {f"target.{task}": values[rows] for task, values in data.targets.items()}
@@ -197,22 +206,17 @@ def _zero_shot(
 
 
 def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
-    """Measure every graph side by side on onnxruntime, on one test row whose text has the median length."""
+    """Measure every graph on its runtime, on one test row whose text has the median length."""
     recipe, export = work.recipe, work.path("export")
-    paths = {
-        TEACHER: export / "teacher.onnx",
-        STUDENT: export / "student.onnx",
-        **{name: bundle_folder(work, name) / MODEL_FILE for name in recipe.export.bundles},
-    }
     models = {name: work.model(name) for name in (TEACHER, STUDENT, SHIPPED)}
     feeds = {name: _median_row(work, model) for name, model in models.items()}
-    feeds |= dict.fromkeys(recipe.export.bundles, feeds[SHIPPED])
+    timed = {name: bench.Timed(export / f"{name}.onnx", feeds[name]) for name in (TEACHER, STUDENT)}
+    for name in recipe.export.bundles:
+        kind, folder_of = BUNDLES[name], bundle_folder(work, name)
+        timed[name] = bench.Timed(folder_of / kind.file, feeds[SHIPPED], kind.runtime, verify_bundle(folder_of))
+    settings = {"repeats": recipe.bench.repeats, "threads": recipe.bench.threads}
     with progress("bench", quiet=work.quiet) as report:
-        measured = bench.bench_onnx(
-            {name: (path, feeds[name]) for name, path in paths.items()},
-            repeats=recipe.bench.repeats,
-            threads=recipe.bench.threads,
-        )
+        measured = bench.bench_models(timed, **settings, neighbour=FP32)
         report(1, 1)
     for name, model in models.items():
         length = feeds[name]["text"].shape[1] if "text" in feeds[name] else 0
@@ -268,7 +272,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
             "test_fingerprint": data.fingerprint(TEST),
         },
         seeds=[recipe.seed],
-        versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        versions=_versions(recipe) | {"python": platform.python_version()},
         curves={name: _curve(work.path(name) / "metrics.jsonl") for name in TRAINED},
         costs={name: artifact.info["cost"] for name, artifact in work.done.items() if "cost" in artifact.info},
         cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
@@ -276,6 +280,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
         quantized=_layers(work),
         doubts={task: told(data.tasks[task], splits, recipe.report.examples) for task, splits in doubts.items()},
+        measured=on_devices(recipe.report, (work.path("export"), work.path("quantize"))),
         examples=lambda row: _example(work, row),
         num_examples=recipe.report.examples,
         resamples=recipe.report.bootstrap,
@@ -297,6 +302,12 @@ def shown_alike(data: PreparedData, rows: NDArray[np.int64]) -> NDArray[np.int64
     return np.unique(np.stack(shown), axis=1, return_inverse=True)[1].reshape(-1)
 
 
+def _versions(recipe: Recipe) -> dict[str, str]:
+    """Of what every run is made with, and of the runtimes of its bundles."""
+    runtimes = (RUNTIMES[BUNDLES[name].runtime].package for name in recipe.export.bundles)
+    return {name: metadata.version(name) for name in (*VERSIONS, *runtimes)}
+
+
 def _layers(work: Workspace) -> dict[str, Any]:
     """What the static int8 bundle's stage found out about its layers; runs of earlier versions have none."""
     file = work.path("quantize") / LAYERS_FILE
@@ -310,7 +321,8 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
         if key.startswith("subset."):
             _, modalities, task = key.split(".")
             subsets.setdefault(modalities, {})[task] = values
-    threads = measured["threads"]
+    threads, beside = measured["threads"], measured.get("neighbour_p50_ms")
+    note = f"{measured['runtime']} CPU, batch 1, {threads} thread{'s' if threads > 1 else ''}"
     return ModelEntry(
         name=name,
         stage=stages_of(work.recipe.export).get(name, name),
@@ -322,7 +334,7 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
         flops=measured["flops"],
         size_bytes=measured["size_bytes"],
         latency_ms=measured["latency_ms"],
-        latency_note=f"{measured['runtime']} CPU, batch 1, {threads} thread{'s' if threads > 1 else ''}",
+        latency_note=note if beside is None else f"{note}; in turns with {FP32}, which took {milliseconds(beside)}",
         peak_memory_bytes=measured["peak_memory_bytes"],
         seeds=[work.recipe.seed],
         source=SHIPPED if name in BUNDLES else None,

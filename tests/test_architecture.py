@@ -94,6 +94,8 @@ LEVELS = {
         "distill.recovery",
         "distill.writing",
         "distill.bundles",
+        "distill.programs",
+        "distill.measured",
         "distill.gate",
         "distill.label_noise",
         "distill.results",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -15,8 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional
 
-from distill.bench import bench_onnx, flops, num_params, peak_memory
+from distill import bench
+from distill.bench import Timed, bench_models, flops, num_params, peak_memory
 from distill.contracts import Batch, Outputs, UserError
+from distill.runtimes import RUNTIMES, Runtime
+from distill.runtimes.base import Tensors
 
 FEEDS = {
     "image": np.zeros((1, 3, 8, 8), dtype=np.uint8),
@@ -44,16 +51,16 @@ def matrix_graph(path: Path, width: int) -> Path:
 def test_all_measures_of_two_models(tmp_path: Path) -> None:
     tiny = write_tiny_graph(tmp_path / "tiny.onnx")
     large = matrix_graph(tmp_path / "large.onnx", 2048)
-    models = {"tiny": (tiny, FEEDS), "large": (large, {"x": np.ones((2, 2048), dtype=np.float32)})}
-    result = bench_onnx(models, repeats=25, threads=1)
+    models = {"tiny": Timed(tiny, FEEDS), "large": Timed(large, {"x": np.ones((2, 2048), dtype=np.float32)})}
+    result = bench_models(models, repeats=25, threads=1)
     assert list(result) == ["tiny", "large"]
-    for name, (path, _) in models.items():
+    for name, model in models.items():
         entry = result[name]
         latency = entry["latency_ms"]
         assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"]
         assert latency["p50_spread"][0] <= latency["p50"] <= latency["p50_spread"][1]
         assert entry["load_ms"] > 0
-        assert entry["size_bytes"] == path.stat().st_size
+        assert entry["size_bytes"] == model.path.stat().st_size
         assert entry["threads"] == 1
         assert entry["runs"] == 30
         assert entry["runtime"].startswith("onnxruntime ")
@@ -64,8 +71,8 @@ def test_all_measures_of_two_models(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_the_models_own(tmp_path: Path) -> None:
     ballast = np.ones(200_000_000, dtype=np.uint8)  # the parent's memory must not be counted
-    small = peak_memory(matrix_graph(tmp_path / "small.onnx", 64), {"x": np.ones((1, 64), dtype=np.float32)})
-    large = peak_memory(matrix_graph(tmp_path / "large.onnx", 2048), {"x": np.ones((1, 2048), dtype=np.float32)})
+    small = peak_memory(Timed(matrix_graph(tmp_path / "small.onnx", 64), {"x": np.ones((1, 64), dtype=np.float32)}))
+    large = peak_memory(Timed(matrix_graph(tmp_path / "large.onnx", 2048), {"x": np.ones((1, 2048), dtype=np.float32)}))
     assert ballast.all()
     assert small is not None
     assert large is not None
@@ -75,7 +82,43 @@ def test_peak_memory_is_the_models_own(tmp_path: Path) -> None:
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model file .*none\.onnx"):
-        bench_onnx({"none": (tmp_path / "none.onnx", FEEDS)}, repeats=10)
+        bench_models({"none": Timed(tmp_path / "none.onnx", FEEDS)}, repeats=10)
+
+
+class Sleeper(Runtime):
+    """A runtime that takes 2 ms a run and notes when it runs."""
+
+    files, extra, package, modules = ("model.zz", "model.top"), None, "numpy", ("numpy",)
+    ran: ClassVar[list[str]] = []
+
+    def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
+        self.name, self.threads, self.version = path.stem, threads, "3"
+        assert graph["inputs"] == {"x": {}}
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        Sleeper.ran.append(self.name)
+        time.sleep(0.002)
+        return {}
+
+
+def test_runtimes_follow_one_another_each_beside_the_neighbour(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(RUNTIMES, "sleeper", Sleeper)
+    monkeypatch.setattr(bench, "peak_memory", lambda model, threads: 7)
+    for file in ("a.zz", "b.zz", "a.top", "b.top"):
+        (tmp_path / file).write_bytes(b"12345")
+    feeds, graph = {"x": np.ones((3, 1), np.float32)}, {"inputs": {"x": {}}}
+    models = {name: Timed(tmp_path / f"{name}.zz", feeds, "sleeper", graph) for name in ("a", "b")}
+    models = {"a": models["a"], "fast": Timed(write_tiny_graph(tmp_path / "tiny.onnx"), FEEDS), "b": models["b"]}
+    result = bench_models(models, repeats=20, threads=2, neighbour="fast")
+    assert list(result) == ["a", "fast", "b"]
+    for name in ("a", "b"):
+        entry = result[name]
+        assert (entry["runtime"], entry["batch"], entry["threads"], entry["size_bytes"]) == ("sleeper 3", 3, 2, 10)
+        assert entry["peak_memory_bytes"] == 7 and entry["runs"] == 20
+        assert entry["latency_ms"]["p50"] >= 2 > entry["neighbour_p50_ms"] > 0
+    assert "neighbour_p50_ms" not in result["fast"]
+    turns = [name for name, _ in itertools.groupby(Sleeper.ran[2 * bench.WARM_UP_RUNS :])]
+    assert turns == ["a", "b", "a"] and Sleeper.ran.count("b") == bench.WARM_UP_RUNS + 20, "a b, b a: the order changes"
 
 
 class Attention(nn.Module):

@@ -75,6 +75,65 @@ def test_inputs_are_made_up_of_the_right_shape_and_length():
     assert feeds["text"].max() <= 1 and np.isfinite(feeds["tabular"]).all()
 
 
+def test_models_of_one_row_run_row_by_row_with_their_own_types(device, tmp_path, monkeypatch):
+    shutil.copytree(device / "bundle", tmp_path / "bundle")
+    info = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({**info, "runtime": "litert"}))
+    (tmp_path / "bundle" / "model.tflite").write_bytes(b"123")
+    ran = []
+
+    class Interpreter:
+        def __init__(self, path, num_threads):
+            assert Path(path).name == "model.tflite"
+            self.threads = num_threads
+
+        def get_signature_runner(self):
+            return self
+
+        def get_input_details(self):
+            return {f"args_{number}": {"dtype": kind} for number, kind in enumerate(("u1", "?", "i4", "?", "?"))}
+
+        def __call__(self, **inputs):
+            ran.append((self.threads, [(value.dtype.str[1:], value.shape[0]) for value in inputs.values()]))
+
+    package = type(sys)("ai_edge_litert")
+    package.interpreter = type(sys)("ai_edge_litert.interpreter")
+    package.interpreter.Interpreter = Interpreter
+    for name, module in (("ai_edge_litert", package), ("ai_edge_litert.interpreter", package.interpreter)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(bench_bundle.metadata, "version", lambda name: "2.0")
+    monkeypatch.setattr(bench_bundle, "peak_memory", lambda *arguments: None)
+    found = bench_bundle.measure(tmp_path / "bundle", [1, 3], [1, 2], runs=10)
+    assert (found["runtime"], found["size_bytes"]) == ("litert 2.0", 3)
+    assert {row["runs"] for row in found["results"]} == {10}
+    assert len(ran) == 2 * (1 + 3) * (bench_bundle.WARM_UP + 10), "a run a row"
+    assert {threads for threads, _ in ran} == {1, 2}
+    assert {tuple(row) for _, row in ran} == {(("u1", 1), ("b1", 1), ("i4", 1), ("b1", 1), ("b1", 1))}
+
+
+def test_threads_of_one_pool_follow_one_another(device, monkeypatch):
+    ran = []
+
+    def opened(path, inputs, threads):
+        return bench_bundle.Opened(lambda feeds: ran.append(threads), "1")
+
+    shared = bench_bundle.RUNTIMES["onnxruntime"]._replace(open=opened, one_pool=True)
+    monkeypatch.setitem(bench_bundle.RUNTIMES, "onnxruntime", shared)
+    monkeypatch.setattr(bench_bundle, "peak_memory", lambda *arguments: None)
+    found = bench_bundle.measure(device / "bundle", [1, 2], [2, 1], runs=10)
+    assert [(row["batch"], row["threads"]) for row in found["results"]] == [(1, 2), (2, 2), (1, 1), (2, 1)]
+    assert ran == sorted(ran, reverse=True), "what was loaded with two threads does not run after one"
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "executorch", "litert"])
+def test_a_runtime_that_is_missing_is_told_with_its_package(runtime, monkeypatch):
+    for module in bench_bundle.RUNTIMES[runtime].modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    package = "ai-edge-litert" if runtime == "litert" else runtime
+    with pytest.raises(SystemExit, match=f"error: the bundle is for {runtime} .*; pip install {package}$"):
+        bench_bundle.load_packages(runtime)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

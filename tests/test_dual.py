@@ -102,6 +102,14 @@ def test_embeddings_have_length_one_and_each_encoder_answers_alone(model):
         assert all(not other.any() for key, other in alone.items() if key != name)
 
 
+def test_the_model_of_one_encoder_says_the_same(model):
+    batch = tiny.make_batch()
+    for name, vectors in model(batch).embeddings.items():
+        said = model.alone(name)(only(batch, name)._replace(present={name: batch.present[name]})).embeddings
+        assert set(said) == {name}
+        torch.testing.assert_close(said[name], vectors)
+
+
 def test_rows_without_a_modality_send_no_gradient(model):
     batch = only(tiny.make_batch(), "text")
     model.train()(batch).embeddings["image"].sum().backward()

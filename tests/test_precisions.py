@@ -18,12 +18,15 @@ from distill import bundles
 from distill.bundles import BUNDLES, check_bundles, fp32_settings, least_agreement, stages_of
 from distill.config import ExportConfig, QuantizeConfig
 from distill.contracts import UserError
+from distill.export import conversion
+from distill.export.conversion import EXPORTERS
 from distill.export.onnx import describe, export_onnx
 from distill.predict import open_graph
 from distill.quantization import weights
 from distill.quantization.dynamic import quantize_dynamic
 from distill.quantization.half import convert_half
 from distill.quantization.weights import quantize_convolutions, quantize_weights_int4, quantize_weights_int8
+from distill.runtimes import RUNTIMES
 
 MAKERS = {
     "half": (convert_half, 0.51, 0.995),
@@ -127,13 +130,36 @@ def test_a_weight_is_within_half_a_step(weight: np.ndarray, bits: int) -> None:
 
 
 def test_names_are_checked_with_the_nearest() -> None:
-    check_bundles(ExportConfig(bundles=list(BUNDLES)))
+    check_bundles(ExportConfig(bundles=list(BUNDLES)), made=False)
     with pytest.raises(UserError, match=r"export\.bundles: there is no bundle 'onnx-int7'; did you mean 'onnx-int8'"):
         check_bundles(ExportConfig(bundles=["onnx-int7"]))
     with pytest.raises(UserError, match=r"'onnx-fp16' is no bundle of export\.bundles"):
         check_bundles(ExportConfig(min_agreement={"onnx-fp16": 0.9}))
     with pytest.raises(ValidationError):
         ExportConfig(min_agreement={"onnx-int8": 1.1})
+
+
+@pytest.mark.parametrize("runtime", EXPORTERS)
+def test_a_runtime_that_is_not_installed_is_told_with_its_extra(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, packages = ExportConfig(bundles=[f"{runtime}-int8"]), EXPORTERS[runtime].packages
+    monkeypatch.setattr(conversion.util, "find_spec", lambda name: None if name == packages[-1] else name)
+    with pytest.raises(UserError) as refused:
+        check_bundles(config)
+    assert str(refused.value) == (
+        f"export.bundles: '{runtime}-int8' needs {packages[-1]}, which this installation lacks; "
+        f"pip install 'multidistill[{runtime}]', or leave it out"
+    )
+    check_bundles(config, made=False)
+    monkeypatch.setattr(conversion.util, "find_spec", lambda name: name)
+    check_bundles(config)
+
+
+def test_every_exporter_has_two_kinds_of_the_name_of_its_runtime() -> None:
+    for runtime in EXPORTERS:
+        for precision in ("fp32", "int8"):
+            kind = BUNDLES[f"{runtime}-{precision}"]
+            assert (kind.runtime, kind.precision, kind.gate) == (runtime, precision, precision)
+            assert kind.file == RUNTIMES[runtime].files[0]
 
 
 def test_fp32_is_always_made_and_first() -> None:

@@ -90,19 +90,19 @@ def make_project(folder: Path) -> Path:
     return recipe
 
 
-def make_rows(folder: Path) -> None:
-    """Write 96 drawings (a colour and a shape each) and their table."""
+def make_rows(folder: Path, count: int = 96) -> None:
+    """Write drawings (a colour and a shape each) and their table; those beyond 96 are test rows."""
     random = np.random.default_rng(0)
     (folder / "images").mkdir(exist_ok=True)
     with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["id", "image", "caption", "colour", "shape", "family", "split"])
-        for number in range(96):
+        for number in range(count):
             colour, shape = list(COLOURS)[number % 3], SHAPES[number // 3 % 3]
             name = f"images/{number:03d}.png"
             Image.fromarray(_drawing(COLOURS[colour], shape, random)).save(folder / name)
             caption = f"a {'big' if number % 2 else 'small'} {colour} {shape}"
-            split = {4: "valid", 5: "test"}.get(number // 9 % 6, "train")
+            split = "test" if number >= 96 else {4: "valid", 5: "test"}.get(number // 9 % 6, "train")
             table.writerow([1000 + number, name, caption, colour, shape, number // 3, split])
 
 

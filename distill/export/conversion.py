@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +20,29 @@ class Exporter(NamedTuple):
     Attributes:
         module: below ``distill.export``.
         source: what it converts, as the file's suffix: an ONNX file or a program of one row.
+        packages: names that it and the runtime import, of the runtime's extra.
         keeps_float: whether parts can be kept from quantization.
     """
 
     module: str
     source: str
-    keeps_float: bool
+    packages: tuple[str, ...]
+    keeps_float: bool = False
 
 
+ONNX, PROGRAM = ".onnx", ".pt2"
 EXPORTERS = {
-    "openvino": Exporter("openvino", ".onnx", keeps_float=True),
-    "executorch": Exporter("executorch", ".pt2", keeps_float=False),
-    "litert": Exporter("litert", ".pt2", keeps_float=False),
+    "openvino": Exporter("openvino", ONNX, ("openvino", "nncf"), keeps_float=True),
+    "executorch": Exporter("executorch", PROGRAM, ("executorch", "torchao")),
+    "litert": Exporter("litert", PROGRAM, ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")),
 }
 """Runtime -> its exporter; ``onnxruntime`` runs what ``export_onnx`` writes."""
+
+
+def missing_packages(runtime: str) -> list[str]:
+    """What a runtime's bundles need and this installation has not; nothing is imported to find out."""
+    packages = EXPORTERS[runtime].packages if runtime in EXPORTERS else ()
+    return [name for name in packages if util.find_spec(name) is None]
 
 
 def convert(

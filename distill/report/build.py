@@ -67,6 +67,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
         "parity": context.parity,
         "doubts": {task: details.doubted(context, found) for task, found in context.doubts.items()},
         "quantized": {name: _layers(found) for name, found in context.quantized.items()},
+        "measured": context.measured,
         "versions": context.versions,
         "recipe": context.recipe,
     }

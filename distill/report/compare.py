@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]
 
+MEASURED = "report.measured"
+"""Recipe key of files that were measured on devices: they change no result."""
+
 OWN_KEYS = ("seed", "name", "output", "trackers", "workers")
 """Recipe keys in which repetitions of a run may differ."""
 
@@ -136,7 +139,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
 
 def _groups(reports: Sequence[Report], names: Sequence[str]) -> list[str]:
     """Return for each run the label of its repetitions: the recipe's name, or the runs' where that is ambiguous."""
-    keys = [repr(sorted(_flat(_shared_settings(report)))) for report in reports]
+    keys = [repr(sorted(_leaves(_shared_settings(report)).items())) for report in reports]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     recipe = {
         key: _common_name([str(r["name"]) for r, own in zip(reports, keys, strict=True) if own == key]) for key in first
@@ -226,7 +229,7 @@ def _value(report: Report, model: str, task: str) -> float | None:
 
 def _settings(reports: Sequence[Report], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the recipe keys whose values are not the same in all runs; an absent key counts as None."""
-    flat = [dict(_flat(report["recipe"])) for report in reports]
+    flat = [_leaves(report["recipe"]) for report in reports]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = ((key, [settings.get(key) for settings in flat]) for key in keys)
     return [
@@ -256,6 +259,10 @@ def _warnings(reports: Sequence[Report], names: Sequence[str], groups: list[str]
 
 def _shared_settings(report: Report) -> dict[str, Any]:
     return {key: value for key, value in report["recipe"].items() if key not in OWN_KEYS}
+
+
+def _leaves(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _flat(settings) if key != MEASURED}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -86,6 +86,7 @@ class ReportContext:
         parity: bundle -> what its export gate measured, JSON values.
         quantized: static int8 bundle -> ``layers`` and, where it was searched for, ``search``, as its stage wrote them.
         doubts: task -> which labels the teacher doubts, as :func:`distill.label_noise.told` says.
+        measured: what was measured on devices: a dict a bundle, device, batch and number of threads, JSON values.
         examples: shows a row to a human; None for none.
         num_examples: largest number of regressions shown.
         resamples: bootstrap replicates.
@@ -112,6 +113,7 @@ class ReportContext:
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     doubts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    measured: Sequence[Mapping[str, Any]] = ()
     examples: Examples | None = None
     num_examples: int = 8
     resamples: int = 2000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +26,7 @@ class Runtime(ABC):
         files: names of the model's files inside a bundle; the first is the one to open.
         extra: the extra of multidistill that brings the packages; None where every installation has them.
         package: the package that ``runtime_version`` is of.
+        modules: what opening a model imports.
         needs_torch: whether the runtime's own Python package imports torch.
         inputs: names of the inputs, in the graph's order.
         outputs: names of the outputs.
@@ -34,6 +37,7 @@ class Runtime(ABC):
     files: ClassVar[tuple[str, ...]]
     extra: ClassVar[str | None]
     package: ClassVar[str]
+    modules: ClassVar[tuple[str, ...]]
     needs_torch: ClassVar[bool] = False
     inputs: list[str]
     outputs: list[str]
@@ -52,6 +56,18 @@ class Runtime(ABC):
         Raises:
             UserError: the runtime's package is missing, or it cannot load the file.
         """
+
+    @classmethod
+    def start(cls) -> None:
+        """Load what the runtime needs for any model, so that its memory is none of a model's.
+
+        Raises:
+            ImportError: a package is missing.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the packages' own, of their imports
+            for module in cls.modules:
+                import_module(module)
 
     @abstractmethod
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:

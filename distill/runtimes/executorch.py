@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,30 @@ class ExecuTorch(RowByRow):
     """A program of one row, whose convolutions and products run on XNNPACK."""
 
     files, extra, package, needs_torch = ("model.pte",), "executorch", "executorch", True
+    modules = (
+        "executorch.kernels.quantized",  # registers operators
+        "executorch.extension.pybindings.portable_lib",
+        "executorch.runtime",
+    )
 
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
-        """Open a program; the number of threads is the process's, and is set. See :class:`Runtime`."""
+        """Open a program; the number of threads is the process's, and is set. See :class:`Runtime`.
+
+        A program keeps the threads that it was loaded with: those of another number must not run any more.
+        """
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the package's own, of its imports
-                import_module("executorch.kernels.quantized")  # registers operators
-                from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
-                from executorch.runtime import Runtime as Loader
+            self.start()
+            from executorch.extension.pybindings.portable_lib import (
+                _threadpool_get_thread_count,
+                _unsafe_reset_threadpool,
+            )
+            from executorch.runtime import Runtime as Loader
         except ImportError as error:
             raise missing(type(self), error) from error
         super().__init__(graph, threads)
         self.version = metadata.version(self.package)
-        _unsafe_reset_threadpool(threads)
+        if _threadpool_get_thread_count() != threads:  # a reset ends the threads of programs that are loaded
+            _unsafe_reset_threadpool(threads)
         try:
             self.method = Loader.get().load_program(path).load_method("forward")
         except RuntimeError as error:

@@ -17,6 +17,7 @@ class LiteRT(RowByRow):
     """A model of one row, whose tensors have the exporter's own names and our order."""
 
     files, extra, package = ("model.tflite",), "litert", "ai-edge-litert"
+    modules = ("ai_edge_litert.interpreter",)
 
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
         """Open a model; see :class:`Runtime`."""

@@ -42,7 +42,7 @@ def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
 class OnnxRuntime(Runtime):
     """An ONNX file with dynamic rows and text length."""
 
-    files, extra, package = ("model.onnx",), None, "onnxruntime"
+    files, extra, package, modules = ("model.onnx",), None, "onnxruntime", ("onnxruntime",)
 
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
         """Open a file, which itself says its inputs and outputs; see :class:`Runtime`."""

@@ -23,7 +23,7 @@ class OpenVino(Runtime):
     so rows of models that have some are run by the length of their text.
     """
 
-    files, extra, package = ("model.xml", "model.bin"), "openvino", "openvino"
+    files, extra, package, modules = ("model.xml", "model.bin"), "openvino", "openvino", ("openvino",)
 
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
         """Open a model for its latency, in float32 wherever it is not quantized; see :class:`Runtime`."""
@@ -45,6 +45,14 @@ class OpenVino(Runtime):
         except RuntimeError as error:
             raise refused(path, self, error) from error
         self.recurrent = is_recurrent(model)
+
+    @classmethod
+    def start(cls) -> None:
+        """Load the plugin for the CPU too; see :meth:`Runtime.start`."""
+        super().start()
+        import openvino
+
+        openvino.Core().get_versions("CPU")
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """See :meth:`Runtime.run`."""
