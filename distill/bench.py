@@ -80,6 +80,13 @@ def bench_onnx(models: Mapping[str, tuple[Path, Feeds]], *, repeats: int, thread
     }
 
 
+def time_onnx(models: Mapping[str, tuple[Path, Feeds]], *, repeats: int, threads: int = 1) -> dict[str, dict[str, Any]]:
+    """Measure latencies alone, as :func:`bench_onnx` does: its arguments, and for each model its ``latency_ms``."""
+    calls = {name: _call(open_session(path, threads), feeds) for name, (path, feeds) in models.items()}
+    rounds = _time_rounds(calls, max(1, -(-repeats // ROUND_RUNS)))
+    return {name: _summary(seconds) for name, seconds in rounds.items()}
+
+
 def peak_memory(path: Path, feeds: Feeds, *, threads: int = 1) -> int | None:
     """Return what loading and running a model adds to a fresh process's peak resident memory, bytes.
 
