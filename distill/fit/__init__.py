@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from distill.config import Recipe
 from distill.contracts import Artifact, UserError
 from distill.fit.budget import Budget
 from distill.fit.candidates import Candidates, Made
-from distill.fit.outcome import BEST_FILE, closest, write_outcome
+from distill.fit.outcome import BEST_FILE, MARKDOWN_FILE, closest, write_outcome
 from distill.fit.records import Records, Trial
-from distill.fit.search import Clock, finals, rank, search
+from distill.fit.search import Clock, check_sampler, finals, rank, search
 from distill.fit.space import PRECISION, Knob, candidate, check_space, default_space, read_space, target_bundles
 from distill.progress import progress
 from distill.recipe import as_yaml, changed
@@ -74,12 +74,13 @@ def fit(
     """
     began = time.monotonic()
     _check(budget, minutes, most)
+    target_bundles(target)
     pipeline.check(recipe)
     if recipe.fit.space:
         check_space(read_space(recipe, target), lambda values: _checked(recipe, values))
-    target_bundles(target)
+    check_sampler()
     plain = changed(recipe, {"fit": {}}, "fit")
-    done = pipeline.run(plain, until="quantize", quiet=quiet, say=say)
+    done = pipeline.run(recipe, until="quantize", quiet=quiet, say=say)
     knobs = read_space(recipe, target) if recipe.fit.space else _default_space(recipe, done, target, budget)
     asked = {"recipe": plain.model_dump(), "space": {knob.path: list(knob.choices) for knob in knobs}}
     with locked(folder):
@@ -89,9 +90,12 @@ def fit(
         clock = Clock(minutes, done, began)
         with progress("fit", quiet=quiet) as report:
             options: dict[str, Any] = {"say": say, "report": report}
-            trials = search(candidates, knobs, budget, records, clock, most=most, seed=seed, **options)
-            whole = [*_own(candidates, target), *finals(candidates, trials, budget, clock, **options)]
-        whole = _measured_again(candidates, whole)
+
+            def look() -> list[Trial]:
+                return search(candidates, knobs, budget, records, clock, most=most, seed=seed, **options)
+
+            trials, whole = _rounds(look, lambda given: finals(candidates, *given, budget, clock, **options))
+        whole = _measured_again(candidates, [*_own(candidates, target), *whole])
         fitting = [trial for trial, _ in whole if trial.figures and not budget.misses(trial.figures)]
         best = min(fitting, key=lambda trial: rank(budget, trial.figures), default=None)
         everything = [*trials, *(trial for trial, _ in whole)]
@@ -102,7 +106,9 @@ def fit(
             found["recipe"] = str(_write_best(candidates, best, folder))
         content = write_outcome(folder, found, everything, budget)
     if best is None:
-        raise NothingFitsError(f"nothing fits ({budget.said}): {closest(everything, budget)}; {folder / 'fit.md'}")
+        late = "" if trials else f"; no trial fitted into {minutes:g} minutes, so give it more"
+        said = f"nothing fits ({budget.said}): {closest(everything, budget)}{late}"
+        raise NothingFitsError(f"{said}; see {folder / MARKDOWN_FILE}")
     return content
 
 
@@ -114,6 +120,19 @@ def _check(budget: Budget, minutes: float, most: int | None) -> None:
         raise UserError(f"--trials is {most}; give at least 1")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("distill fit times one process; start it without a launcher")
+
+
+def _rounds(
+    look: Callable[[], list[Trial]], full: Callable[[tuple[list[Trial], list[Trial]]], Iterator[tuple[Trial, Made]]]
+) -> tuple[list[Trial], list[tuple[Trial, Made]]]:
+    """Look at choices and train the best in full, by turns, as long as there is time to look at another one."""
+    trials = look()
+    whole: list[tuple[Trial, Made]] = []
+    while True:
+        whole += full((trials, [trial for trial, _ in whole]))
+        before, trials = len(trials), look()
+        if len(trials) == before:
+            return trials, whole
 
 
 def _checked(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

@@ -24,7 +24,7 @@ from distill.config import FP32, Recipe
 from distill.contracts import VALID, Artifact, UserError
 from distill.dual import DualEncoder
 from distill.fit.budget import Figures
-from distill.fit.space import PRECISION, candidate, prunes, shortened
+from distill.fit.space import PRECISION, candidate, differences, prunes, shortened
 from distill.gate import SHIPPED, bundle_says
 from distill.measures import score_of
 from distill.planning import Planned, run_planned
@@ -87,6 +87,10 @@ class Candidates:
         if share == 1:
             return made
         return shortened(made, share, student=self._lookup(pipeline.plan(made, until=STUDENT)[-1]) is None)
+
+    def changes(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a choice is not the recipe's; the bundle is always named."""
+        return differences(self.recipe, values)
 
     def untrained(self, values: Mapping[str, Any]) -> Figures:
         """What a choice costs, from its student without training: pruned, exported, quantized, timed.

@@ -73,8 +73,12 @@ def markdown(shown: Sequence[Trial], best: Trial | None, budget: Budget) -> str:
     ]
     for trial in rows:
         found = _figures(trial)
-        changes = [f"`{path}` {value}" for path, value in trial.values.items() if path != PRECISION]
-        name = "the recipe" if trial.number == 0 else f"trial {trial.number}: {', '.join(changes)}"
+        changes = [f"`{path}` {value}" for path, value in trial.changes.items() if path != PRECISION]
+        name = (
+            "the recipe"
+            if trial.number == 0
+            else f"trial {trial.number}: {', '.join(changes) or 'the recipe as it is'}"
+        )
         misses = "**best**" if trial is best else ", ".join(budget.misses(found)) or "fits"
         costs = f"{formats.milliseconds(found.latency_ms)} | {formats.size(found.size_bytes)}"
         lines.append(

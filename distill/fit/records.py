@@ -28,6 +28,7 @@ class Trial:
         figures: of its bundle, untrained where it was dropped; None where it failed.
         retention: of each task.
         why: it was dropped or failed.
+        changes: what of the values is not the recipe's.
         seconds: it took.
     """
 
@@ -38,12 +39,13 @@ class Trial:
     figures: Figures | None
     retention: dict[str, float] = field(default_factory=dict)
     why: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def said(self) -> str:
         """The trial in a line."""
-        chosen = ", ".join(f"{path.removeprefix('student.')} {value}" for path, value in self.values.items())
+        chosen = ", ".join(f"{path} {value}" for path, value in self.changes.items())
         figures = self.figures.said if self.figures else ""
         ended = {"outside": f"{figures}: {self.why}", "failed": f"failed: {self.why}"}.get(self.state, figures)
         return f"trial {self.number} ({chosen}): {ended} ({self.seconds:.0f} s)"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from distill.config import one_line
 from distill.contracts import Artifact, UserError
 from distill.export.bundle import ParityError
 from distill.fit.budget import LATENCY, SIZE, Budget, Figures
@@ -36,7 +38,7 @@ class Clock:
         made = seconds["inherit"] + sum(seconds[name] for name in BUNDLED)
         self.limit, self._began = 60 * minutes, began
         self._short, self._full = made + SHARE * learnt, made + learnt
-        self._pace = 0.0
+        self._pace, self._longest = 0.0, 0.0
 
     @property
     def elapsed(self) -> float:
@@ -45,12 +47,15 @@ class Clock:
 
     @property
     def full(self) -> float:
-        """Seconds that a choice takes in full at the measured pace."""
-        return self._full * (self._pace or 1.0)
+        """Seconds that a choice takes in full, or would take at the pace of first looks."""
+        return self._longest or self._full * (self._pace or 1.0)
 
-    def learn(self, seconds: float) -> None:
-        """Take in what a first look took."""
-        self._pace = max(self._pace, seconds / self._short)
+    def learn(self, trial: Trial) -> None:
+        """Take in what a trial took."""
+        if trial.state == "short":
+            self._pace = max(self._pace, trial.seconds / self._short)
+        if trial.state == "full":
+            self._longest = max(self._longest, trial.seconds)
 
     def allows_trial(self) -> bool:
         """Whether a first look fits in, before the trainings in full; these get at most half of the time."""
@@ -106,8 +111,7 @@ def search(
                 break
             report(int(clock.elapsed), int(clock.limit), f"trial {len(found) + 1}")
             trial = records.add(_look(candidates, values, len(found) + 1, budget))
-            if trial.state == "short":
-                clock.learn(trial.seconds)
+            clock.learn(trial)
             say(trial.said)
         found[key] = trial
         _tell(study, question, trial, budget)
@@ -116,23 +120,23 @@ def search(
 
 def _look(candidates: Candidates, values: dict[str, Any], number: int, budget: Budget) -> Trial:
     """Measure a choice untrained, and train it briefly if it is inside, or nearly."""
-    began, figures = time.monotonic(), None
-    state, share, why, kept = "failed", 0.0, "", {}
+    began = time.monotonic()
     try:
         figures = candidates.untrained(values)
         if max(budget.excess(figures).values(), default=0.0) > SLACK:
-            state, why = "outside", ", ".join(budget.misses(figures))
+            trial = Trial(number, values, "outside", 0.0, figures, why=", ".join(budget.misses(figures)))
         else:
             made = candidates.trained(values, SHARE, f"trial-{number:03d}")
-            state, share, figures, kept = "short", SHARE, made.figures, made.retention
+            trial = Trial(number, values, "short", SHARE, made.figures, made.retention)
     except FAILURES as error:
-        figures, why = None, " ".join(str(error).split())
-    return Trial(number, values, state, share, figures, kept, why, time.monotonic() - began)  # type: ignore[arg-type]
+        trial = Trial(number, values, "failed", 0.0, None, why=one_line(error))
+    return replace(trial, changes=candidates.changes(values), seconds=time.monotonic() - began)
 
 
 def finals(
     candidates: Candidates,
     trials: Sequence[Trial],
+    before: Sequence[Trial],
     budget: Budget,
     clock: Clock,
     *,
@@ -144,6 +148,7 @@ def finals(
     Args:
         candidates: makes and measures them.
         trials: of the search.
+        before: those that were trained in full already.
         budget: what a bundle may cost and must keep.
         clock: the time.
         say: called with one line each.
@@ -157,8 +162,11 @@ def finals(
         for trial in trials
         if trial.state == "short" and trial.figures and not budget.misses(trial.figures, LATENCY, SIZE)
     ]
-    fits = False
+    fits = any(trial.figures and not budget.misses(trial.figures) for trial in before)
+    known = [trial.number for trial in before]
     for count, trial in enumerate(sorted(inside, key=lambda trial: rank(budget, trial.figures))):
+        if trial.number in known:
+            continue
         if (fits and count >= FINALISTS) or not clock.allows_full():
             return
         report(int(clock.elapsed), int(clock.limit), f"trial {trial.number} in full")
@@ -166,10 +174,11 @@ def finals(
         try:
             made = candidates.trained(trial.values, 1.0, f"trial-{trial.number:03d}-full")
         except FAILURES as error:
-            say(f"trial {trial.number} in full failed: {' '.join(str(error).split())}")
+            say(f"trial {trial.number} in full failed: {one_line(error)}")
             continue
-        taken = time.monotonic() - began
-        full = Trial(trial.number, trial.values, "full", 1.0, made.figures, made.retention, "", taken)
+        full = replace(trial, state="full", share=1.0, seconds=time.monotonic() - began)
+        full = replace(full, figures=made.figures, retention=made.retention)
+        clock.learn(full)
         fits = fits or not budget.misses(made.figures)
         say(f"in full: {full.said}")
         yield full, made
@@ -218,6 +227,15 @@ def _tell(study: Any, question: Any, trial: Trial, budget: Budget) -> None:
     for name, over in budget.excess(looked).items():
         question.set_constraint(name, over)
     study.tell(question, (trial.figures.retention or 0.0) if budget.limits_costs else trial.figures.latency_ms)
+
+
+def check_sampler() -> None:
+    """Check that the sampler is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    _optuna()
 
 
 def _optuna() -> Any:

@@ -201,6 +201,18 @@ def candidate(recipe: Recipe, values: Mapping[str, Any], encoders: Registry, inh
     return changed(made, settings, WHERE)
 
 
+def differences(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not the recipe's; PRECISION, of which it has several, always."""
+    found = {}
+    for path, value in values.items():
+        node: Any = recipe.model_dump()
+        for step in path.split("."):
+            node = node.get(step) if isinstance(node, dict) else None
+        if path == PRECISION or node != value:
+            found[path] = value
+    return found
+
+
 def shortened(recipe: Recipe, share: float, *, student: bool) -> Recipe:
     """A recipe with a share of the epochs of recovery, and of the student's if asked for."""
 
