@@ -155,7 +155,7 @@ def _narrower(widths: list[int]) -> list[list[int]]:
     """Widths times each share, in multiples of eight where they are wider than that."""
     found: list[list[int]] = []
     for share in SHARES:
-        made = [max(min(width, ROUND_TO), round(width * share / ROUND_TO) * ROUND_TO) for width in widths]
+        made = [min(width, max(ROUND_TO, round(width * share / ROUND_TO) * ROUND_TO)) for width in widths]
         if made not in (widths, *found):
             found.append(made)
     return found
