@@ -12,7 +12,7 @@ from distill.fit.budget import Budget, Figures, front
 from distill.fit.records import Trial
 from distill.fit.space import PRECISION
 from distill.report import formats
-from distill.report.svg import figure, line, linear, logarithmic, marker, node, polyline, text
+from distill.report.svg import figure, line, linear, logarithmic, marker, node, polyline, spread, text
 from distill.runs import atomic, write_json
 
 VERSION = 1
@@ -106,14 +106,18 @@ def draw(shown: Sequence[Trial], best: Trial | None, budget: Budget) -> str:
     parts += [line(LEFT, y(limit), right, y(limit), "reference") for limit in least]
     members = front(found)
     parts.append(polyline([(x(found[i].latency_ms), y(found[i].retention or 0.0)) for i in members], "curve"))
+    labels: list[tuple[float, float, str]] = []
     for trial, one in zip(shown, found, strict=True):
         slot = BEST if trial is best else RECIPE if trial.number == 0 else FULL if trial.state == "full" else SHORT
         at = (x(one.latency_ms), y(one.retention or 0.0))
         title = node("title", f"trial {trial.number}: {one.said}")
         parts.append(node("g", marker(*at, slot, 6 if slot == BEST else 4.5), title))
         if slot in (BEST, RECIPE):
-            name = "best" if slot == BEST else f"the recipe, {trial.values[PRECISION]}"
-            parts.append(text(at[0], at[1] - 10, name, anchor="middle"))
+            named = [] if trial.number else ["the recipe", trial.values[PRECISION]]
+            labels.append((*at, ", ".join([*named, *(["best"] if trial is best else [])])))
+    heights = spread([height - 10 for _, height, _ in labels], 14.0, TOP + 10, bottom)
+    for (along, _, name), height in zip(labels, heights, strict=True):
+        parts.append(text(along, height, name, anchor="end" if along > WIDTH / 2 else None))
     parts += [text(LEFT, bottom + 34, "median latency of one row, ms", class_="tick")]
     parts += [text(0, 14, f"retention; grey: a third of the epochs; dashed: {budget.said}", class_="tick")]
     drawn = figure(WIDTH, HEIGHT, "Retention against latency", *parts)
