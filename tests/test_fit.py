@@ -67,13 +67,23 @@ figures = st.builds(
 )
 
 
+def costs(found):
+    return found.latency_ms, found.size_bytes, -found.retention
+
+
 @given(st.lists(figures, min_size=1, max_size=25))
 def test_a_front_has_no_dominated_bundle_and_dominates_all_others(found):
     members = front(found)
     assert members
     for index, one in enumerate(found):
-        beaten = any(dominates(found[member], one) for member in members)
-        assert beaten == (index not in members)
+        beaten = [
+            member
+            for member in members
+            if all(a <= b for a, b in zip(costs(found[member]), costs(one), strict=True))
+            and any(a < b for a, b in zip(costs(found[member]), costs(one), strict=True))
+        ]
+        assert bool(beaten) == (index not in members)
+        assert all(dominates(found[member], one) for member in beaten)
     latencies = [found[index].latency_ms for index in members]
     assert latencies == sorted(latencies)
 
