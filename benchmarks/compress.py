@@ -25,7 +25,7 @@ import torch
 from benchmarks.compress_models import MODELS, build, rows
 from benchmarks.seed_tables import add_outputs, command_line, put_out, table
 from distill import evaluate
-from distill.bench import _time_rounds as time_rounds
+from distill.bench import time_rounds
 from distill.config import QuantizeConfig
 from distill.contracts import UserError
 from distill.export.conversion import EXPORTERS, convert

@@ -52,6 +52,12 @@ class Timed(NamedTuple):
     runtime: str = RUNTIME
     graph: Mapping[str, Any] = {}
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its files."""
+        files = (self.path.with_suffix(Path(file).suffix) for file in RUNTIMES[self.runtime].files)
+        return sum(file.stat().st_size for file in files)
+
 
 def bench_models(
     models: Mapping[str, Timed], *, repeats: int, threads: int = 1, neighbour: str | None = None
@@ -99,7 +105,7 @@ def _bench_together(models: Mapping[str, Timed], repeats: int, threads: int) -> 
             opened[name] = _opened(model, threads)
             loads[name].append(time.perf_counter() - start)
     calls = {name: partial(runtime.run, models[name].feeds) for name, runtime in opened.items()}
-    rounds = _time_rounds(calls, max(1, -(-repeats // ROUND_RUNS)))
+    rounds = time_rounds(calls, max(1, -(-repeats // ROUND_RUNS)))
     return {
         name: {
             "latency_ms": _summary(rounds[name]),
@@ -116,9 +122,7 @@ def _measures(model: Timed, threads: int) -> dict[str, Any]:
     return {
         "peak_memory_bytes": peak_memory(model, threads=threads),
         "peak_memory": MEMORY_MEANING,
-        "size_bytes": sum(
-            model.path.with_suffix(Path(file).suffix).stat().st_size for file in RUNTIMES[model.runtime].files
-        ),
+        "size_bytes": model.size_bytes,
         "batch": len(next(iter(model.feeds.values()))),
         "threads": threads,
     }
@@ -126,6 +130,13 @@ def _measures(model: Timed, threads: int) -> dict[str, Any]:
 
 def _opened(model: Timed, threads: int) -> Runtime:
     return RUNTIMES[model.runtime](model.path, model.graph, threads)
+
+
+def time_models(models: Mapping[str, Timed], *, repeats: int, threads: int = 1) -> dict[str, dict[str, Any]]:
+    """Measure latencies alone, all in turns: the arguments of :func:`bench_models`, and for each its ``latency_ms``."""
+    calls = {name: partial(_opened(model, threads).run, model.feeds) for name, model in models.items()}
+    rounds = time_rounds(calls, max(1, -(-repeats // ROUND_RUNS)))
+    return {name: _summary(seconds) for name, seconds in rounds.items()}
 
 
 def peak_memory(model: Timed, *, threads: int = 1) -> int | None:
@@ -180,7 +191,7 @@ def flops(model: nn.Module, example: Batch) -> int:
     return int(counter.get_total_flops())
 
 
-def _time_rounds(calls: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, NDArray[np.float64]]:
+def time_rounds(calls: Mapping[str, Callable[[], object]], num_rounds: int) -> dict[str, NDArray[np.float64]]:
     """Return seconds [rounds, runs a round] for each model."""
     for call in calls.values():
         for _ in range(WARM_UP_RUNS):

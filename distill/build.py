@@ -86,7 +86,7 @@ def check_model(config: ModelConfig, registry: Registry, where: str, tasks: list
     for name, weight in config.head_weights.items():
         if name not in (*config.encoders, FUSED):
             raise UserError(f"{where}.head_weights: no head {name!r}; {nearest(name, [*config.encoders, FUSED])}")
-        if name != FUSED and not weight:
+        if name != FUSED and not weight and not config.head_weights.get(FUSED, 1.0):
             raise UserError(
                 f"{where}.head_weights.{name} is 0, and rows that have {name} alone would get no answer; give it a "
                 "weight above 0"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import __version__, cache_commands, explain_command, serve_command
+from distill import __version__, cache_commands, explain_command, fit_command, serve_command
 from distill.contracts import UserError
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ def compare(
 
 
 app.command()(explain_command.explain)
+app.command()(fit_command.fit)
 app.command()(serve_command.serve)
 
 

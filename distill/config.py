@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill.data_config import DataConfig, Part, Strict
+from distill.fit_config import FitConfig
 from distill.schedules import Weight
 
 EXPECTED = {
@@ -341,6 +342,7 @@ class Recipe(Strict):
     bench: BenchConfig = BenchConfig()
     retrieval: RetrievalConfig | None = None  # a model without heads needs it
     report: ReportConfig = ReportConfig()
+    fit: FitConfig = FitConfig()
 
     @property
     def learnt_words(self) -> int | None:

@@ -31,7 +31,7 @@ class Decision(nn.Module):
         tasks: names.
         modalities: those with heads.
         weights: "fused" or a modality -> w; 1 by default. That of "fused" may be 0: then modalities decide alone, but
-            for rows that have none of them.
+            for rows that have none of them. Heads of modalities whose weight is 0 learn, and are in no exported graph.
     """
 
     def __init__(
@@ -54,11 +54,15 @@ class Decision(nn.Module):
         Returns:
             [B, C].
         """
+        alone = {name: logits for name, logits in alone.items() if self.weights[name]}
         own: Any = self.weights[FUSED]
+        if not alone:
+            return fused * (own or 1.0) if self.kind == "product" else fused
         factors: Any = dict.fromkeys(alone, 1.0)
         if task in self.scores:
             first, *others = self.scores[task].exp()
-            own, factors = own * first, dict(zip(alone, others, strict=True))
+            names = [name for name in self.weights if name != FUSED]
+            own, factors = own * first, dict(zip(names, others, strict=True))
         weights = {name: present[name][:, None] * (self.weights[name] * factors[name]) for name in alone}
         if not self.weights[FUSED]:
             own = ~torch.stack([present[name] for name in alone]).any(0)[:, None] * 1.0

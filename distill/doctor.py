@@ -18,6 +18,7 @@ EXTRAS = {
     "openclip": "open_clip",
     "peft": "peft",
     "explain": "captum",
+    "fit": "optuna",
     "serve": "fastapi",
     "executorch": "executorch",
     "litert": "ai_edge_litert",

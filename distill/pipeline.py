@@ -59,7 +59,7 @@ def _vocabulary(recipe: Recipe) -> dict[str, Any]:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe as fingerprints see it: files count by their content, wherever they lie."""
-    unrelated = {"output": True, "trackers": True, "workers": True, "teachers": True}  # the stage "cache" knows these
+    unrelated = dict.fromkeys(("output", "trackers", "workers", "fit", "teachers"), True)  # "cache" knows the last
     places = {"path", "root", "train", "valid", "test"}
     training: Any = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
     tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}, "teacher": training})

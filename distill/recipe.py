@@ -122,6 +122,31 @@ def _part_of(name: str) -> tuple[str, bool] | None:
     return None
 
 
+def changed(recipe: Recipe, values: Mapping[str, Any], where: str) -> Recipe:
+    """Return a recipe with other values of some dotted keys, validated anew by its schema.
+
+    Args:
+        recipe: the recipe; its paths are absolute, and so are those of values.
+        values: dotted key -> value, as overrides name them.
+        where: what gives them, for the message.
+
+    Raises:
+        UserError: there is no such key, or its value is refused.
+    """
+    tree, whole = recipe.model_dump(exclude_unset=True), recipe.model_dump()
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node, known = tree, whole
+        for step in path:
+            if step not in known or not isinstance(known[step], dict):
+                raise UserError(
+                    f"{where}: {key!r} leads nowhere, as there is no {step!r} with keys; {nearest(step, known)}"
+                )
+            known, node = known[step], node.setdefault(step, {})
+        node[last] = value
+    return _validated(tree, {"": Path(where)})
+
+
 def as_yaml(recipe: Recipe) -> str:
     """Return a recipe with all its defaults as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump()))

@@ -55,18 +55,27 @@ def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
     """Write the fp32 graphs of teacher and student, which the bench times, and the gated ``onnx-fp32`` bundle."""
     recipe = work.recipe
     graphs: dict[str, Any] = {}
-    names = (TEACHER, STUDENT, SHIPPED)
+    names = (TEACHER, STUDENT)
     with progress("export", quiet=work.quiet) as report:
         for number, name in enumerate(names):
             model = work.model(name)
             example = example_batch(input_spec(model), recipe.data)
             graphs[name] = export_onnx(model, example, folder / f"{name}.onnx", opset=recipe.export.opset)
-            report(number + 1, len(names), name)
-    info = {"precision": "fp32", "num_params": bench.num_params(model)}
-    least = least_agreement(recipe.export, FP32)
-    gate = Gate(work).write(folder / FP32, folder / f"{SHIPPED}.onnx", info, least)
-    (folder / f"{SHIPPED}.onnx").unlink()  # the bundle holds it
+            report(number + 1, len(names) + 1, name)
+        graphs[SHIPPED], gate = export_shipped(work, folder)
+        report(len(names) + 1, len(names) + 1, SHIPPED)
     return {"graphs": {name: graph["bytes"] for name, graph in graphs.items()}, "parity": {FP32: gate}}
+
+
+def export_shipped(work: Workspace, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the gated ``onnx-fp32`` bundle of the shipped model; return what export and gate found."""
+    model, export = work.model(SHIPPED), work.recipe.export
+    path = folder / f"{SHIPPED}.onnx"
+    graph = export_onnx(model, example_batch(input_spec(model), work.recipe.data), path, opset=export.opset)
+    info = {"precision": "fp32", "num_params": bench.num_params(model)}
+    gate = Gate(work).write(folder / FP32, path, info, least_agreement(export, FP32))
+    path.unlink()  # the bundle holds it
+    return graph, gate
 
 
 def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -209,11 +218,9 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
     """Measure every graph on its runtime, on one test row whose text has the median length."""
     recipe, export = work.recipe, work.path("export")
     models = {name: work.model(name) for name in (TEACHER, STUDENT, SHIPPED)}
-    feeds = {name: _median_row(work, model) for name, model in models.items()}
+    feeds = {name: median_row(work, model) for name, model in models.items()}
     timed = {name: bench.Timed(export / f"{name}.onnx", feeds[name]) for name in (TEACHER, STUDENT)}
-    for name in recipe.export.bundles:
-        kind, folder_of = BUNDLES[name], bundle_folder(work, name)
-        timed[name] = bench.Timed(folder_of / kind.file, feeds[SHIPPED], kind.runtime, verify_bundle(folder_of))
+    timed |= {name: timed_bundle(work, name, feeds[SHIPPED]) for name in recipe.export.bundles}
     settings = {"repeats": recipe.bench.repeats, "threads": recipe.bench.threads}
     with progress("bench", quiet=work.quiet) as report:
         measured = bench.bench_models(timed, **settings, neighbour=FP32)
@@ -230,9 +237,16 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
     return {"models": measured, "processor": platform.processor() or platform.machine()}
 
 
-def _median_row(work: Workspace, model: Model) -> dict[str, NDArray[Any]]:
+def timed_bundle(work: Workspace, name: str, feeds: bench.Feeds) -> bench.Timed:
+    """A bundle as it is timed."""
+    kind, folder = BUNDLES[name], bundle_folder(work, name)
+    return bench.Timed(folder / kind.file, feeds, kind.runtime, verify_bundle(folder))
+
+
+def median_row(work: Workspace, model: Model, split: str = TEST) -> dict[str, NDArray[Any]]:
+    """The inputs of one row of a split, whose text has the median length."""
     spec = input_spec(model)
-    loader = work.clean_loader(TEST, spec, TEACHER)
+    loader = work.clean_loader(split, spec, TEACHER)
     rows = loader.row_positions
     if spec.tokenizer is not None:
         batch = loader.batch(rows, loader.clean_views(len(rows)))[TEACHER]

