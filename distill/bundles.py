@@ -20,8 +20,11 @@ from distill.quantization.search import search_floats
 from distill.quantization.static import StaticQuantizer
 from distill.quantization.weights import quantize_weights_int4, quantize_weights_int8
 from distill.runs import write_json
+from distill.workspace import PRUNED
 
 NOTHING = float("-inf")
+AWARE, QAT = "onnx-int8-qat", "qat"
+"""The bundle of a model that was trained for it, and the stage that does so."""
 LAYERS_FILE = "quantize.json"
 """What static int8 does to each layer, beside the bundles."""
 
@@ -39,6 +42,7 @@ class Exported:
         least: the bundle's least agreement.
         folder: of the stage, for what is told beside the bundle.
         progress: opens a bar of this name.
+        ranges: of values of the graph, where they were learnt.
     """
 
     graph: Path
@@ -49,6 +53,7 @@ class Exported:
     least: float
     folder: Path
     progress: Callable[[str], AbstractContextManager[Progress]]
+    ranges: Mapping[str, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Kind:
         precision: of its weights and values.
         make: writes the model file and returns what it did as JSON values, which the bundle holds; None of the fp32
             graph, which is there.
+        source: the stage that trains what it is made from.
         gate: which of ``export.min_agreement_fp32`` and ``export.min_agreement_int8`` holds where
             ``export.min_agreement`` does not name the bundle.
     """
@@ -68,6 +74,7 @@ class Kind:
     precision: str
     make: Callable[[Exported, Path], dict[str, Any]] | None
     gate: Literal["fp32", "int8"]
+    source: str = PRUNED
 
 
 def _from_graph(
@@ -93,10 +100,16 @@ def _static(exported: Exported, target: Path) -> dict[str, Any]:
     return {**made, **found}
 
 
+def _aware(exported: Exported, target: Path) -> dict[str, Any]:
+    """Static int8 with ranges that were learnt."""
+    return StaticQuantizer(exported.graph, exported.feeds(), exported.config, exported.ranges).write(target)
+
+
 BUNDLES = {
     FP32: Kind(RUNTIME, "fp32", None, "fp32"),
     "onnx-fp16": Kind(RUNTIME, "fp16", _from_graph(convert_half), "fp32"),
     INT8: Kind(RUNTIME, "int8", _static, "int8"),
+    AWARE: Kind(RUNTIME, "int8, trained", _aware, "int8", QAT),
     "onnx-int8-dynamic": Kind(RUNTIME, "int8, dynamic", _from_graph(quantize_dynamic), "int8"),
     "onnx-int8-weights": Kind(RUNTIME, "int8 weights", _from_graph(quantize_weights_int8), "int8"),
     "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
@@ -144,7 +157,7 @@ def stages_of(config: ExportConfig) -> dict[str, str]:
     return {name: "export" if name == FP32 else "quantize" for name in config.bundles}
 
 
-YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"))
+YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"), ("quantize", "qat"))
 """Keys of ``export`` and of its parts that finished runs may lack."""
 
 

@@ -24,8 +24,6 @@ EXPECTED = {
 """Kind of pydantic's complaint -> what it says in a message."""
 SHOWN = 80
 """Characters of a wrong value that a message repeats."""
-
-
 OptimizerName = Literal[
     "adamw", "sgd", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "adafactor", "rmsprop", "asgd", "muon"
 ]
@@ -271,14 +269,29 @@ class PruneConfig(Strict):
         return self
 
 
+class AwareTrainConfig(TrainConfig):
+    """A budget for weights that are nearly right."""
+
+    epochs: int = Field(3, ge=1)
+    lr: float = Field(1e-4, gt=0)
+
+
+class AwareConfig(Strict):
+    """Training with the rounding of int8 (quantization-aware), for the bundle onnx-int8-qat."""
+
+    train: AwareTrainConfig = AwareTrainConfig()
+    objective: list[TermConfig] | None = Field(None, min_length=1)  # the student's if absent
+
+
 class QuantizeConfig(Strict):
-    """How the exported graph is quantized; what is calibrated belongs to static int8."""
+    """How the exported graph is quantized; what is calibrated belongs to static int8, trained or not."""
 
     calibration_rows: int = Field(256, ge=8)
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     per_channel: bool = True
     keep_float: list[str] = []  # parts of node names that stay in float
     search: bool = False  # static int8: keep further layers in float, as few as its gate allows
+    qat: AwareConfig = AwareConfig()
 
 
 class ExportConfig(Strict):
