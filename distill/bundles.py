@@ -157,7 +157,7 @@ def stages_of(config: ExportConfig) -> dict[str, str]:
     return {name: "export" if name == FP32 else "quantize" for name in config.bundles}
 
 
-YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"), ("quantize", "qat"))
+YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"))
 """Keys of ``export`` and of its parts that finished runs may lack."""
 
 
@@ -171,6 +171,7 @@ def settings(config: ExportConfig) -> dict[str, Any]:
         ours, theirs = (whole[part] if part else whole for whole in (tree, fresh))
         if ours[younger] == theirs[younger]:
             del ours[younger]
+    del tree["quantize"][QAT]  # the stage of that name knows
     return tree
 
 

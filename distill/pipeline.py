@@ -310,7 +310,8 @@ def plan(
     known = [stage.name for stage in stages_needed]
     for name in force:
         if name not in known:
-            what = f"stage {name!r} is not needed for {until!r}" if name in NAMES else f"unknown stage {name!r}"
+            by = f"for {until!r}" if until else "by this recipe"
+            what = f"stage {name!r} is not needed {by}" if name in NAMES else f"unknown stage {name!r}"
             raise UserError(f"--force: {what}; {nearest(name, known)}")
     others = [Path(entry.run) for entry in recipe.teachers.values()]
     return make_plan(recipe, stages_needed, run_folder(recipe), others, descendants(force, STAGES), ranks or Ranks())
