@@ -175,6 +175,11 @@ def settings(config: ExportConfig) -> dict[str, Any]:
     return tree
 
 
+def aware_settings(config: QuantizeConfig) -> dict[str, Any]:
+    """What the student that is trained for int8 depends on."""
+    return config.model_dump(exclude={"qat": {"train": {"shard"}}, "search": True})
+
+
 def fp32_settings(config: ExportConfig) -> dict[str, Any]:
     """The part of it that the fp32 graph and its bundle depend on."""
     return {"opset": config.opset, "min_agreement_fp32": least_agreement(config, FP32)}

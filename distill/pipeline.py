@@ -129,8 +129,7 @@ def _pruned(recipe: Recipe) -> dict[str, Any]:
 
 def _aware(recipe: Recipe) -> dict[str, Any]:
     learnt = _student(recipe, "inherit", "objective") | _distillation(recipe)
-    rounded = recipe.export.quantize.model_dump(exclude={"qat": {"train": {"shard"}}, "search": True})
-    return learnt | {"opset": recipe.export.opset, "quantize": rounded}
+    return learnt | {"opset": recipe.export.opset, "quantize": bundles.aware_settings(recipe.export.quantize)}
 
 
 def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -310,8 +309,8 @@ def plan(
     known = [stage.name for stage in stages_needed]
     for name in force:
         if name not in known:
-            by = f"for {until!r}" if until else "by this recipe"
-            what = f"stage {name!r} is not needed {by}" if name in NAMES else f"unknown stage {name!r}"
+            unread = f"stage {name!r} is not needed for {until or recipe.name!r}"
+            what = unread if name in NAMES else f"unknown stage {name!r}"
             raise UserError(f"--force: {what}; {nearest(name, known)}")
     others = [Path(entry.run) for entry in recipe.teachers.values()]
     return make_plan(recipe, stages_needed, run_folder(recipe), others, descendants(force, STAGES), ranks or Ranks())

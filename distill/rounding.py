@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from distill.runs import read_json, write_json
 
@@ -150,33 +151,48 @@ class Rounding(nn.Module):
     """What a model rounds: the submodule of which :func:`round_inside` makes it.
 
     Args:
-        model: whose BatchNorms settle with the ranges.
-        plan: what it rounds.
+        plan: what that is.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.values = nn.ModuleList(ValueRounding(place.low, place.high) for place in plan.values)
-        self.tensors = [place.tensor for place in plan.values]
-        self.handles: list[Any] = []
-        self._norms = [part for part in model.modules() if isinstance(part, _BatchNorm)]  # a list: no submodules
+        self.plan = plan
+        self.handles: list[RemovableHandle] = []
 
-    def advance(self, step: int, total: int) -> None:
+    def attach(self, model: nn.Module) -> None:
+        """Read and change what the modules of a model take and give, and nothing else any more."""
+        self.detach()
+        for path in self.plan.tables:
+            hook = model.get_submodule(path).register_forward_hook(lambda module, args, output: rounded_rows(output))
+            self.handles.append(hook)
+        for place, value in zip(self.plan.values, self.values, strict=True):
+            for number, path in enumerate(place.modules):
+                module = model.get_submodule(path)
+                if place.at == "output":
+                    handle = module.register_forward_hook(partial(_of_output, value))
+                else:
+                    handle = module.register_forward_pre_hook(partial(_of_input, value, number == 0))
+                self.handles.append(handle)
+
+    def detach(self) -> None:
+        """Leave the values of the model alone."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def advance(self, model: nn.Module, step: int, total: int) -> None:
         """Begin a training step, from 0, of all."""
         settled = step >= SETTLED * total
         for value in self.values:
-            assert isinstance(value, ValueRounding)
-            value.settled = settled
-        for norm in self._norms:
-            norm.train(norm.training and not settled)
+            value.settled = settled  # type: ignore[assignment]
+        for part in model.modules() if settled else ():
+            if isinstance(part, _BatchNorm):
+                part.eval()
 
     def ranges(self) -> dict[str, Range]:
         """Name of a value in the graph -> the least and the largest number that is left."""
-        return {
-            name: value.range()
-            for name, value in zip(self.tensors, self.values, strict=True)
-            if isinstance(value, ValueRounding)
-        }
+        values: list[Any] = list(self.values)
+        return {place.tensor: value.range() for place, value in zip(self.plan.values, values, strict=True)}
 
 
 def round_inside(model: nn.Module, plan: Plan) -> Rounding:
@@ -189,20 +205,10 @@ def round_inside(model: nn.Module, plan: Plan) -> Rounding:
     Returns:
         What is now the model's submodule ``rounding``.
     """
-    rounding = Rounding(model, plan)
+    rounding = Rounding(plan)
     for path in plan.weights:
         parametrize.register_parametrization(model.get_submodule(path), "weight", WeightRounding())
-    for path in plan.tables:
-        hook = model.get_submodule(path).register_forward_hook(lambda module, args, output: rounded_rows(output))
-        rounding.handles.append(hook)
-    for place, value in zip(plan.values, rounding.values, strict=True):
-        for number, path in enumerate(place.modules):
-            module = model.get_submodule(path)
-            if place.at == "output":
-                handle = module.register_forward_hook(partial(_of_output, value))
-            else:
-                handle = module.register_forward_pre_hook(partial(_of_input, value, number == 0))
-            rounding.handles.append(handle)
+    rounding.attach(model)
     model.add_module(NAME, rounding)
     return rounding
 
@@ -213,9 +219,9 @@ def without_rounding(model: nn.Module) -> dict[str, Range]:
     Returns:
         The ranges by name of the value in the graph.
     """
-    rounding: Any = model.get_submodule(NAME)
-    for handle in rounding.handles:
-        handle.remove()
+    rounding = rounding_of(model)
+    assert rounding is not None
+    rounding.detach()
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -223,11 +229,24 @@ def without_rounding(model: nn.Module) -> dict[str, Range]:
     return rounding.ranges()
 
 
+def rounding_of(model: nn.Module) -> Rounding | None:
+    """What a model rounds, if it does."""
+    found = getattr(model, NAME, None)
+    return found if isinstance(found, Rounding) else None
+
+
 def advance(model: nn.Module, step: int, total: int) -> None:
     """Begin a training step, from 0, of all, if the model rounds."""
-    rounding = getattr(model, NAME, None)
-    if isinstance(rounding, Rounding):
-        rounding.advance(step, total)
+    rounding = rounding_of(model)
+    if rounding is not None:
+        rounding.advance(model, step, total)
+
+
+def attach_again(model: nn.Module) -> None:
+    """Let a model of which modules were exchanged for others go on rounding, if it does."""
+    rounding = rounding_of(model)
+    if rounding is not None:
+        rounding.attach(model)
 
 
 def _of_output(value: nn.Module, module: nn.Module, args: Any, output: Any) -> Any:

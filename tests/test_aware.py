@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_dual import RECIPE as DUAL
 from tiny_job import interrupt_at
 from tiny_project import make_project
 
@@ -21,9 +22,10 @@ from distill.contracts import TEST, TRAIN, VALID, UserError
 from distill.interrupts import InterruptedRunError
 from distill.losses.terms import needs_teacher
 from distill.planning import Planned
-from distill.predict import load
+from distill.predict import load, open_graph
+from distill.quantization.static import StaticQuantizer
 from distill.recipe import load_recipe
-from distill.rounding import Plan
+from distill.rounding import Plan, round_inside, without_rounding
 from distill.runs import read_json
 from distill.workspace import STUDENT, Workspace
 from students import INHERITANCES
@@ -170,6 +172,15 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(copied: None, monkeypa
     assert (QAT / "metrics.jsonl").read_text() == lines
 
 
+def test_encoders_of_one_embedding_space_are_trained_too(copied: None) -> None:
+    Path("dual.yaml").write_text(DUAL, encoding="utf-8")
+    pipeline.run(load_recipe("dual.yaml", [*ARMS, "export.min_agreement_int8=0.9"]), quiet=True)
+    report = read_json(Path("runs/dual/report/report.json"))
+    assert "onnx-int8-qat" in [model["name"] for model in report["models"]]
+    assert all(found["agreement"] > 0.999 for found in report["parity"]["onnx-int8-qat"].values())
+    assert Path("runs/dual/quantize/onnx-int8-qat-text/model.onnx").is_file()
+
+
 def test_what_is_not_found_in_the_model_is_logged(copied: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     planned = aware.planned
 
@@ -181,6 +192,38 @@ def test_what_is_not_found_in_the_model_is_logged(copied: None, monkeypatch: pyt
     with caplog.at_level(logging.WARNING):
         pipeline.run(load_recipe("recipe.yaml", ARMS), until="qat", force=["qat"], quiet=True)
     assert "qat: encoders.image.stages.0.0.0 are rounded after training alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["student.encoders.text={type: small_transformer, vocab_size: 64, dim: 16, heads: 4, max_length: 12}"],
+        ["student.encoders.text={type: text_cnn, vocab_size: 64, dim: 8, channels: 8, max_length: 12}"],
+        ["student.encoders.text={type: recurrent_text, vocab_size: 64, dim: 8, hidden: 5, max_length: 12}"],
+        ["student.encoders.image={type: timm, name: mobilenetv3_small_050, pretrained: false}"],
+        ["student.encoders.image={type: resnet_cifar, depth: 8, widths: [8, 8, 16, 32]}"],
+        ["student.fusion={type: cross_attention, dim: 16, heads: 2, depth: 1}"],
+        ["student.fusion={type: gated, dim: 16}", "student.unimodal_heads=false"],
+    ],
+)
+def test_all_kinds_of_students_round_what_their_graphs_do(copied: None, tmp_path: Path, overrides: list[str]) -> None:
+    work = opened(*ARMS, "student.inherit={}", *overrides, until="inherit")
+    model: Any = work.blank(STUDENT)
+    model.requires_grad_(False).eval()
+    plan = aware.planned(work, model, tmp_path)
+    assert plan.missed == [] and plan.weights and plan.values
+    batches = evaluate.clean_batches(work.clean_loader(VALID, input_spec(model), STUDENT), STUDENT)
+    plain = evaluate.predict_torch(model, batches)
+    round_inside(model, plan)
+    expected = evaluate.predict_torch(model, batches)
+    ranges = without_rounding(model)
+    aware.export_graph(work, model, tmp_path / "float.onnx")
+    settings = aware.settings(work, model)
+    quantizer = StaticQuantizer(tmp_path / "float.onnx", aware.calibration(work, model), settings, ranges)
+    quantizer.write(tmp_path / "int8.onnx")
+    found = evaluate.predict_bundle(open_graph(tmp_path / "int8.onnx"), batches)
+    for name, logits in expected.items():
+        assert np.abs(found[name] - logits).mean() < 0.3 * np.abs(plain[name] - logits).mean() + 1e-5
 
 
 @pytest.mark.parametrize(
@@ -208,5 +251,5 @@ def test_mistakes_are_refused_before_any_work(here: None, override: str, expecte
 
 def test_they_do_not_matter_without_the_bundle(here: None) -> None:
     pipeline.check(load_recipe("recipe.yaml", ["export.quantize.per_channel=false"]))
-    with pytest.raises(UserError, match="stage 'qat' is not needed by this recipe"):
+    with pytest.raises(UserError, match="stage 'qat' is not needed for 'tiny'"):
         pipeline.plan(load_recipe("recipe.yaml"), force=["qat"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from distill.rounding import (
     ValueRounding,
     WeightRounding,
     advance,
+    attach_again,
     round_inside,
     rounded_rows,
     without_rounding,
@@ -168,7 +170,8 @@ def test_nothing_to_round_changes_nothing() -> None:
 
 @pytest.mark.parametrize("number", [0, 12])
 def test_what_is_trained_is_what_runs(number: int, rounding: nn.Module, tmp_path: Path) -> None:
-    list(steps(rounding, number))
+    for _ in steps(rounding, number):
+        pass
     batch = rows(500, 8, seed=7)
     expected = answers(rounding, batch)
     ranges = without_rounding(rounding)
@@ -202,6 +205,21 @@ def test_training_with_rounding_learns_and_settles(rounding: nn.Module) -> None:
     assert all(norm.training for norm in norms)
 
 
+def test_training_mends_what_coarse_rounding_spoils(plan: Plan) -> None:
+    coarse = [replace(place, low=place.low / 6, high=place.high / 6) for place in plan.values]
+    model = copy.deepcopy(trained())
+    round_inside(model, replace(plan, values=coarse))
+
+    def right() -> float:
+        batch = rows(400, 8, seed=999)
+        return float((answers(model, batch)["subcategory"].argmax(1) == batch.targets["subcategory"].numpy()).mean())
+
+    before = right()
+    losses = [loss.item() for loss in steps(model, 60)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:3])
+    assert right() > before + 0.05
+
+
 def test_a_frozen_part_does_not_move_its_ranges(rounding: nn.Module) -> None:
     rounding.train()
     rounding.image.eval()
@@ -210,6 +228,21 @@ def test_a_frozen_part_does_not_move_its_ranges(rounding: nn.Module) -> None:
     after = rounding.rounding.ranges()
     moved = {name for name in before if before[name] != after[name]}
     assert moved and len(moved) < len(before)
+
+
+def test_a_model_goes_on_rounding_when_its_norms_are_exchanged(plan: Plan) -> None:
+    """As several GPUs do it; the others' hooks are not doubled."""
+    batch, model = rows(50, 8, seed=5), copy.deepcopy(trained())
+    round_inside(model, replace(plan, values=[*plan.values, Place("norm", "output", ["image.1"], -0.5, 0.5)]))
+    expected = answers(model, batch)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    lost = answers(model, batch)
+    attach_again(model)
+    for task, found in answers(model, batch).items():
+        np.testing.assert_allclose(found, expected[task], rtol=1e-5, atol=1e-5)
+    assert all(len(part._forward_hooks) <= 1 for part in model.modules())
+    assert any(not np.array_equal(lost[task], expected[task]) for task in TASKS)
+    attach_again(copy.deepcopy(trained()))
 
 
 def test_rounding_is_taken_away_whole(rounding: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Where in a torch model the numbers are that its static int8 graph rounds: what training with rounding needs to know.
 
 The graph is asked which values it rounds, and a model and its float graph are run on the same rows: a value belongs
-where a module takes or gives the same numbers, in whatever shape and order. So nothing is guessed from the kinds of
+where a module takes or gives the same numbers, in whatever shape and order, padded or not. So nothing is guessed from the kinds of
 layers, and what a graph joins (a convolution and its BatchNorm) or drops (an identity) needs no rule.
 """
 
@@ -36,8 +36,8 @@ SAME = 1e-4
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose weights have their output channels first, as :class:`distill.rounding.WeightRounding` takes them."""
 
-Print = tuple[int, NDArray[np.float64]]
-"""How many numbers there are, and statistics that do not depend on their order."""
+Print = tuple[float, NDArray[np.float64]]
+"""The largest absolute number, and sums that do not depend on order and zeros."""
 
 
 @dataclass
@@ -158,11 +158,12 @@ def _placed(wanted: Print, seen: Seen) -> tuple[str, list[str]] | None:
 
 def _fingerprint(values: NDArray[Any]) -> Print:
     numbers = values.astype(np.float64).ravel()
-    largest = np.abs(numbers).max(initial=0.0)
-    unit = numbers / largest if largest else numbers
-    moments = [np.mean(unit**power) for power in (1, 2, 3, 4)] if numbers.size else [0.0]
-    return numbers.size, np.array([largest, *(largest * moment for moment in moments), numbers.min(initial=0.0)])
+    largest = float(np.abs(numbers).max(initial=0.0))
+    unit = numbers / (largest or 1.0)
+    return largest, np.array([np.abs(unit).sum(), *(np.sum(unit**power) for power in (1, 2, 3, 4))])
 
 
 def _alike(one: Print, other: Print) -> bool:
-    return one[0] == other[0] and bool(np.abs(one[1] - other[1]).max() <= SAME * max(one[1][0], other[1][0]))
+    """Whether the numbers are the same but for zeros, which rounding leaves what they are: a layer may add some."""
+    near = abs(one[0] - other[0]) <= SAME * one[0] and one[0] > 0
+    return near and bool(np.abs(one[1] - other[1]).max() <= SAME * one[1][0])
