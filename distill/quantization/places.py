@@ -1,8 +1,8 @@
 """Where in a torch model the numbers are that its static int8 graph rounds: what training with rounding needs to know.
 
 The graph is asked which values it rounds, and a model and its float graph are run on the same rows: a value belongs
-where a module takes or gives the same numbers, in whatever shape and order, padded or not. So nothing is guessed from the kinds of
-layers, and what a graph joins (a convolution and its BatchNorm) or drops (an identity) needs no rule.
+where a module takes or gives the same numbers, in whatever shape and order, padded or not. So nothing is guessed from
+the kinds of layers, and what a graph joins (a convolution and its BatchNorm) or drops (an identity) needs no rule.
 """
 
 from __future__ import annotations
