@@ -12,6 +12,7 @@ from torch.func import functional_call
 from distill.config import EMA, of_teacher
 from distill.contracts import Batch, Outputs
 from distill.multimodal import evaluating
+from distill.rounding import ValueRounding
 from distill.sharding import local, split
 from distill.tapped import Tapped
 
@@ -36,12 +37,13 @@ def load_state(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
-    """The means and variances that the BatchNorms of a module have gathered."""
+    """The means and variances that the BatchNorms of a module have gathered, and the ranges of what it rounds."""
     return list(_statistics(module).values())
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:
-    norms = {name: part for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+    kinds = (nn.modules.batchnorm._BatchNorm, ValueRounding)
+    norms = {name: part for name, part in module.named_modules() if isinstance(part, kinds)}
     return {
         f"{name}.{kind}": value
         for name, part in norms.items()

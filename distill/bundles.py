@@ -22,8 +22,11 @@ from distill.quantization.static import StaticQuantizer
 from distill.quantization.weights import quantize_weights_int4, quantize_weights_int8
 from distill.runs import write_json
 from distill.runtimes import RUNTIMES
+from distill.workspace import PRUNED
 
 NOTHING = float("-inf")
+AWARE, QAT = "onnx-int8-qat", "qat"
+"""The bundle of a model that was trained for it, and the stage that does so."""
 LAYERS_FILE = "quantize.json"
 """What static int8 does to each layer, beside the bundles."""
 
@@ -42,6 +45,7 @@ class Exported:
         least: the bundle's least agreement.
         folder: of the stage, for what is told beside the bundle.
         progress: opens a bar of this name.
+        ranges: of values of the graph, where they were learnt.
     """
 
     graph: Path
@@ -53,6 +57,7 @@ class Exported:
     least: float
     folder: Path
     progress: Callable[[str], AbstractContextManager[Progress]]
+    ranges: Mapping[str, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Kind:
         make: writes the model to the first of the runtime's files, and the others beside it, and returns what it did as
             JSON values, which the bundle holds; of other runtimes with ``inputs`` and ``outputs``. None of the fp32
             graph, which is there.
+        source: the stage that trains what it is made from.
         gate: which of ``export.min_agreement_fp32`` and ``export.min_agreement_int8`` holds where
             ``export.min_agreement`` does not name the bundle.
     """
@@ -73,6 +79,7 @@ class Kind:
     precision: str
     make: Callable[[Exported, Path], dict[str, Any]] | None
     gate: Literal["fp32", "int8"]
+    source: str = PRUNED
 
     @property
     def file(self) -> str:
@@ -122,10 +129,16 @@ def _static(exported: Exported, target: Path) -> dict[str, Any]:
     return {**made, **found}
 
 
+def _aware(exported: Exported, target: Path) -> dict[str, Any]:
+    """Static int8 with ranges that were learnt."""
+    return StaticQuantizer(exported.graph, exported.feeds(), exported.config, exported.ranges).write(target)
+
+
 BUNDLES = {
     FP32: Kind(RUNTIME, "fp32", None, "fp32"),
     "onnx-fp16": Kind(RUNTIME, "fp16", _from_graph(convert_half), "fp32"),
     INT8: Kind(RUNTIME, "int8", _static, "int8"),
+    AWARE: Kind(RUNTIME, "int8, trained", _aware, "int8", QAT),
     "onnx-int8-dynamic": Kind(RUNTIME, "int8, dynamic", _from_graph(quantize_dynamic), "int8"),
     "onnx-int8-weights": Kind(RUNTIME, "int8 weights", _from_graph(quantize_weights_int8), "int8"),
     "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
@@ -200,7 +213,13 @@ def settings(config: ExportConfig) -> dict[str, Any]:
         ours, theirs = (whole[part] if part else whole for whole in (tree, fresh))
         if ours[younger] == theirs[younger]:
             del ours[younger]
+    del tree["quantize"][QAT]  # the stage of that name knows
     return tree
+
+
+def aware_settings(config: QuantizeConfig) -> dict[str, Any]:
+    """What the student that is trained for int8 depends on."""
+    return config.model_dump(exclude={"qat": {"train": {"shard"}}, "search": True})
 
 
 def fp32_settings(config: ExportConfig) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from distill.aware import PLACE, asked_for
 from distill.balance import check_balances
 from distill.build import check_model, told_by_data
 from distill.builders import check_part
-from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
+from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, nearest
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.decision import check_decision
@@ -33,7 +34,7 @@ from distill.losses.terms import (
 from distill.multimodal import MEMBER
 from distill.optimize import check_optimizer
 from distill.other_teachers import check_teachers
-from distill.sampled import check_class_balance, check_mixing
+from distill.sampled import check_class_balance, check_mixing, check_resizing
 from distill.sharding import check_sharding
 from distill.targets import CAPTIONING, CLASSIFICATION
 from distill.tasks import check_reused
@@ -56,6 +57,9 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     Raises:
         UserError: the first mistake found.
     """
+    if "://" in recipe.output:
+        why = f"runs are written to a folder, and {recipe.output} is a URL"
+        raise UserError(f"output: {why}; name a folder, one that all machines share if there are several")
     check_trackers(recipe.trackers, asked_for="trackers" in recipe.model_fields_set)
     check_part(SOURCES, recipe.data.source, "data.source", GIVEN)
     for task in recipe.data.targets:
@@ -78,6 +82,8 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_terms(recipe.teacher.objective, recipe.teacher, recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
+    if asked_for(recipe) and recipe.export.quantize.qat.objective:
+        _check_terms(recipe.export.quantize.qat.objective, recipe.student, recipe, f"{PLACE}.objective", others)
     _check_kept(recipe, encoders)
     for where, model in models.items():
         _check_heads(model, where, recipe)
@@ -222,6 +228,8 @@ def _check_budgets(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
     budgets = {f"teacher.pretrain.{modality}": train for modality, train in recipe.teacher.pretrain.items()}
     budgets |= {"teacher.train": recipe.teacher.train, "student.train": recipe.student.train}
     budgets["prune.train"] = recipe.prune.train
+    if asked_for(recipe):
+        budgets[f"{PLACE}.train"] = recipe.export.quantize.qat.train
     check_mixing(recipe, budgets, {name: other.modalities for name, other in others.items()})
     for where, train in budgets.items():
         check_class_balance(recipe, train, where)
@@ -232,26 +240,7 @@ def _check_budgets(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
             raise UserError(
                 f"{where}.shard splits encoders as wholes, and an exchange runs their stages; set it to false"
             )
-        _check_resizing(recipe, train, where)
-
-
-def _check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:
-    """Images can be made smaller, and features of theirs are compared by their means alone."""
-    if train.progressive_resizing is None:
-        return
-    place, model = f"{where}.progressive_resizing", recipe.teacher if where.startswith("teacher") else recipe.student
-    if "image" not in model.encoders or (where.startswith("teacher.pretrain.") and not where.endswith(".image")):
-        raise UserError(f"{place}: no images are read there; leave it out")
-    size, whole = train.progressive_resizing.size, recipe.data.working_size
-    if size >= whole:
-        raise UserError(f"{place}.size is {size} pixels, and data.working_size is {whole}; give fewer")
-    for number, term in enumerate([] if where.startswith("teacher") else recipe.student.objective):
-        taps = term.tapped("student")
-        if any(tap.startswith("encoders.image") and not tap.endswith(":mean") for tap in taps):
-            raise UserError(
-                f"{place}: small images have smaller feature maps than those the teacher saw, and "
-                f"student.objective[{number}] compares them position by position; add ':mean' to its taps"
-            )
+        check_resizing(recipe, train, where)
 
 
 def _check_terms(

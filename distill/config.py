@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill.data_config import DataConfig, Part, Strict
-from distill.fit_config import FitConfig
+from distill.report_config import BenchConfig, FitConfig, ReportConfig, RetrievalConfig
 from distill.schedules import Weight
 
 EXPECTED = {
@@ -25,8 +25,6 @@ EXPECTED = {
 """Kind of pydantic's complaint -> what it says in a message."""
 SHOWN = 80
 """Characters of a wrong value that a message repeats."""
-
-
 OptimizerName = Literal[
     "adamw", "sgd", "adam", "nadam", "radam", "adamax", "adagrad", "adadelta", "adafactor", "rmsprop", "asgd", "muon"
 ]
@@ -272,14 +270,29 @@ class PruneConfig(Strict):
         return self
 
 
+class AwareTrainConfig(TrainConfig):
+    """A budget for weights that are nearly right."""
+
+    epochs: int = Field(3, ge=1)
+    lr: float = Field(1e-4, gt=0)
+
+
+class AwareConfig(Strict):
+    """Training with the rounding of int8 (quantization-aware), for the bundle onnx-int8-qat."""
+
+    train: AwareTrainConfig = AwareTrainConfig()
+    objective: list[TermConfig] | None = Field(None, min_length=1)  # the student's if absent
+
+
 class QuantizeConfig(Strict):
-    """How the exported graph is quantized; what is calibrated belongs to static int8."""
+    """How the exported graph is quantized; what is calibrated belongs to static int8, trained or not."""
 
     calibration_rows: int = Field(256, ge=8)
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     per_channel: bool = True
     keep_float: list[str] = []  # parts of node names that stay in float
     search: bool = False  # static int8: keep further layers in float, as few as its gate allows
+    qat: AwareConfig = AwareConfig()
 
 
 class ExportConfig(Strict):
@@ -297,28 +310,6 @@ class ExportConfig(Strict):
     @classmethod
     def _fp32_first(cls, names: list[str]) -> list[str]:
         return list(dict.fromkeys([FP32, *names]))
-
-
-class BenchConfig(Strict):
-    """Latency measurement: batch 1, one thread, interleaved."""
-
-    repeats: int = Field(200, ge=10)
-    threads: int = Field(1, ge=1)
-
-
-class RetrievalConfig(Strict):
-    """How well images find their texts and texts their images, and images the names of their classes."""
-
-    prompts: dict[str, list[str]] = {}  # task -> templates such as "a photo of a {}", for zero-shot classes
-    logit_scale: float = Field(100.0, gt=0)  # of zero-shot logits: a cosine is multiplied with it
-
-
-class ReportConfig(Strict):
-    """Intervals and figures."""
-
-    bootstrap: int = Field(2000, ge=100)
-    examples: int = Field(8, ge=0)
-    measured: list[str] = []  # files that bench_bundle.py wrote on devices, of bundles of this run
 
 
 class Recipe(Strict):

@@ -32,6 +32,7 @@ from distill.losses.objective import Objective
 from distill.optimize import build_optimizer, image_size, lr_factor
 from distill.progress import Progress, silent
 from distill.ranks import Ranks, accelerator_for, join
+from distill.rounding import attach_again
 from distill.sharding import split, whole
 from distill.step import Stepper
 from distill.tapped import Tapped
@@ -216,6 +217,7 @@ def _trainee(job: Job, ranks: Ranks, device: torch.device) -> Trainee:
     trainee = Trainee(job.tapped, job.objective, job.watch, compiled=config.compile, channels_last=config.channels_last)
     if ranks.count > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(trainee.model)  # a part may have no rows on some ranks
+        attach_again(trainee.model)
     if config.shard:
         trainee.shard(ranks)
     if config.balance:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from distill.aware import asked_for
 from distill.build import Model, example_batch, input_spec
+from distill.bundles import QAT
 from distill.cache import default_shard_rows, flatten
 from distill.config import Recipe, TrainConfig
 from distill.contracts import TRAIN, Batch, Outputs, UserError
@@ -102,6 +104,8 @@ def estimate(recipe: Recipe, encoders: Registry) -> dict[str, Any]:
         "student": _trained(recipe.student.train, learnt) * mixed,
         "pruned": _trained(recipe.prune.train, learnt) * mixed,
     }
+    if asked_for(recipe):
+        found["seconds"][QAT] = _trained(recipe.export.quantize.qat.train, learnt) * mixed
     if pretrain:
         learning = [_trained(part, labelled) * _alone(teacher, name, recipe) for name, part in pretrain.items()]
         found["seconds"]["pretrain"] = sum(learning)

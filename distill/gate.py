@@ -50,9 +50,9 @@ class Gate:
     part of the graph and runs alone.
     """
 
-    def __init__(self, work: Workspace) -> None:
-        """Take the run's artifacts; the model answers when it is first asked."""
-        self._work, self._model = work, work.model(SHIPPED)
+    def __init__(self, work: Workspace, stage: str = SHIPPED, model: Model | None = None) -> None:
+        """Take the run's artifacts, and another model than the shipped one, of a stage; it answers when it is asked."""
+        self._work, self._stage, self._model = work, stage, model or work.model(stage)
         self._spec = input_spec(self._model)
         self._loader = work.clean_loader(VALID, self._spec, STUDENT)
         self._batches = evaluate.clean_batches(self._loader, STUDENT)
@@ -149,7 +149,7 @@ class Gate:
             preprocessor=work.preprocessor(reads),
             tasks=work.tasks() if work.recipe.student.fusion else {},
             name=f"{work.recipe.name} {folder.name}",
-            source={"stage": SHIPPED, "fingerprint": work.done[SHIPPED].fingerprint},
+            source={"stage": self._stage, "fingerprint": work.done[self._stage].fingerprint},
             info=info,
             runtime=runtime,
             graph=graph,

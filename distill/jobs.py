@@ -59,26 +59,35 @@ def cache_key(work: Workspace) -> dict[str, Any]:
     }
 
 
-def distillation(work: Workspace, folder: Path, model: Model, train: TrainConfig) -> engine.Job:
-    """Training with the student's objective, from the cache or from the live teacher."""
+def distillation(
+    work: Workspace, folder: Path, model: Model, train: TrainConfig, objective: list[TermConfig] | None = None
+) -> engine.Job:
+    """Training with the student's objective, or another one, from the cache or from the live teacher."""
     recipe = work.recipe
-    terms = with_own(recipe.student.objective, work.done[TEACHER].info[SCALE])
+    terms = with_own(objective or recipe.student.objective, work.done[TEACHER].info[SCALE])
     specs = {STUDENT: input_spec(model)}
     if not needs_teacher(terms):
         loader = as_told(work, work.train_loader(specs, train, labelled=labelled_alone(terms)))
         return make_job(work, folder, model, loader, STUDENT, train, terms)
     if recipe.cache.enabled:
         stored = _cached(work)
-        job = make_job(work, folder, model, _mixed(work, specs, train), STUDENT, train, terms, lambda b: stored([b])[0])
+        loader = _mixed(work, specs, train, terms)
+        job = make_job(work, folder, model, loader, STUDENT, train, terms, lambda b: stored([b])[0])
         return replace(job, stored=stored)
     teachers = teachers_of(work)
-    loader = _mixed(work, specs | teachers.specs, train, teachers.own)
+    loader = _mixed(work, specs | teachers.specs, train, terms, teachers.own)
     return make_job(work, folder, model, loader, STUDENT, train, terms, _live(work, teachers))
 
 
-def _mixed(work: Workspace, specs: dict[str, InputSpec], train: TrainConfig, teacher: Model | None = None) -> Batches:
+def _mixed(
+    work: Workspace,
+    specs: dict[str, InputSpec],
+    train: TrainConfig,
+    terms: list[TermConfig],
+    teacher: Model | None = None,
+) -> Batches:
     """The training rows that terms learn from, with those of the transfer set behind them if there is one."""
-    rows = work.train_loader(specs, train, labelled=labelled_alone(work.recipe.student.objective))
+    rows = work.train_loader(specs, train, labelled=labelled_alone(terms))
     loader: Batches = rows
     if teacher is not None and train.mix_images is None:  # towers have kept nothing about mixed images
         loader = work.towers(rows, teacher)

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill.bench_bundle import FORMAT, VERSION
-from distill.config import ReportConfig, complaint
+from distill.config import complaint
 from distill.contracts import UserError
 from distill.predict import BUNDLE_FILE
+from distill.report_config import ReportConfig
 from distill.runs import sha256_file
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -12,21 +12,30 @@ from typing import Any
 
 import students
 import teachers
-from distill import bundles, measured, results, stages
+from distill import aware, bundles, measured, results, stages
 from distill.check import check_recipe
 from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
-from distill.data.prepare import prepare, source_fingerprint
+from distill.data.prepare import source_fingerprint
 from distill.data_config import LabelledConfig
 from distill.losses.terms import labelled_alone
 from distill.other_teachers import cache_parts, check_inputs, check_labels, check_models, own_taps
-from distill.planning import Planned, Stage, check_output, copy_planned, make_plan, refuse_loss, run_planned
-from distill.progress import progress
+from distill.planning import (
+    Planned,
+    Stage,
+    check_output,
+    copy_planned,
+    descendants,
+    discard_again,
+    make_plan,
+    refuse_loss,
+    run_planned,
+)
 from distill.prune import check_pruning, judges
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory
-from distill.runs import discard, left_there, locked, write_json
+from distill.runs import locked, write_json
 from distill.taps import check_pruned, check_taps
 from distill.trackers import Trackers
 from distill.workspace import Workspace
@@ -118,14 +127,13 @@ def _pruned(recipe: Recipe) -> dict[str, Any]:
     return learnt | {"prune": recipe.prune.model_dump(exclude={"train": {"shard"}})}
 
 
-def _prepare(work: Workspace, folder: Path) -> dict[str, Any]:
-    recipe = work.recipe
-    with progress("read data", quiet=work.quiet) as report:
-        return prepare(recipe.data, folder, Path.cwd(), report, seed=recipe.seed, words=recipe.learnt_words)
+def _aware(recipe: Recipe) -> dict[str, Any]:
+    learnt = _student(recipe, "inherit", "objective") | _distillation(recipe)
+    return learnt | {"opset": recipe.export.opset, "quantize": bundles.aware_settings(recipe.export.quantize)}
 
 
 STAGES = (
-    Stage("data", "read, check and decode the rows", _prepare, (), _data, version=6),
+    Stage("data", "read, check and decode the rows", stages.prepare_data, (), _data, version=6),
     Stage("vocabulary", "cut the teacher's vocabulary to the student's", stages.cut_vocabulary, ("data",), _vocabulary),
     Stage(
         "pretrain", "let encoders learn alone", stages.pretrain, ("data",), _pretraining, resumes=True, together=True
@@ -205,6 +213,16 @@ STAGES = (
         together=True,
     ),
     Stage(
+        bundles.QAT,
+        "train the shipped student for int8",
+        aware.train_aware,
+        ("data", "transfer", "teacher", "cache", "inherit", "pruned"),
+        _aware,
+        resumes=True,
+        together=True,
+        wanted=aware.asked_for,
+    ),
+    Stage(
         "export",
         "write the fp32 graphs and the onnx-fp32 bundle",
         results.export_graphs,
@@ -216,7 +234,7 @@ STAGES = (
         "quantize",
         "write the other bundles from the fp32 graph",
         results.quantize_bundles,
-        ("data", "pruned", "export"),
+        ("data", "pruned", bundles.QAT, "export"),
         lambda r: {"export": bundles.settings(r.export)},
         version=3,
     ),
@@ -262,8 +280,9 @@ def check(recipe: Recipe, until: str | None = None) -> None:
     """
     check_output(recipe)
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
-    needed = [stage.name for stage in _needed(until)]
+    needed = [stage.name for stage in _needed(recipe, until)]
     bundles.check_bundles(recipe.export, made="quantize" in needed)
+    aware.check_aware(recipe)
     measured.read_measured(recipe.report)
     if "pruned" in needed:
         check_pruning(recipe, ENCODERS)
@@ -283,33 +302,25 @@ def plan(
     Raises:
         UserError: an unknown stage, or the data's source is missing.
     """
-    stages_needed = _needed(until)
+    stages_needed = _needed(recipe, until)
     known = [stage.name for stage in stages_needed]
     for name in force:
         if name not in known:
-            what = f"stage {name!r} is not needed for {until!r}" if name in NAMES else f"unknown stage {name!r}"
+            unread = f"stage {name!r} is not needed for {until or recipe.name!r}"
+            what = unread if name in NAMES else f"unknown stage {name!r}"
             raise UserError(f"--force: {what}; {nearest(name, known)}")
     others = [Path(entry.run) for entry in recipe.teachers.values()]
-    return make_plan(recipe, stages_needed, run_folder(recipe), others, descendants(force), ranks or Ranks())
+    return make_plan(recipe, stages_needed, run_folder(recipe), others, descendants(force, STAGES), ranks or Ranks())
 
 
-def descendants(names: Sequence[str]) -> list[str]:
-    """These stages and all that read their artifacts, directly or not, in order."""
-    found = set(names)
-    for stage in STAGES:
-        if found.intersection(stage.parents):
-            found.add(stage.name)
-    return [name for name in NAMES if name in found]
-
-
-def _needed(until: str | None) -> list[Stage]:
-    """All stages, or those that one of them needs, in order."""
+def _needed(recipe: Recipe, until: str | None) -> list[Stage]:
+    """All stages that a recipe has, or those that one of them needs, in order."""
     assert until is None or until in NAMES
     wanted = set(NAMES if until is None else [until])
     for stage in reversed(STAGES):
         if stage.name in wanted:
             wanted.update(stage.parents)
-    return [stage for stage in STAGES if stage.name in wanted]
+    return [stage for stage in STAGES if stage.name in wanted and stage.wanted(recipe)]
 
 
 def run(
@@ -344,7 +355,7 @@ def run(
         planned = plan(recipe, until=until, force=force, ranks=ranks)
         refuse_loss(planned, folder)
         if ranks.first:
-            _discard_forced(folder, force, planned)
+            discard_again(folder, descendants(force, STAGES), planned)
             write_json(folder / "recipe.resolved.json", recipe.model_dump())
             (folder / "recipe.resolved.yaml").write_text(as_yaml(recipe), encoding="utf-8")
         trackers = Trackers(list(recipe.trackers) if ranks.first else [], folder / "trackers", recipe.name)
@@ -365,18 +376,6 @@ def run(
             _check_teachers(work, item.stage.name, {other.stage.name for other in planned if other.artifact is None})
         ranks.wait()
     return work.done
-
-
-def _discard_forced(folder: Path, force: Sequence[str], planned: Sequence[Planned]) -> None:
-    """Let go of what is to run again, and of what earlier runs made from it; what they made otherwise stays."""
-    keys = {item.stage.name: item.key for item in planned}
-    gone: set[str] = set()
-    for name in descendants(force):
-        key, made_of, _ = left_there(folder / name)
-        parents = made_of["parents"].values() if isinstance(made_of, dict) else ()
-        if name in keys or gone.intersection(parents):
-            gone.add(keys.get(name, key))
-            discard(folder / name)
 
 
 def _check_teachers(work: Workspace, finished: str, waiting: set[str]) -> None:

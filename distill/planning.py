@@ -14,7 +14,7 @@ from distill.contracts import Artifact, UserError
 from distill.ranks import Ranks
 from distill.report.formats import seconds as duration
 from distill.resources import cpu_seconds
-from distill.runs import copy_stage, find, fingerprint, finish, left_there, start
+from distill.runs import copy_stage, discard, find, fingerprint, finish, left_there, start
 from distill.workspace import Workspace
 
 PRECIOUS = 600
@@ -35,6 +35,7 @@ class Stage:
         version: raised when the stage's code changes what it writes.
         resumes: it can go on in a folder that a killed run left.
         together: all ranks of a launch share its work; the others are the first one's alone.
+        wanted: whether a recipe has it; where not, nothing depends on it.
         mends: of a finished folder that was damaged it keeps the whole files, which it checks one by one. Training does
             not: its files are one result.
     """
@@ -48,6 +49,7 @@ class Stage:
     resumes: bool = False
     together: bool = False
     mends: bool = False
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def make_plan(
     """
     planned: dict[str, Planned] = {}
     for stage in stages:
-        parents = {parent: planned[parent].key for parent in stage.parents}
+        parents = {parent: planned[parent].key for parent in stage.parents if parent in planned}
         made_of = json.loads(json.dumps({"stage version": stage.version, "parents": parents, **stage.config(recipe)}))
         planned[stage.name] = Planned(stage, fingerprint(stage.name, made_of), made_of)
     if ranks.first:
@@ -139,6 +141,33 @@ def refuse_loss(planned: Iterable[Planned], folder: Path) -> None:
             f"{folder} holds {found} that this run would replace, as {_other(precious[0].changed)}; "
             f"choose another name=... to keep it, or replace it with {force}"
         )
+
+
+def descendants(names: Iterable[str], stages: Sequence[Stage]) -> list[str]:
+    """These stages and all of a run's that read their artifacts, directly or not, in order."""
+    found = set(names)
+    for stage in stages:
+        if found.intersection(stage.parents):
+            found.add(stage.name)
+    return [stage.name for stage in stages if stage.name in found]
+
+
+def discard_again(folder: Path, names: Iterable[str], planned: Iterable[Planned]) -> None:
+    """Let go of what is to run again, and of what earlier runs made from it; what they made otherwise stays.
+
+    Args:
+        folder: the run's.
+        names: the stages that are forced, with all that read them, in order.
+        planned: what the run does.
+    """
+    keys = {item.stage.name: item.key for item in planned}
+    gone: set[str] = set()
+    for name in names:
+        key, made_of, _ = left_there(folder / name)
+        parents = made_of["parents"].values() if isinstance(made_of, dict) else ()
+        if name in keys or gone.intersection(parents):
+            gone.add(keys.get(name, key))
+            discard(folder / name)
 
 
 def copy_planned(item: Planned, ranks: Ranks, folder: Path) -> Artifact | None:
@@ -182,7 +211,9 @@ def _look_up(item: Planned, planned: dict[str, Planned], folder: Path, others: I
     if there in ("", key):
         return replace(item, lender=lender)
     before = made_of if isinstance(made_of, dict) else {}  # empty where an earlier version was at work
-    changed = [what for parent in item.stage.parents for what in planned[parent].changed or _key(before, item, parent)]
+    changed = [
+        what for parent in item.made_of["parents"] for what in planned[parent].changed or _key(before, item, parent)
+    ]
     changed += _changes(before | {"parents": {}}, item.made_of | {"parents": {}}) if before else []
     return replace(item, lender=lender, changed=tuple(dict.fromkeys(changed)) or ("stage version",), replaced=seconds)
 

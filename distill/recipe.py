@@ -70,11 +70,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), parts: dict[str
 
 def _on_each_task(raw: Any) -> Any:
     """Put terms on every task in the place of those on the task ``*``, or on a head of it: such parts fit any data."""
-    data, teacher, student = (part if isinstance(part := raw.get(key), dict) else {} for key in PARTS)
-    for part, name in ((teacher, "objective"), (student, "baseline"), (student, "objective")):
+    data, teacher, student = (_mapping(raw, key) for key in PARTS)
+    aware = _mapping(_mapping(_mapping(raw, "export"), "quantize"), "qat")
+    for part, name in ((teacher, "objective"), (student, "baseline"), (student, "objective"), (aware, "objective")):
         if isinstance(part.get(name), list):
             part[name] = [one for term in part[name] for one in _each(term, data.get("targets"))]
     return raw
+
+
+def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    part = raw.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _each(term: Any, tasks: Any) -> list[Any]:

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill import bench, evaluate
+from distill import aware, bench, evaluate
 from distill.build import Model, example_batch, input_spec
-from distill.bundles import BUNDLES, LAYERS_FILE, Exported, best_found, least_agreement, stages_of
+from distill.bundles import AWARE, BUNDLES, LAYERS_FILE, QAT, Exported, best_found, least_agreement, stages_of
 from distill.config import FP32, INT8, Recipe
-from distill.contracts import AND, TEST, TRAIN, Batch
+from distill.contracts import AND, TEST, Batch
 from distill.data.loader import InputSpec
 from distill.data.prepared import PreparedData
 from distill.data.texts import Texts
@@ -46,7 +46,6 @@ from distill.workspace import STUDENT, TEACHER, Workspace
 
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
 VERSIONS = ("torch", "transformers", "accelerate", "timm", "onnx", "onnxruntime", "torch-pruning", "numpy")
-CALIBRATION_BATCH = 32
 DOUBTS_FILE = "label_doubts.csv"
 PAIR = ("image", "text")
 
@@ -80,47 +79,39 @@ def export_shipped(work: Workspace, folder: Path) -> tuple[dict[str, Any], dict[
 
 def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
     """Write the other gated bundles, for each runtime; those that are calibrated read training rows."""
-    config, gate = work.recipe.export, Gate(work)
-    model: Any = work.model(SHIPPED)
-    fixed = [f"encoders.{name}.{part}" for name, encoder in model.encoders.items() for part in encoder.keep_float]
-    how = config.quantize.model_copy(update={"keep_float": [*config.quantize.keep_float, *fixed]})
+    config, model = work.recipe.export, work.model(SHIPPED)
+    shipped, graph = Gate(work), work.path("export") / FP32 / MODEL_FILE
     made, found = {}, {}
     names = [name for name in config.bundles if name != FP32]
     with progress("quantize", quiet=work.quiet) as report, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        sources = Sources(work, model, Path(scratch))
+        sources, learnt = Sources(work, model, Path(scratch)), Path(scratch) / "trained.onnx"
         for number, name in enumerate(names):
             least, kind = least_agreement(config, name), BUNDLES[name]
             assert kind.make is not None
+            trained = kind.source == QAT
+            gate = Gate(work, QAT, aware.trained(work)) if trained else shipped
             exported = Exported(
-                graph=work.path("export") / FP32 / MODEL_FILE,
+                graph=learnt if trained else graph,
                 program=sources.program,
-                feeds=partial(_calibration, work, model),
-                config=how,
+                feeds=partial(aware.calibration, work, model),
+                config=aware.settings(work, model),
                 agreement=gate.agreement,
                 compared=gate.compared,
                 least=least,
                 folder=folder,
                 progress=partial(progress, quiet=work.quiet),
+                ranges=aware.trained_graph(work, learnt) if trained else None,
             )
             path = Path(scratch) / kind.file
-            graph, made[name] = graph_apart(kind.make(exported, path))
-            part = None if graph is None else partial(sources.make_part, kind.make, exported)
+            described, made[name] = graph_apart(kind.make(exported, path))
+            part = None if described is None else partial(sources.make_part, kind.make, exported)
             info = {"precision": kind.precision, **made[name]}
             try:
-                found[name] = gate.write(folder / name, path, info, least, graph=graph, part=part)
+                found[name] = gate.write(folder / name, path, info, least, graph=described, part=part)
             except ParityError as error:
                 raise ParityError(f"{name}: {error}{best_found(made[name])}") from None
             report(number + 1, len(names), name)
     return {**made.pop(INT8, {}), **({"others": made} if made else {}), "parity": found}
-
-
-def _calibration(work: Workspace, model: Model) -> Iterator[dict[str, NDArray[Any]]]:
-    """Inputs of clean training rows, evenly spread."""
-    loader = work.clean_loader(TRAIN, input_spec(model), STUDENT, batch_size=CALIBRATION_BATCH)
-    wanted = min(work.recipe.export.quantize.calibration_rows, loader.num_rows)
-    chosen = np.linspace(0, loader.num_rows - 1, wanted).astype(int)
-    for part in np.array_split(loader.row_positions[chosen], -(-len(chosen) // CALIBRATION_BATCH)):
-        yield evaluate.feeds(loader.batch(part, loader.clean_views(len(part)))[STUDENT])
 
 
 def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -287,7 +278,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         },
         seeds=[recipe.seed],
         versions=_versions(recipe) | {"python": platform.python_version()},
-        curves={name: _curve(work.path(name) / "metrics.jsonl") for name in TRAINED},
+        curves={name: _curve(work.path(stage) / "metrics.jsonl") for name, stage in _trainings(work).items()},
         costs={name: artifact.info["cost"] for name, artifact in work.done.items() if "cost" in artifact.info},
         cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
         teachers=provenance(recipe),
@@ -353,6 +344,11 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
         seeds=[work.recipe.seed],
         source=SHIPPED if name in BUNDLES else None,
     )
+
+
+def _trainings(work: Workspace) -> dict[str, str]:
+    """Model -> the stage that trained it."""
+    return {name: name for name in TRAINED} | ({AWARE: QAT} if QAT in work.done else {})
 
 
 def _curve(file: Path) -> list[dict[str, Any]]:

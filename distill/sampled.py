@@ -68,3 +68,22 @@ def _check_images_alone(modalities: Iterable[str], who: str, place: str) -> None
     more = [name for name in modalities if name != IMAGE]
     if more:
         raise UserError(f"{place}: {who} reads {more[0]}, which does not mix with another row's; leave it out")
+
+
+def check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:
+    """Images can be made smaller, and features of theirs are compared by their means alone."""
+    if train.progressive_resizing is None:
+        return
+    place, model = f"{where}.progressive_resizing", recipe.teacher if where.startswith("teacher") else recipe.student
+    if "image" not in model.encoders or (where.startswith("teacher.pretrain.") and not where.endswith(".image")):
+        raise UserError(f"{place}: no images are read there; leave it out")
+    size, whole = train.progressive_resizing.size, recipe.data.working_size
+    if size >= whole:
+        raise UserError(f"{place}.size is {size} pixels, and data.working_size is {whole}; give fewer")
+    for number, term in enumerate([] if where.startswith("teacher") else recipe.student.objective):
+        taps = term.tapped("student")
+        if any(tap.startswith("encoders.image") and not tap.endswith(":mean") for tap in taps):
+            raise UserError(
+                f"{place}: small images have smaller feature maps than those the teacher saw, and "
+                f"student.objective[{number}] compares them position by position; add ':mean' to its taps"
+            )

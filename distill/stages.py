@@ -24,6 +24,7 @@ from distill.contracts import CLEAN_VIEW, TEST, TRAIN, VALID, Outputs, UserError
 from distill.data.batches import Batches
 from distill.data.loader import Loader
 from distill.data.mixed import MixedLoader
+from distill.data.prepare import prepare
 from distill.data.transfer import replace_words, whole_words
 from distill.data.vocabulary import learn_vocabulary
 from distill.fitted import ORIGIN, origin
@@ -55,6 +56,13 @@ from distill.workspace import (
 from distill.writing import write_captions
 
 TOKENS_FILE = "token_ids.npy"
+
+
+def prepare_data(work: Workspace, folder: Path) -> dict[str, Any]:
+    """Read, check and decode the rows."""
+    recipe = work.recipe
+    with progress("read data", quiet=work.quiet) as report:
+        return prepare(recipe.data, folder, Path.cwd(), report, seed=recipe.seed, words=recipe.learnt_words)
 
 
 def pretrain(work: Workspace, folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill import rounding
 from distill.balance import Balance
 from distill.contracts import Batch, Outputs, UserError
 from distill.data.transforms import resize_images
@@ -64,6 +65,7 @@ class Trainee(nn.Module):
     def advance(self, step: int, total: int) -> None:
         """Begin a step, from 0, of all."""
         self.objective.advance(step, total)
+        rounding.advance(self.model, step, total)
         if self.balance is not None:
             self.balance.advance(step, total)
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from test_report import context
 
-from distill.config import ReportConfig
 from distill.contracts import UserError
 from distill.measured import on_devices, read_measured, settings
 from distill.report import compare_runs
 from distill.report.build import build_report
+from distill.report_config import ReportConfig
 from distill.runs import sha256_file
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto
 from onnxruntime import quantization as ort_quantization
-from onnxruntime.quantization.calibrate import create_calibrator
+from onnxruntime.quantization.calibrate import TensorData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
@@ -86,8 +86,14 @@ class StaticQuantizer:
         layers: node -> operator type, of those whose weights become int8, in the graph's order.
     """
 
-    def __init__(self, fp32_path: Path, feeds: Iterable[Feeds], config: QuantizeConfig) -> None:
-        """Measure the ranges; see :func:`quantize_static`."""
+    def __init__(
+        self,
+        fp32_path: Path,
+        feeds: Iterable[Feeds],
+        config: QuantizeConfig,
+        ranges: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Measure the ranges, but for those of values that are given by name; see :func:`quantize_static`."""
         self.batches, self._config, self._source = list(feeds), config, fp32_path
         if not self.batches:
             raise UserError("quantization got no calibration rows; give it some of the training split")
@@ -105,6 +111,9 @@ class StaticQuantizer:
         self._kept = kept | {n.name for n in graph.node if n.op_type == "MatMul" and not has_constant(n, constants)}
         with tempfile.TemporaryDirectory() as folder, quiet():
             self._ranges = self._calibrate(Path(folder))
+        for name, limits in (ranges or {}).items():
+            low, high = (np.array(limit, dtype=np.float32) for limit in limits)
+            self._ranges[name] = TensorData(lowest=low, highest=high)
 
     def write(self, out_path: Path, float_nodes: Collection[str] = ()) -> dict[str, Any]:
         """Write an int8 graph in which these nodes of :attr:`layers`, too, stay in float.

@@ -1,0 +1,169 @@
+"""Where in a torch model the numbers are that its static int8 graph rounds: what training with rounding needs to know.
+
+The graph is asked which values it rounds, and a model and its float graph are run on the same rows: a value belongs
+where a module takes or gives the same numbers, in whatever shape and order, padded or not. So nothing is guessed from
+the kinds of layers, and what a graph joins (a convolution and its BatchNorm) or drops (an identity) needs no rule.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import GraphProto, numpy_helper
+from onnxruntime.quantization.quant_utils import QUANT_INPUT_SUFFIX
+from torch import Tensor, nn
+
+from distill.contracts import Batch
+from distill.multimodal import evaluating
+from distill.quantization.common import Feeds
+from distill.quantization.static import StaticQuantizer
+from distill.quantization.tables import lookups
+from distill.rounding import HIGHEST, LOWEST, Place, Plan, Range
+
+SAME = 1e-4
+"""Relative difference of two runtimes in the statistics of the same numbers."""
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Layers whose weights have their output channels first, as :class:`distill.rounding.WeightRounding` takes them."""
+
+Print = tuple[float, NDArray[np.float64]]
+"""The largest absolute number, and sums that do not depend on order and zeros."""
+
+
+@dataclass
+class Seen:
+    """The numbers that the modules of a model took and gave in one pass, in the order of the calls."""
+
+    inputs: list[tuple[str, Print]] = field(default_factory=list)
+    outputs: list[tuple[str, Print]] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+def find_places(model: nn.Module, batch: Batch, quantizer: StaticQuantizer, feeds: Feeds) -> Plan:
+    """Find what a model has to round in training to be what its int8 graph will be.
+
+    Args:
+        model: a ``Batch -> Outputs`` model.
+        batch: some rows that have all modalities.
+        quantizer: of the model's float graph, with the ranges that training starts from.
+        feeds: the same rows as inputs of the graph.
+    """
+    graph = quantizer.model.graph
+    with tempfile.TemporaryDirectory() as folder:
+        quantizer.write(Path(folder) / "int8.onnx")
+        ranges = _ranges(onnx.load(Path(folder) / "int8.onnx").graph)
+    names = {name for node in graph.node for name in (*node.input, *node.output)}
+    ranges = {name: limits for name, limits in ranges.items() if name in names}
+    weights, tables, missed = _layers(model, quantizer)
+    seen = _watched(model, batch)
+    values = []
+    for name, numbers in _graph_values(quantizer.model, feeds, list(ranges)).items():
+        found = _placed(_fingerprint(numbers), seen)
+        if found is None:
+            missed.append(name)
+        else:
+            values.append(Place(name, *found, *ranges[name]))
+    return Plan(weights, tables, values, missed)
+
+
+def _ranges(graph: GraphProto) -> dict[str, Range]:
+    """Name of a value that an int8 graph rounds -> the least and the largest number that is left."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    found = {}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] not in constants:
+            scale, zero = (float(constants[name]) for name in node.input[1:3])
+            found[node.input[0].removesuffix(QUANT_INPUT_SUFFIX)] = ((LOWEST - zero) * scale, (HIGHEST - zero) * scale)
+    return found
+
+
+def _layers(model: nn.Module, quantizer: StaticQuantizer) -> tuple[list[str], list[str], list[str]]:
+    """Paths of the layers and of the tables whose weights become int8, and nodes that belong to neither."""
+    modules = dict(model.named_modules())
+    read = {node.name for nodes in lookups(quantizer.model.graph).values() for node in nodes}
+    weights, tables, missed = [], [], []
+    for node in quantizer.layers:
+        path = node.rpartition("/")[0]
+        if node in read and isinstance(modules.get(path), nn.Embedding):
+            tables.append(path)
+        elif node not in read and isinstance(modules.get(path), LAYERS):
+            weights.append(path)
+        else:
+            missed.append(node)
+    return list(dict.fromkeys(weights)), list(dict.fromkeys(tables)), missed
+
+
+def _graph_values(model: onnx.ModelProto, feeds: Feeds, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """Compute some values of a graph, by name."""
+    told = onnx.ModelProto()
+    told.CopyFrom(model)
+    known = {value.name for value in (*told.graph.output, *told.graph.input)}
+    told.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in known)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(told.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    given = {name: feeds[name] for name in names if name in feeds}
+    wanted = [name for name in names if name not in given]
+    return {**given, **dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))}
+
+
+def _watched(model: nn.Module, batch: Batch) -> Seen:
+    """Run a model once, and note what its modules take first and give."""
+    seen = Seen()
+
+    def note(notes: list[tuple[str, Print]], path: str, values: Any) -> None:
+        if isinstance(values, Tensor) and values.is_floating_point():
+            notes.append((path, _fingerprint(values.numpy(force=True))))
+
+    def taken(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.calls[path] += 1
+        note(seen.inputs, path, args[0] if args else None)
+
+    def given(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        note(seen.outputs, path, output)
+
+    modules = [(path, module) for path, module in model.named_modules() if path]
+    handles = [module.register_forward_pre_hook(partial(taken, path)) for path, module in modules]
+    handles += [module.register_forward_hook(partial(given, path)) for path, module in modules]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _placed(wanted: Print, seen: Seen) -> tuple[str, list[str]] | None:
+    """Where a value is: the first module that gives it, or else the outermost ones that take it."""
+    given, taken = (
+        [path for path, found in notes if seen.calls[path] == 1 and _alike(found, wanted)]
+        for notes in (seen.outputs, seen.inputs)
+    )
+    if given:
+        return "output", given[:1]
+    outermost = [path for path in taken if not any(path.startswith(f"{other}.") for other in taken)]
+    return ("input", outermost) if outermost else None
+
+
+def _fingerprint(values: NDArray[Any]) -> Print:
+    numbers = values.astype(np.float64).ravel()
+    largest = float(np.abs(numbers).max(initial=0.0))
+    unit = numbers / (largest or 1.0)
+    return largest, np.array([np.abs(unit).sum(), *(np.sum(unit**power) for power in (1, 2, 3, 4))])
+
+
+def _alike(one: Print, other: Print) -> bool:
+    """Whether the numbers are the same but for zeros, which rounding leaves what they are: a layer may add some."""
+    near = abs(one[0] - other[0]) <= SAME * one[0] and one[0] > 0
+    return near and bool(np.abs(one[1] - other[1]).max() <= SAME * one[1][0])
