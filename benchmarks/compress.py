@@ -51,6 +51,8 @@ NONE = {
     ): "not built: NNCF's int8 is calibrated",
     ("executorch", "int8 dynamic"): "not built: the exporter calibrates",
     ("litert", "int8 static"): "not built: its static models take int8 inputs",
+    ("onnxruntime", "int8 QAT"): "the graph of int8 static with other numbers, so its size and speed",
+    **dict.fromkeys(((name, "int8 QAT") for name in EXPORTERS), "not built: exporters convert the float model"),
 }
 """Cells that there are not, and why."""
 
