@@ -1,12 +1,15 @@
 """Encoders of one embedding space: the model, what a recipe of it may not say, and a whole run of it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import stand_in_runtime
 import tiny
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import load_file
 from tiny_project import distill, distill_process, make_project, refusal
 
 from distill import estimate, pipeline
@@ -159,6 +162,26 @@ def test_each_encoder_is_a_bundle_that_runs_alone_and_says_the_same(run):
             image.predict(rows)
     gate = read_json(run / "export" / "manifest.json")["info"]["parity"]["onnx-fp32"]
     assert set(gate) == {"embedding.image", "embedding.text"} and gate["embedding.text"]["agreement"] > 0.9999
+
+
+def test_each_encoder_runs_alone_on_other_runtimes_too(run, tmp_path, monkeypatch):
+    shutil.copytree(run.parents[1], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    with stand_in_runtime.installed():
+        changes = ("export.bundles=[executorch-fp32,executorch-int8]", "export.quantize.keep_float=[encoders.image]")
+        answer = distill("evaluate", "dual.yaml", *changes)
+        assert answer.code == 0, answer.err
+        folder = tmp_path / "copy" / "runs" / "dual"
+        texts = [{"text": text} for text in ("a red sun", "a small blue cat")]
+        expected = load(folder / "export" / "onnx-fp32-text").embed(texts)["text"]
+        for name in ("executorch-fp32", "executorch-int8"):
+            text, image = (load(folder / "quantize" / f"{name}-{modality}") for modality in ("text", "image"))
+            assert text.info["runtime"] == "executorch" and text.info["inputs"]["text"]["shape"] == ["batch", 12]
+            np.testing.assert_allclose(text.embed(texts)["text"], expected, atol=1e-5)
+            assert image.inputs == ["image", "image_present"] and image.outputs == ["embedding_image"]
+        said, torch_said = (load_file(folder / f"evaluate/{n}.safetensors") for n in ("executorch-int8", "pruned"))
+        for name in ("embedding.image", "embedding.text", "logits.colour, zero-shot"):
+            np.testing.assert_allclose(said[name], torch_said[name], atol=1e-3)
 
 
 def test_the_example_of_a_card_runs(run, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from distill.runtimes import RUNTIMES
 from distill.runtimes.base import by_length, missing
 from distill.runtimes.openvino import is_recurrent
 
-DTYPES = {"boolean": "bool", "u8": "uint8", "i64": "int64", "f32": "float32"}
+DTYPES = {"boolean": "bool", "u8": "uint8", "i16": "int16", "i64": "int64", "f32": "float32"}
 """OpenVINO's name of an element type -> numpy's, of those that graphs take and give."""
 
 

@@ -22,7 +22,13 @@ from distill.runs import atomic
 
 GRAPH_FILE = "graph.json"
 """An extra file of the archive: the names, types and shapes of what goes in and comes out."""
-DTYPES = {torch.uint8: "uint8", torch.bool: "bool", torch.int64: "int64", torch.float32: "float32"}
+DTYPES = {
+    torch.bool: "bool",
+    torch.uint8: "uint8",
+    torch.int16: "int16",
+    torch.int64: "int64",
+    torch.float32: "float32",
+}
 
 
 def export_program(model: torch.nn.Module, example: Batch, path: Path, *, rows: int | None = None) -> dict[str, Any]:
@@ -82,6 +88,9 @@ def in_plain_layout(program: ExportedProgram, graph: Mapping[str, Any]) -> Expor
     module = program.module()
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.contiguous()
+    for part in module.modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, buffer)  # persistent: ExecuTorch refuses the others
     for node in module.graph.nodes:
         layouts = (torch.channels_last, torch.channels_last_3d)
         node.args = tuple(torch.contiguous_format if each in layouts else each for each in node.args)
