@@ -55,7 +55,7 @@ def train_aware(work: Workspace, folder: Path) -> dict[str, Any]:
     model = work.model(PRUNED)
     freeze_inherited(work, model)
     if work.ranks.first and not (folder / PLAN_FILE).is_file():
-        planned(work, model, folder).save(folder / PLAN_FILE)
+        planned(work, model).save(folder / PLAN_FILE)
     work.ranks.wait()
     plan = Plan.load(folder / PLAN_FILE)
     if plan.missed:
@@ -67,10 +67,10 @@ def train_aware(work: Workspace, folder: Path) -> dict[str, Any]:
     return {**info, "rounded": {"values": len(plan.values), "layers": len(plan.weights), "tables": len(plan.tables)}}
 
 
-def planned(work: Workspace, model: Model, folder: Path) -> Plan:
+def planned(work: Workspace, model: Model) -> Plan:
     """Find what the int8 graph of a model rounds, with the ranges of post-training quantization."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        graph = Path(place) / "model.onnx"
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
         export_graph(work, model, graph)
         batches = list(calibration(work, model))
         quantizer = StaticQuantizer(graph, batches, settings(work, model))

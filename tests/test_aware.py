@@ -210,7 +210,7 @@ def test_all_kinds_of_students_round_what_their_graphs_do(copied: None, tmp_path
     work = opened(*ARMS, "student.inherit={}", *overrides, until="inherit")
     model: Any = work.blank(STUDENT)
     model.requires_grad_(False).eval()
-    plan = aware.planned(work, model, tmp_path)
+    plan = aware.planned(work, model)
     assert plan.missed == [] and plan.weights and plan.values
     batches = evaluate.clean_batches(work.clean_loader(VALID, input_spec(model), STUDENT), STUDENT)
     plain = evaluate.predict_torch(model, batches)
