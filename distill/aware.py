@@ -136,6 +136,8 @@ def check_aware(recipe: Recipe) -> None:
         raise UserError(f"export.quantize.per_channel: {AWARE} learns one scale a channel; set it to true")
     if config.qat.train.shard:
         raise UserError(f"{PLACE}.train.shard: layers that round have their weights whole; set it to false")
+    if config.qat.train.balance is not None:
+        raise UserError(f"{PLACE}.train.balance: modalities are balanced while a student is learning; leave it out")
     terms = config.qat.objective
     if terms is None or not needs_teacher(terms):
         return

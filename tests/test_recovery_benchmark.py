@@ -12,6 +12,7 @@ from benchmarks.quickstart_seeds import seed_recipes
 from benchmarks.recovery import ARMS, BUNDLES, BY_KD, DENSE, ONE_SHOT, labels_alone, markdown, summarize
 from distill import pipeline
 from distill.check import check_recipe
+from distill.config import TransferConfig
 from distill.losses.terms import needs_teacher
 
 
@@ -23,7 +24,7 @@ def test_labels_alone_need_no_teacher_and_leave_the_recipe_as_it_is() -> None:
     (recipe,) = recipes(1)
     before = recipe.model_dump()
     changed = labels_alone(recipe)
-    check_recipe(changed, pipeline.ENCODERS, students.INHERITANCES)
+    check_recipe(changed.model_copy(update={"transfer": TransferConfig()}), pipeline.ENCODERS, students.INHERITANCES)
     assert recipe.model_dump() == before and needs_teacher(recipe.student.objective)
     assert not needs_teacher(changed.student.objective)
     assert changed.export.quantize.qat.objective == changed.student.objective == recipe.student.baseline
