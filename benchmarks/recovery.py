@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 import students
 from benchmarks.quickstart_seeds import Scores, compare, correct, kept, seed_recipes, student_predictions
 from benchmarks.seed_tables import (
@@ -62,9 +64,14 @@ BUNDLES = f"export.bundles=[{INT8},{AWARE}]"
 
 
 def labels_alone(recipe: Recipe) -> Recipe:
-    """The recipe whose student learns from the objective of its baseline."""
-    student = recipe.student
-    return recipe.model_copy(update={"student": student.model_copy(update={"objective": student.baseline})})
+    """The recipe whose student learns from the objective of its baseline, for int8 too."""
+    labels, quantize = {"objective": recipe.student.baseline}, recipe.export.quantize
+    aware_too = quantize.model_copy(update={"qat": quantize.qat.model_copy(update=labels)})
+    changes = {
+        "student": recipe.student.model_copy(update=labels),
+        "export": recipe.export.model_copy(update={"quantize": aware_too}),
+    }
+    return recipe.model_copy(update=changes)
 
 
 def trained_arm(
@@ -165,7 +172,7 @@ def summarize(recipes: Sequence[Recipe], scores: Sequence[Scores], works: Sequen
         "seeds": [recipe.seed for recipe in recipes],
         "ratio": recipes[0].prune.ratio,
         "epochs": {"recovery": recipes[0].prune.train.epochs, "qat": recipes[0].export.quantize.qat.train.epochs},
-        "accuracy": {n: {t: [float((s[n][t][s[n][t] >= 0]).mean()) for s in scores] for t in tasks} for n in ARMS},
+        "accuracy": {n: {t: [float(np.nanmean(one[n][t])) for one in scores] for t in tasks} for n in ARMS},
         "differences": [compare(scores, ours, theirs, task, groups) for ours, theirs in PAIRS for task in tasks],
         "costs": [costs(work) for work in works],
     }

@@ -55,7 +55,7 @@ def train_aware(work: Workspace, folder: Path) -> dict[str, Any]:
     model = work.model(PRUNED)
     freeze_inherited(work, model)
     if work.ranks.first and not (folder / PLAN_FILE).is_file():
-        planned(work, model, folder).save(folder / PLAN_FILE)
+        planned(work, model).save(folder / PLAN_FILE)
     work.ranks.wait()
     plan = Plan.load(folder / PLAN_FILE)
     if plan.missed:
@@ -67,10 +67,10 @@ def train_aware(work: Workspace, folder: Path) -> dict[str, Any]:
     return {**info, "rounded": {"values": len(plan.values), "layers": len(plan.weights), "tables": len(plan.tables)}}
 
 
-def planned(work: Workspace, model: Model, folder: Path) -> Plan:
+def planned(work: Workspace, model: Model) -> Plan:
     """Find what the int8 graph of a model rounds, with the ranges of post-training quantization."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        graph = Path(place) / "model.onnx"
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
         export_graph(work, model, graph)
         batches = list(calibration(work, model))
         quantizer = StaticQuantizer(graph, batches, settings(work, model))
@@ -136,6 +136,8 @@ def check_aware(recipe: Recipe) -> None:
         raise UserError(f"export.quantize.per_channel: {AWARE} learns one scale a channel; set it to true")
     if config.qat.train.shard:
         raise UserError(f"{PLACE}.train.shard: layers that round have their weights whole; set it to false")
+    if config.qat.train.balance is not None:
+        raise UserError(f"{PLACE}.train.balance: modalities are balanced while a student is learning; leave it out")
     terms = config.qat.objective
     if terms is None or not needs_teacher(terms):
         return

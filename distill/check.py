@@ -12,7 +12,7 @@ from distill.aware import PLACE, asked_for
 from distill.balance import check_balances
 from distill.build import check_model, told_by_data
 from distill.builders import check_part
-from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, nearest
+from distill.config import EMA, ModelConfig, Recipe, TeacherConfig, TermConfig, TrainConfig, nearest
 from distill.contracts import UserError
 from distill.data.sources import GIVEN, SOURCES
 from distill.decision import check_decision
@@ -82,8 +82,9 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     _check_terms(recipe.teacher.objective, recipe.teacher, recipe, "teacher.objective")
     _check_terms(recipe.student.baseline, recipe.student, recipe, "student.baseline")
     _check_terms(recipe.student.objective, recipe.student, recipe, "student.objective", others)
-    if asked_for(recipe) and recipe.export.quantize.qat.objective:
-        _check_terms(recipe.export.quantize.qat.objective, recipe.student, recipe, f"{PLACE}.objective", others)
+    own = recipe.export.quantize.qat.objective if asked_for(recipe) else None
+    if own:
+        _check_terms(own, recipe.student, recipe, f"{PLACE}.objective", others)
     _check_kept(recipe, encoders)
     for where, model in models.items():
         _check_heads(model, where, recipe)
@@ -91,7 +92,7 @@ def check_recipe(recipe: Recipe, encoders: Registry, inheritances: Registry) -> 
     tasks = list(recipe.data.targets)
     check_decision(recipe.teacher, {"teacher.objective": recipe.teacher.objective}, tasks)
     trained = {"student.baseline": recipe.student.baseline, "student.objective": recipe.student.objective}
-    check_decision(recipe.student, trained, tasks)
+    check_decision(recipe.student, trained | ({f"{PLACE}.objective": own} if own else {}), tasks)
 
 
 def check_parts(model: ModelConfig, where: str, encoders: Registry, recipe: Recipe, tasks: Sequence[str]) -> None:
@@ -175,7 +176,9 @@ def _check_transfer(recipe: Recipe, others: Mapping[str, Fitted]) -> None:
     for where, model in (("teacher", recipe.teacher), ("student", recipe.student)):
         if "text" not in model.encoders:
             raise UserError(f"{wanted}, and the {where} has no text encoder; set it to 0")
-    largest = max(recipe.student.train.batch_size, recipe.prune.train.batch_size) * recipe.transfer.ratio
+    budgets: list[TrainConfig] = [recipe.student.train, recipe.prune.train]
+    budgets += [recipe.export.quantize.qat.train] if asked_for(recipe) else []
+    largest = max(train.batch_size for train in budgets) * recipe.transfer.ratio
     if recipe.transfer.texts < round(largest):
         raise UserError(f"{wanted}, and a batch takes {round(largest)} of them; raise it or lower transfer.ratio")
     blind = {name for name, other in others.items() if "text" not in other.modalities}
@@ -310,7 +313,11 @@ def _check_kind(term: TermConfig, recipe: Recipe, place: str) -> None:
 
 def _check_average(term: TermConfig, recipe: Recipe, place: str) -> None:
     """The student's own average as a teacher: it has to be there, whole, and has the student's own taps."""
-    for where, train in (("student.train", recipe.student.train), ("prune.train", recipe.prune.train)):
+    budgets: dict[str, TrainConfig] = {"student.train": recipe.student.train, "prune.train": recipe.prune.train}
+    qat = recipe.export.quantize.qat
+    if asked_for(recipe) and (not qat.objective or place.startswith(PLACE)):
+        budgets[f"{PLACE}.train"] = qat.train
+    for where, train in budgets.items():
         if train.ema is None:
             raise UserError(f"{place}: teacher 'ema' is the average that {where}.ema keeps; set that, as to 0.99")
         if train.shard:

@@ -210,7 +210,7 @@ def test_all_kinds_of_students_round_what_their_graphs_do(copied: None, tmp_path
     work = opened(*ARMS, "student.inherit={}", *overrides, until="inherit")
     model: Any = work.blank(STUDENT)
     model.requires_grad_(False).eval()
-    plan = aware.planned(work, model, tmp_path)
+    plan = aware.planned(work, model)
     assert plan.missed == [] and plan.weights and plan.values
     batches = evaluate.clean_batches(work.clean_loader(VALID, input_spec(model), STUDENT), STUDENT)
     plain = evaluate.predict_torch(model, batches)
@@ -232,6 +232,16 @@ def test_all_kinds_of_students_round_what_their_graphs_do(copied: None, tmp_path
     [
         ("export.quantize.per_channel=false", "export.quantize.per_channel: onnx-int8-qat learns one scale a channel"),
         ("export.quantize.qat.train.shard=true", "export.quantize.qat.train.shard: "),
+        ("export.quantize.qat.train.balance={}", "export.quantize.qat.train.balance: "),
+        ("transfer={texts: 20}", "a batch takes 24 of them"),
+        (
+            "export.quantize.qat.objective=[{loss: kd, task: colour, teacher: ema}]",
+            "export.quantize.qat.objective[0]: teacher 'ema' is the average that student.train.ema keeps",
+        ),
+        (
+            "student.objective.2={loss: kd, task: colour, teacher: ema}",
+            "teacher 'ema' is the average that export.quantize.qat.train.ema keeps",
+        ),
         ("export.quantize.qat.train.optimizer_params={nothing: 1}", "export.quantize.qat.train"),
         ("export.quantize.qat.objective=[]", "export.quantize.qat.objective"),
         ("export.quantize.qat.objective=[{loss: cross_entropy, task: size}]", "export.quantize.qat.objective[0]: no"),
@@ -246,7 +256,9 @@ def test_all_kinds_of_students_round_what_their_graphs_do(copied: None, tmp_path
 )
 def test_mistakes_are_refused_before_any_work(here: None, override: str, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        pipeline.check(load_recipe("recipe.yaml", [*ARMS, override]))
+        averaged = ["student.train.ema=0.9", "prune.train.ema=0.9"] if "student.objective" in override else []
+        batch = ["export.quantize.qat.train.batch_size=24"] if "transfer" in override else []
+        pipeline.check(load_recipe("recipe.yaml", [*ARMS, *averaged, *batch, override]))
     assert expected in str(error.value)
 
 
