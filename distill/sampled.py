@@ -71,7 +71,11 @@ def _check_images_alone(modalities: Iterable[str], who: str, place: str) -> None
 
 
 def check_resizing(recipe: Recipe, train: TrainConfig, where: str) -> None:
-    """Images can be made smaller, and features of theirs are compared by their means alone."""
+    """Check that images can be made smaller, and that features of theirs are compared by their means alone.
+
+    Raises:
+        UserError: there are no images, or they are not larger, or maps are compared.
+    """
     if train.progressive_resizing is None:
         return
     place, model = f"{where}.progressive_resizing", recipe.teacher if where.startswith("teacher") else recipe.student
