@@ -23,7 +23,6 @@ from distill.other_teachers import cache_parts, check_inputs, check_labels, chec
 from distill.planning import (
     Planned,
     Stage,
-    check_output,
     copy_planned,
     descendants,
     discard_again,
@@ -278,7 +277,6 @@ def check(recipe: Recipe, until: str | None = None) -> None:
     Raises:
         UserError: the first mistake found.
     """
-    check_output(recipe)
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
     needed = [stage.name for stage in _needed(recipe, until)]
     bundles.check_bundles(recipe.export, made="quantize" in needed)

@@ -116,17 +116,6 @@ def make_plan(
     return list(planned.values())
 
 
-def check_output(recipe: Recipe) -> None:
-    """Refuse a place that is no folder.
-
-    Raises:
-        UserError: it is a URL.
-    """
-    if "://" in recipe.output:
-        why = f"runs are written to a folder, and {recipe.output} is a URL"
-        raise UserError(f"output: {why}; name a folder, one that all machines share if there are several")
-
-
 def refuse_loss(planned: Iterable[Planned], folder: Path) -> None:
     """Stop before a run replaces long work that was made with other settings.
 
