@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -20,7 +21,7 @@ from distill import evaluate
 from distill.build import Model, example_batch, input_spec
 from distill.bundles import AWARE, QAT
 from distill.checkpoint import load_weights
-from distill.config import QuantizeConfig, Recipe
+from distill.config import EMA, QuantizeConfig, Recipe
 from distill.contracts import TRAIN, Batch, UserError
 from distill.data.loader import Loader
 from distill.export.onnx import export_onnx
@@ -74,8 +75,8 @@ def planned(work: Workspace, model: Model) -> Plan:
         export_graph(work, model, graph)
         batches = list(calibration(work, model))
         quantizer = StaticQuantizer(graph, batches, settings(work, model))
-        rows = _whole_rows(work, model)
-        return find_places(model, rows, quantizer, evaluate.feeds(rows))
+        passes = [(rows, evaluate.feeds(rows)) for rows in with_gaps(_whole_rows(work, model))]
+        return find_places(model, passes, quantizer)
 
 
 def settings(work: Workspace, model: Model) -> QuantizeConfig:
@@ -99,6 +100,8 @@ def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "drop_prob", None), float):  # stochastic depth
+            setattr(module, "drop_prob", 0.0)  # noqa: B010
 
 
 def trained(work: Workspace) -> Model:
@@ -145,11 +148,19 @@ def check_aware(recipe: Recipe) -> None:
     for number, term in enumerate(terms):
         place = f"{PLACE}.objective[{number}]"
         others = {name for each in recipe.student.objective for name in each.teachers}
-        for name in set(term.teachers) - others - {None}:
+        for name in set(term.teachers) - others - {None, EMA}:
             raise UserError(f"{place}: no term of student.objective asks teacher {name!r}; leave it out")
         for tap in term.tapped("teacher"):
             if tap not in kept and None in term.teachers:
                 raise UserError(f"{place}: the teacher's {tap!r} is not in the cache; add it to cache.taps")
+
+
+def with_gaps(rows: Batch) -> list[Batch]:
+    """Rows that have all modalities, and the same ones with some modalities missing, each in some rows."""
+    period = len(rows.present) + 1
+    numbers = torch.arange(len(rows.ids))
+    present = {name: (numbers + at) % period != 0 for at, name in enumerate(rows.present)}
+    return [rows, rows._replace(present=present)]
 
 
 def _whole_rows(work: Workspace, model: Model) -> Batch:

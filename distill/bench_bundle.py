@@ -166,7 +166,19 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     for file in RUNTIMES[runtime].files:
         if not isinstance(inputs, dict) or not (folder / file).is_file():
             raise SystemExit(f"error: {folder} lacks its model {file}; copy the whole folder")
+        try:
+            expected = content["files"][file]["sha256"]
+        except (KeyError, TypeError):
+            raise SystemExit(f"error: {folder / 'bundle.json'} says nothing of {file}; copy the folder again") from None
+        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != expected:
+            raise SystemExit(f"error: {folder / file} is not the bundle's; copy the whole folder again")
     return dict(content)
+
+
+def fixed_length(inputs: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Return the tokens of all texts of a graph that takes one length alone."""
+    length = inputs["text"]["shape"][1] if "text" in inputs else None
+    return length if isinstance(length, int) else None
 
 
 def make_feeds(inputs: Mapping[str, Mapping[str, Any]], batch: int, text_length: int = TEXT_LENGTH) -> Feeds:
@@ -203,7 +215,7 @@ def measure(
         batches: rows a run.
         threads: threads inside an operator.
         runs: timed runs of each, at least.
-        text_length: tokens of texts.
+        text_length: tokens of texts, where the graph takes any number.
 
     Returns:
         JSON values: ``bundle`` and the sha256 of its ``bundle.json``, ``runtime``, ``machine``, ``size_bytes`` of the
@@ -213,7 +225,7 @@ def measure(
     """
     info = read_bundle(folder)
     load_packages(info["runtime"])
-    runtime = RUNTIMES[info["runtime"]]
+    runtime, text_length = RUNTIMES[info["runtime"]], fixed_length(info["inputs"]) or text_length
     loads, version = [], ""
     timed: dict[tuple[int, int], Any] = {}
     for together in [[count] for count in threads] if runtime.one_pool else [threads]:
@@ -337,7 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=_numbers, default=[1], help="rows a run, as 1,8")
     parser.add_argument("--threads", type=_numbers, default=[1], help="threads inside an operator, as 1,2")
     parser.add_argument("--runs", type=_number, default=100, help="timed runs of each")
-    parser.add_argument("--text-length", type=_number, default=TEXT_LENGTH, help="tokens of texts")
+    parser.add_argument(
+        "--text-length", type=_number, default=TEXT_LENGTH, help="tokens of texts, if any number may be"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--memory", type=_numbers, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

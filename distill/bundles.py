@@ -152,8 +152,13 @@ BUNDLES = {
 """Name -> kind of bundle."""
 
 
-def best_found(made: Mapping[str, Any]) -> str:
-    """The end of a refusal: the best that a search has found; empty of a bundle that was not searched for."""
+def best_found(made: Mapping[str, Any], setting: str) -> str:
+    """The end of a refusal: the best that a search has found; empty of a bundle that was not searched for.
+
+    Args:
+        made: what its maker says.
+        setting: of the recipe, that refused it.
+    """
     if "search" not in made:
         return ""
     tried, layers = made["search"]["tried"], sum(made["quantized"].values()) + sum(made["kept_float"].values())
@@ -161,26 +166,19 @@ def best_found(made: Mapping[str, Any]) -> str:
     agreed = "nothing finite" if best["agreement"] is None else f"an agreement of {best['agreement']:.4f}"
     return (
         f"; the search found {agreed} at best, with {best['num_float']} of {layers} layers in "
-        "float: lower export.min_agreement_int8 or train longer"
+        f"float: lower {setting} or train longer"
     )
 
 
-def check_bundles(config: ExportConfig, *, made: bool = True) -> None:
-    """Check the names of bundles and, where they are to be made, that what makes and runs them is installed.
+def check_bundles(config: ExportConfig) -> None:
+    """Check the names of bundles.
 
     Raises:
-        UserError: one that is not known, a package that is missing, or a least agreement of one that is not made.
+        UserError: one that is not known, or a least agreement of one that is not made.
     """
     for name in config.bundles:
         if name not in BUNDLES:
             raise UserError(f"export.bundles: there is no bundle {name!r}; {nearest(name, BUNDLES)}")
-        runtime = BUNDLES[name].runtime
-        missing = missing_packages(runtime) if made else []
-        if missing:
-            raise UserError(
-                f"export.bundles: {name!r} needs {' and '.join(missing)}, which this installation lacks; "
-                f"pip install 'multidistill[{RUNTIMES[runtime].extra}]', or leave it out"
-            )
     for name in config.min_agreement:
         if name not in config.bundles:
             raise UserError(
@@ -188,10 +186,32 @@ def check_bundles(config: ExportConfig, *, made: bool = True) -> None:
             )
 
 
+def check_packages(config: ExportConfig) -> None:
+    """Check that what makes and runs the bundles is installed.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    for name in config.bundles:
+        runtime = BUNDLES[name].runtime
+        missing = missing_packages(runtime)
+        if missing:
+            raise UserError(
+                f"export.bundles: {name!r} needs {' and '.join(missing)}, which this installation lacks; "
+                f"pip install 'multidistill[{RUNTIMES[runtime].extra}]', or leave it out"
+            )
+
+
 def least_agreement(config: ExportConfig, name: str) -> float:
     """The least agreement of a bundle with its source."""
     families = {"fp32": config.min_agreement_fp32, "int8": config.min_agreement_int8}
     return config.min_agreement.get(name, families[BUNDLES[name].gate])
+
+
+def least_setting(config: ExportConfig, name: str) -> str:
+    """The setting that :func:`least_agreement` reads."""
+    own = name in config.min_agreement
+    return f"export.min_agreement.{name}" if own else f"export.min_agreement_{BUNDLES[name].gate}"
 
 
 def stages_of(config: ExportConfig) -> dict[str, str]:

@@ -315,7 +315,9 @@ def _check_average(term: TermConfig, recipe: Recipe, place: str) -> None:
     """The student's own average as a teacher: it has to be there, whole, and has the student's own taps."""
     budgets: dict[str, TrainConfig] = {"student.train": recipe.student.train, "prune.train": recipe.prune.train}
     qat = recipe.export.quantize.qat
-    if asked_for(recipe) and (not qat.objective or place.startswith(PLACE)):
+    if place.startswith(PLACE):
+        budgets = {f"{PLACE}.train": qat.train}
+    elif asked_for(recipe) and not qat.objective:
         budgets[f"{PLACE}.train"] = qat.train
     for where, train in budgets.items():
         if train.ema is None:

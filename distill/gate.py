@@ -27,8 +27,9 @@ from distill.workspace import PRUNED, STUDENT, Workspace
 
 Graph = Mapping[str, Any]
 """``inputs`` and ``outputs`` of a model whose file does not say them."""
-Part = Callable[[str, Path], Graph | None]
-"""Writes the model of one modality's encoder to a path; None of an ONNX file."""
+Part = Callable[[str, Path], tuple[Graph | None, Mapping[str, Any]]]
+"""Writes the model of one modality's encoder to a path; returns its graph (None of an ONNX file), and what its bundle
+tells of itself."""
 
 SHIPPED = PRUNED
 """The model that is exported into bundles."""
@@ -87,14 +88,14 @@ class Gate:
         Raises:
             ParityError: the bundle reads or says something else than its source.
         """
-        kind, part = BUNDLES[bundle.name], part or partial(extract_tower, file)
+        kind, part = BUNDLES[bundle.name], part or partial(_taken_out, file)
         self._write(bundle, file, self._spec, info, kind.runtime, graph)
         for modality, folder in towers(self._model, bundle).items():
             model: Any = self._model
             folder.mkdir(exist_ok=True)
-            alone = part(modality, folder / kind.file)
+            alone, made = part(modality, folder / kind.file)
             num_params = sum(map(bench.num_params, (model.encoders[modality], model.embedders[modality])))
-            told = {**info, "num_params": num_params}
+            told = {"precision": kind.precision, **made, "num_params": num_params}
             self._write(folder, folder / kind.file, self._spec.only([modality]), told, kind.runtime, alone)
         same = kind.precision == "fp32"
         found = self._compare(bundle_says(self._model, bundle, self._batches), least, CLOSE if same else None)
@@ -155,6 +156,12 @@ class Gate:
             graph=graph,
         )
         check_reading(load(folder).preprocessor, self._loader, reads, work.recipe.data)
+
+
+def _taken_out(file: Path, modality: str, target: Path) -> tuple[None, dict[str, Any]]:
+    """The encoder of a modality out of an ONNX file of all."""
+    extract_tower(file, modality, target)
+    return None, {"bytes": target.stat().st_size}
 
 
 def check_reading(preprocessor: Preprocessor, loader: Loader, spec: InputSpec, config: DataConfig) -> None:

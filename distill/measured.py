@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from distill.bench_bundle import FORMAT, VERSION
 from distill.config import complaint
@@ -17,7 +17,17 @@ from distill.report_config import ReportConfig
 from distill.runs import sha256_file
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+def _writable(text: str) -> str:
+    """Half of a surrogate pair is no text that a report could hold."""
+    if not text.isprintable():
+        raise ValueError("it holds what cannot be printed")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_writable)]
 
 
 class _Content(BaseModel):
@@ -38,21 +48,21 @@ class Result(_Content):
 class Machine(_Content):
     """The device."""
 
-    processor: str
-    machine: str
-    system: str
+    processor: Text
+    machine: Text
+    system: Text
 
 
 class Measured(_Content):
     """One bundle on one device."""
 
     bundle_sha256: str
-    runtime: str
+    runtime: Text
     machine: Machine
     text_length: Count
     size_bytes: Count
     load_ms: Positive
-    peak_memory_bytes: int | None
+    peak_memory_bytes: Annotated[int, Field(ge=0, lt=2**63)] | None
     results: Annotated[list[Result], Field(min_length=1)]
 
 

@@ -279,7 +279,7 @@ def check(recipe: Recipe, until: str | None = None) -> None:
     """
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
     needed = [stage.name for stage in _needed(recipe, until)]
-    bundles.check_bundles(recipe.export, made="quantize" in needed)
+    bundles.check_bundles(recipe.export)
     aware.check_aware(recipe)
     measured.read_measured(recipe.report)
     if "pruned" in needed:
@@ -352,6 +352,8 @@ def run(
         ranks.wait()
         planned = plan(recipe, until=until, force=force, ranks=ranks)
         refuse_loss(planned, folder)
+        if any(item.stage.name == "quantize" and item.artifact is None for item in planned):
+            bundles.check_packages(recipe.export)
         if ranks.first:
             discard_again(folder, descendants(force, STAGES), planned)
             write_json(folder / "recipe.resolved.json", recipe.model_dump())

@@ -49,8 +49,8 @@ class Sources:
 
     def make_part(
         self, make: Callable[[Exported, Path], dict[str, Any]], exported: Exported, modality: str, path: Path
-    ) -> dict[str, Any] | None:
-        """Make the model of one encoder as that of all was made; return its inputs and outputs.
+    ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """Make the model of one encoder as that of all was made; return what :func:`graph_apart` does.
 
         Args:
             make: as of :class:`~distill.bundles.Kind`.
@@ -69,7 +69,7 @@ class Sources:
             feeds=lambda: _only(exported.feeds(), modality),
             config=exported.config.model_copy(update={"keep_float": kept}),
         )
-        return graph_apart(make(alone, path))[0]
+        return graph_apart(make(alone, path))
 
 
 def graph_apart(made: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:

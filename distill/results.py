@@ -20,7 +20,17 @@ from PIL import Image
 
 from distill import aware, bench, evaluate
 from distill.build import Model, example_batch, input_spec
-from distill.bundles import AWARE, BUNDLES, LAYERS_FILE, QAT, Exported, best_found, least_agreement, stages_of
+from distill.bundles import (
+    AWARE,
+    BUNDLES,
+    LAYERS_FILE,
+    QAT,
+    Exported,
+    best_found,
+    least_agreement,
+    least_setting,
+    stages_of,
+)
 from distill.config import FP32, INT8, Recipe
 from distill.contracts import AND, TEST, Batch
 from distill.data.loader import InputSpec
@@ -109,7 +119,7 @@ def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
             try:
                 found[name] = gate.write(folder / name, path, info, least, graph=described, part=part)
             except ParityError as error:
-                raise ParityError(f"{name}: {error}{best_found(made[name])}") from None
+                raise ParityError(f"{name}: {error}{best_found(made[name], least_setting(config, name))}") from None
             report(number + 1, len(names), name)
     return {**made.pop(INT8, {}), **({"others": made} if made else {}), "parity": found}
 
@@ -310,7 +320,15 @@ def shown_alike(data: PreparedData, rows: NDArray[np.int64]) -> NDArray[np.int64
 def _versions(recipe: Recipe) -> dict[str, str]:
     """Of what every run is made with, and of the runtimes of its bundles."""
     runtimes = (RUNTIMES[BUNDLES[name].runtime].package for name in recipe.export.bundles)
-    return {name: metadata.version(name) for name in (*VERSIONS, *runtimes)}
+    return {name: _version(name) for name in (*VERSIONS, *runtimes)}
+
+
+def _version(package: str) -> str:
+    """Finished bundles of a runtime may be reported where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _layers(work: Workspace) -> dict[str, Any]:

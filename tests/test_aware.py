@@ -262,6 +262,13 @@ def test_mistakes_are_refused_before_any_work(here: None, override: str, expecte
     assert expected in str(error.value)
 
 
+def test_the_average_of_the_training_itself_may_teach(here: None) -> None:
+    term = "export.quantize.qat.objective=[{loss: kd, task: colour, teacher: ema}]"
+    with pytest.raises(UserError, match=r"teacher 'ema' is the average that export\.quantize\.qat\.train\.ema keeps"):
+        pipeline.check(load_recipe("recipe.yaml", [*ARMS, term]))
+    pipeline.check(load_recipe("recipe.yaml", [*ARMS, term, "export.quantize.qat.train.ema=0.9"]))
+
+
 def test_they_do_not_matter_without_the_bundle(here: None) -> None:
     pipeline.check(load_recipe("recipe.yaml", ["export.quantize.per_channel=false"]))
     with pytest.raises(UserError, match="stage 'qat' is not needed for 'tiny'"):

@@ -78,8 +78,10 @@ def test_inputs_are_made_up_of_the_right_shape_and_length():
 def test_models_of_one_row_run_row_by_row_with_their_own_types(device, tmp_path, monkeypatch):
     shutil.copytree(device / "bundle", tmp_path / "bundle")
     info = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
-    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({**info, "runtime": "litert"}))
+    info["inputs"]["text"]["shape"] = info["inputs"]["text_mask"]["shape"] = ["batch", 12]
     (tmp_path / "bundle" / "model.tflite").write_bytes(b"123")
+    files = {"model.tflite": {"sha256": sha256_file(tmp_path / "bundle" / "model.tflite")}}
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({**info, "runtime": "litert", "files": files}))
     ran = []
 
     class Interpreter:
@@ -105,6 +107,7 @@ def test_models_of_one_row_run_row_by_row_with_their_own_types(device, tmp_path,
     monkeypatch.setattr(bench_bundle, "peak_memory", lambda *arguments: None)
     found = bench_bundle.measure(tmp_path / "bundle", [1, 3], [1, 2], runs=10)
     assert (found["runtime"], found["size_bytes"]) == ("litert 2.0", 3)
+    assert found["text_length"] == 12, "the graph takes no other"
     assert {row["runs"] for row in found["results"]} == {10}
     assert len(ran) == 2 * (1 + 3) * (bench_bundle.WARM_UP + 10), "a run a row"
     assert {threads for threads, _ in ran} == {1, 2}
@@ -140,6 +143,11 @@ def test_a_runtime_that_is_missing_is_told_with_its_package(runtime, monkeypatch
         (lambda folder: (folder / "bundle.json").unlink(), "is no bundle"),
         (lambda folder: (folder / "bundle.json").write_text("{"), "is no bundle"),
         (lambda folder: (folder / "model.onnx").unlink(), "lacks its model model.onnx; copy the whole folder"),
+        (lambda folder: (folder / "model.onnx").write_bytes(b"another"), "model.onnx is not the bundle's; copy"),
+        (
+            lambda folder: (folder / "bundle.json").write_text('{"runtime": "onnxruntime", "inputs": {}}'),
+            "says nothing",
+        ),
         (lambda folder: (folder / "bundle.json").write_text('{"runtime": "abacus", "inputs": {}}'), "is for abacus"),
     ],
 )

@@ -87,6 +87,9 @@ def test_each_result_is_a_row_of_the_table(tmp_path: Path, bundle: Path) -> None
         (lambda c: c | {"results": []}, "is damaged .results: "),
         (lambda c: c | {"results": [c["results"][0] | {"p95_ms": "fast"}]}, r"is damaged .results\.0\.p95_ms: "),
         (lambda c: c | {"results": [c["results"][0] | {"p50_ms": float("nan")}]}, r"is damaged .results\.0\.p50_ms: "),
+        (lambda c: c | {"peak_memory_bytes": -5}, "is damaged .peak_memory_bytes: "),
+        (lambda c: c | {"size_bytes": 10**400}, "is damaged .size_bytes: "),
+        (lambda c: c | {"machine": c["machine"] | {"processor": "\ud800"}}, r"is damaged .machine\.processor: "),
         (lambda c: {k: v for k, v in c.items() if k != "machine"}, "is damaged .machine: "),
     ],
 )

@@ -104,9 +104,9 @@ def test_a_refusal_tells_the_best_try() -> None:
         {"num_float": 3, "agreement": 0.9},
     ]
     counts = {"quantized": {"Conv": 2, "Gather": 1}, "kept_float": {"Gemm": 1}}
-    said = best_found({"search": {"kept": [], "scan": [], "tried": tried}, **counts})
+    said = best_found({"search": {"kept": [], "scan": [], "tried": tried}, **counts}, "export.min_agreement_int8")
     assert "0.9100 at best, with 2 of 4 layers in float" in said
-    assert best_found({"quantized": {}}) == ""
+    assert best_found({"quantized": {}}, "") == ""
 
 
 def test_layer_errors(quantizer: StaticQuantizer, tmp_path: Path) -> None:

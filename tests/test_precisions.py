@@ -15,7 +15,15 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
 from distill import bundles
-from distill.bundles import BUNDLES, check_bundles, fp32_settings, least_agreement, stages_of
+from distill.bundles import (
+    BUNDLES,
+    check_bundles,
+    check_packages,
+    fp32_settings,
+    least_agreement,
+    least_setting,
+    stages_of,
+)
 from distill.config import ExportConfig, QuantizeConfig
 from distill.contracts import UserError
 from distill.export import conversion
@@ -130,13 +138,16 @@ def test_a_weight_is_within_half_a_step(weight: np.ndarray, bits: int) -> None:
 
 
 def test_names_are_checked_with_the_nearest() -> None:
-    check_bundles(ExportConfig(bundles=list(BUNDLES)), made=False)
+    check_bundles(ExportConfig(bundles=list(BUNDLES)))
     with pytest.raises(UserError, match=r"export\.bundles: there is no bundle 'onnx-int7'; did you mean 'onnx-int8'"):
         check_bundles(ExportConfig(bundles=["onnx-int7"]))
     with pytest.raises(UserError, match=r"'onnx-fp16' is no bundle of export\.bundles"):
         check_bundles(ExportConfig(min_agreement={"onnx-fp16": 0.9}))
     with pytest.raises(ValidationError):
         ExportConfig(min_agreement={"onnx-int8": 1.1})
+    own = ExportConfig(min_agreement={"onnx-int8": 0.9})
+    assert least_setting(own, "onnx-int8") == "export.min_agreement.onnx-int8"
+    assert least_setting(own, "onnx-fp32") == "export.min_agreement_fp32"
 
 
 @pytest.mark.parametrize("runtime", EXPORTERS)
@@ -144,14 +155,14 @@ def test_a_runtime_that_is_not_installed_is_told_with_its_extra(runtime: str, mo
     config, packages = ExportConfig(bundles=[f"{runtime}-int8"]), EXPORTERS[runtime].packages
     monkeypatch.setattr(conversion.util, "find_spec", lambda name: None if name == packages[-1] else name)
     with pytest.raises(UserError) as refused:
-        check_bundles(config)
+        check_packages(config)
     assert str(refused.value) == (
         f"export.bundles: '{runtime}-int8' needs {packages[-1]}, which this installation lacks; "
         f"pip install 'multidistill[{runtime}]', or leave it out"
     )
-    check_bundles(config, made=False)
-    monkeypatch.setattr(conversion.util, "find_spec", lambda name: name)
     check_bundles(config)
+    monkeypatch.setattr(conversion.util, "find_spec", lambda name: name)
+    check_packages(config)
 
 
 def test_every_exporter_has_two_kinds_of_the_name_of_its_runtime() -> None:

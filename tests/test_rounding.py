@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm.layers
 import torch
 from export_models import as_feeds, rows, trained
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distill.averaging import statistics
+from distill.aware import with_gaps, without_dropout
 from distill.config import QuantizeConfig
 from distill.contracts import Batch, Outputs
 from distill.export.onnx import export_onnx
@@ -52,7 +54,7 @@ def quantizer_of(model: nn.Module, folder: Path, ranges: Any = None) -> StaticQu
 
 def plan_of(model: nn.Module, folder: Path) -> Plan:
     batch = rows(4, 6, seed=3)
-    return find_places(model, batch, quantizer_of(model, folder), as_feeds(batch))
+    return find_places(model, [(batch, as_feeds(batch))], quantizer_of(model, folder))
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,8 @@ def test_what_has_no_module_is_told(tmp_path: Path) -> None:
     batch = batch._replace(inputs={"image": batch.inputs["image"]}, present={"image": batch.present["image"]})
     feeds = {name: value for name, value in as_feeds(batch).items() if name.startswith("image")}
     export_onnx(model, batch, tmp_path / "float.onnx")
-    found = find_places(model, batch, StaticQuantizer(tmp_path / "float.onnx", [feeds], QuantizeConfig()), feeds)
+    quantizer = StaticQuantizer(tmp_path / "float.onnx", [feeds], QuantizeConfig())
+    found = find_places(model, [(batch, feeds)], quantizer)
     assert found.weights == ["first", "second", "head"]
     assert [name for name in found.missed if "MatMul" in name]
     taken = {path: place.at for place in found.values for path in place.modules}
@@ -293,3 +296,43 @@ def test_a_range_that_is_written_is_the_one_that_is_read(low: float, high: float
     values = torch.linspace(-10, 10, 999)
     torch.testing.assert_close(value.eval()(values), again.eval()(values), rtol=1e-4, atol=1e-5)
     assert isinstance(Place("x", "output", ["a"], *value.range()), Place)
+
+
+class StandsIn(nn.Module):
+    """An image's vector, or a learnt one in its place, into a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.activation, self.value = nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3)
+        self.missing = nn.Parameter(torch.linspace(-1, 1, 8))
+
+    def forward(self, batch: Batch) -> Outputs:
+        pooled = self.activation(self.reads(batch.inputs["image"].float().mean((2, 3)) / 255))
+        vector = torch.where(batch.present["image"][:, None], pooled, self.missing)
+        return Outputs({"category": self.value(vector)}, {}, {})
+
+
+def test_what_stands_in_for_a_missing_modality_is_rounded_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = StandsIn().eval()
+    batch = rows(8, 6, seed=3)
+    batch = batch._replace(inputs={"image": batch.inputs["image"]}, present={"image": torch.ones(8, dtype=torch.bool)})
+    export_onnx(model, batch, tmp_path / "float.onnx")
+    passes = [
+        (each, {name: value for name, value in as_feeds(each).items() if name.startswith("image")})
+        for each in with_gaps(batch)
+    ]
+    assert [each.present["image"].all().item() for each, _ in passes] == [True, False]
+    calibrated = StaticQuantizer(tmp_path / "float.onnx", [feeds for _, feeds in passes], QuantizeConfig())
+    places = {place.modules[0]: place for place in find_places(model, passes, calibrated).values}
+    assert places["value"].at == "input" and places["value"].low < -0.9, "where a negative vector is read"
+    assert "activation" not in places, "the graph rounds what the layer reads alone"
+    alone = find_places(model, passes[:1], calibrated)
+    assert "value" not in [place.modules[0] for place in alone.values], "whole rows cannot tell"
+
+
+def test_stochastic_depth_is_off_too() -> None:
+    model = nn.Sequential(nn.Dropout(0.2), timm.layers.DropPath(0.3))
+    without_dropout(model)
+    model.train()
+    assert torch.equal(model(torch.ones(64, 3)), torch.ones(64, 3))

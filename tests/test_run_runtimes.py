@@ -110,8 +110,9 @@ def test_a_missing_package_stops_a_run_before_it_starts(project: Path, monkeypat
     monkeypatch.setattr("distill.bundles.missing_packages", lambda runtime: ["torchao"] * (runtime == "executorch"))
     said = refusal(distill("run", "recipe.yaml", BUNDLES, "name=other"))
     assert "'executorch-fp32' needs torchao" in said and "pip install 'multidistill[executorch]'" in said
-    assert not Path("runs/other").exists()
+    assert not list(Path("runs/other").glob("*/")), "no stage was begun"
     assert distill("train", "recipe.yaml", BUNDLES).code == 0, "what makes no bundle needs no exporter"
+    assert distill("run", "recipe.yaml", BUNDLES, "report.examples=3").code == 0, "nor does what has them already"
 
 
 @pytest.mark.parametrize("wrong", ["another runtime's numbers", "exchanged inputs"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,30 +33,33 @@ from distill.rounding import HIGHEST, LOWEST, Place, Plan, Range
 
 SAME = 1e-4
 """Relative difference of two runtimes in the statistics of the same numbers."""
+TINY = 1e-30
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose weights have their output channels first, as :class:`distill.rounding.WeightRounding` takes them."""
 
 Print = tuple[float, NDArray[np.float64]]
 """The largest absolute number, and sums that do not depend on order and zeros."""
+Prints = tuple[Print, ...]
+"""Of the same value in several passes."""
 
 
 @dataclass
 class Seen:
-    """The numbers that the modules of a model took and gave in one pass, in the order of the calls."""
+    """The numbers that the modules of a model took and gave, in the order of the calls."""
 
-    inputs: list[tuple[str, Print]] = field(default_factory=list)
-    outputs: list[tuple[str, Print]] = field(default_factory=list)
+    inputs: list[tuple[str, Prints]] = field(default_factory=list)
+    outputs: list[tuple[str, Prints]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
 
 
-def find_places(model: nn.Module, batch: Batch, quantizer: StaticQuantizer, feeds: Feeds) -> Plan:
+def find_places(model: nn.Module, passes: Sequence[tuple[Batch, Feeds]], quantizer: StaticQuantizer) -> Plan:
     """Find what a model has to round in training to be what its int8 graph will be.
 
     Args:
         model: a ``Batch -> Outputs`` model.
-        batch: some rows that have all modalities.
+        passes: some rows, and the same as inputs of the graph: once with all modalities, and again with a part of them,
+            which tells what stands in for a missing one from what it stands in for.
         quantizer: of the model's float graph, with the ranges that training starts from.
-        feeds: the same rows as inputs of the graph.
     """
     graph = quantizer.model.graph
     with tempfile.TemporaryDirectory() as folder:
@@ -65,10 +68,11 @@ def find_places(model: nn.Module, batch: Batch, quantizer: StaticQuantizer, feed
     names = {name for node in graph.node for name in (*node.input, *node.output)}
     ranges = {name: limits for name, limits in ranges.items() if name in names}
     weights, tables, missed = _layers(model, quantizer)
-    seen = _watched(model, batch)
+    seen = _together([_watched(model, batch) for batch, _ in passes])
+    computed = [_graph_values(quantizer.model, feeds, list(ranges)) for _, feeds in passes]
     values = []
-    for name, numbers in _graph_values(quantizer.model, feeds, list(ranges)).items():
-        found = _placed(_fingerprint(numbers), seen)
+    for name in computed[0]:
+        found = _placed(tuple(_fingerprint(numbers[name]) for numbers in computed), seen)
         if found is None:
             missed.append(name)
         else:
@@ -121,9 +125,9 @@ def _watched(model: nn.Module, batch: Batch) -> Seen:
     """Run a model once, and note what its modules take first and give."""
     seen = Seen()
 
-    def note(notes: list[tuple[str, Print]], path: str, values: Any) -> None:
+    def note(notes: list[tuple[str, Prints]], path: str, values: Any) -> None:
         if isinstance(values, Tensor) and values.is_floating_point():
-            notes.append((path, _fingerprint(values.numpy(force=True))))
+            notes.append((path, (_fingerprint(values.numpy(force=True)),)))
 
     def taken(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.calls[path] += 1
@@ -144,15 +148,30 @@ def _watched(model: nn.Module, batch: Batch) -> Seen:
     return seen
 
 
-def _placed(wanted: Print, seen: Seen) -> tuple[str, list[str]] | None:
-    """Where a value is: the first module that gives it, or else the outermost ones that take it."""
+def _together(passes: Sequence[Seen]) -> Seen:
+    """The notes of several passes as those of one; modules are called in the same order in each."""
+
+    def joined(notes: Sequence[list[tuple[str, Prints]]]) -> list[tuple[str, Prints]]:
+        return [
+            (calls[0][0], tuple(found for _, prints in calls for found in prints)) for calls in zip(*notes, strict=True)
+        ]
+
+    inputs, outputs = joined([seen.inputs for seen in passes]), joined([seen.outputs for seen in passes])
+    return Seen(inputs, outputs, passes[0].calls)
+
+
+def _placed(wanted: Prints, seen: Seen) -> tuple[str, list[str]] | None:
+    """Where a value is: the module that gives what is nearest, the first of several, or else the outermost ones that
+    take it.
+    """
     given, taken = (
-        [path for path, found in notes if seen.calls[path] == 1 and _alike(found, wanted)]
+        [(path, found) for path, found in notes if seen.calls[path] == 1 and _alike(found, wanted)]
         for notes in (seen.outputs, seen.inputs)
     )
     if given:
-        return "output", given[:1]
-    outermost = [path for path in taken if not any(path.startswith(f"{other}.") for other in taken)]
+        return "output", [min(given, key=lambda each: _distance(each[1], wanted))[0]]
+    paths = [path for path, _ in taken]
+    outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
     return ("input", outermost) if outermost else None
 
 
@@ -163,7 +182,17 @@ def _fingerprint(values: NDArray[Any]) -> Print:
     return largest, np.array([np.abs(unit).sum(), *(np.sum(unit**power) for power in (1, 2, 3, 4))])
 
 
-def _alike(one: Print, other: Print) -> bool:
+def _alike(ours: Prints, theirs: Prints) -> bool:
     """Whether the numbers are the same but for zeros, which rounding leaves what they are: a layer may add some."""
-    near = abs(one[0] - other[0]) <= SAME * one[0] and one[0] > 0
-    return near and bool(np.abs(one[1] - other[1]).max() <= SAME * one[1][0])
+    return all(one[0] > 0 for one in ours) and _distance(ours, theirs) <= SAME
+
+
+def _distance(ours: Prints, theirs: Prints) -> float:
+    """The largest relative difference of two values' statistics."""
+    return max(
+        max(
+            abs(one[0] - other[0]) / max(one[0], TINY),
+            float(np.abs(one[1] - other[1]).max()) / max(float(one[1][0]), TINY),
+        )
+        for one, other in zip(ours, theirs, strict=True)
+    )
