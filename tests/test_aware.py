@@ -235,10 +235,6 @@ def test_all_kinds_of_students_round_what_their_graphs_do(copied: None, tmp_path
         ("export.quantize.qat.train.balance={}", "export.quantize.qat.train.balance: "),
         ("transfer={texts: 20}", "a batch takes 24 of them"),
         (
-            "export.quantize.qat.objective=[{loss: kd, task: colour, teacher: ema}]",
-            "export.quantize.qat.objective[0]: teacher 'ema' is the average that student.train.ema keeps",
-        ),
-        (
             "student.objective.2={loss: kd, task: colour, teacher: ema}",
             "teacher 'ema' is the average that export.quantize.qat.train.ema keeps",
         ),

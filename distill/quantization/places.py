@@ -162,17 +162,24 @@ def _together(passes: Sequence[Seen]) -> Seen:
 
 def _placed(wanted: Prints, seen: Seen) -> tuple[str, list[str]] | None:
     """Where a value is: the module that gives what is nearest, the first of several, or else the outermost ones that
-    take it.
+    take it. What fits in all passes goes before what fits the first alone, as modules do that read a part of the rows.
     """
-    given, taken = (
-        [(path, found) for path, found in notes if seen.calls[path] == 1 and _alike(found, wanted)]
-        for notes in (seen.outputs, seen.inputs)
-    )
-    if given:
-        return "output", [min(given, key=lambda each: _distance(each[1], wanted))[0]]
-    paths = [path for path, _ in taken]
-    outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
-    return ("input", outermost) if outermost else None
+    for number in dict.fromkeys((len(wanted), 1)):
+        given, taken = (
+            [
+                (path, _distance(found[:number], wanted[:number]))
+                for path, found in notes
+                if seen.calls[path] == 1 and _alike(found[:number], wanted[:number])
+            ]
+            for notes in (seen.outputs, seen.inputs)
+        )
+        if given:
+            return "output", [min(given, key=lambda each: each[1])[0]]
+        paths = [path for path, _ in taken]
+        outermost = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+        if outermost:
+            return "input", outermost
+    return None
 
 
 def _fingerprint(values: NDArray[Any]) -> Print:
