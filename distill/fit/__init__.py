@@ -83,50 +83,36 @@ def fit(
         The content of ``fit.json``.
 
     Raises:
-        UserError: a budget that nothing meets, a space that does not fit the recipe, or a folder with another search.
+        UserError: budget, target, space or teacher allow no search, or the folder holds another one.
         NothingFitsError: no bundle is inside the budget; what comes closest is named.
     """
     began = time.monotonic()
     _check(budget, minutes, most)
-    check_target(target)
-    pipeline.check(recipe)
-    if recipe.fit.space:
-        check_space(read_space(recipe, target), lambda values: _checked(recipe, values))
-    check_sampler()
+    _check_parts(recipe, target)
     plain = changed(recipe, {"fit": {}}, "fit")
     done, knobs = _begun(recipe, target, budget, quiet=quiet, say=say)
-    asked = {"recipe": plain.model_dump(), "space": {knob.path: list(knob.choices) for knob in knobs}}
+    asked: dict[str, Any] = {"recipe": plain.model_dump(), "run": made_of(done)}
+    asked["space"] = {knob.path: list(knob.choices) for knob in knobs}
     with locked(folder):
-        records = Records(
-            folder, {**asked, "run": made_of(done), "budget": vars(budget), "target": target, "seed": seed}
-        )
+        records = Records(folder, {**asked, "budget": vars(budget), "target": target, "seed": seed})
         candidates = Candidates(plain, done, folder, records.yardstick_ms)
         candidates.check_teacher()
         records.begin(candidates.yardstick_ms)
         clock = Clock(minutes, done, began)
         with progress("fit", quiet=quiet) as report:
             options: dict[str, Any] = {"say": say, "report": report}
-
-            def look() -> list[Trial]:
-                return search(candidates, knobs, budget, records, clock, most=most, seed=seed, **options)
-
-            trials, whole = _rounds(look, lambda given: finals(candidates, *given, budget, clock, **options))
+            trials, whole = _rounds(
+                lambda: search(candidates, knobs, budget, records, clock, most=most, seed=seed, **options),
+                lambda given: finals(candidates, *given, budget, clock, **options),
+            )
         whole = _measured_again(candidates, [*_own(candidates, target), *whole])
-        fitting = [trial for trial, _ in whole if trial.figures and not budget.misses(trial.figures)]
-        best = min(fitting, key=lambda trial: rank(budget, trial.figures), default=None)
+        best = _best_of([trial for trial, _ in whole], budget)
         everything = [*trials, *(trial for trial, _ in whole)]
-        bundles = {trial.number: str(made.timed.path.parent) for trial, made in whole if trial is best}
         found = {"name": recipe.name, "target": target, "seed": seed, "seconds": time.monotonic() - began, "best": best}
-        found |= {"space": asked["space"], "bundle": next(iter(bundles.values()), None), "recipe": None}
-        if best is not None:
-            found["recipe"] = str(_write_best(candidates, best, folder))
-        else:
-            (folder / BEST_FILE).unlink(missing_ok=True)
+        found |= {"space": asked["space"], **_best(candidates, best, whole, folder)}
         content = write_outcome(folder, found, everything, budget)
     if best is None:
-        late = "" if trials else f"; no trial fitted into {minutes:g} minutes, so give it more"
-        said = f"nothing fits ({budget.said}): {closest(everything, budget)}{late}"
-        raise NothingFitsError(f"{said}; see {folder / MARKDOWN_FILE}")
+        raise NothingFitsError(f"{_nothing(budget, everything, minutes)}; see {folder / MARKDOWN_FILE}")
     return content
 
 
@@ -138,6 +124,29 @@ def _check(budget: Budget, minutes: float, most: int | None) -> None:
         raise UserError(f"--trials is {most}; give at least 1")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("distill fit times one process; start it without a launcher")
+
+
+def _check_parts(recipe: Recipe, target: str) -> None:
+    """Check what is known before any work: the target, the recipe, the space that it spells out, and the sampler."""
+    check_target(target)
+    pipeline.check(recipe)
+    if recipe.fit.space:
+        check_space(read_space(recipe, target), lambda values: _checked(recipe, values))
+    check_sampler()
+
+
+def _nothing(budget: Budget, trials: list[Trial], minutes: float) -> str:
+    """What comes closest where nothing fits, and whether there was time for more than the recipe's own bundles."""
+    late = (
+        "" if any(trial.number for trial in trials) else f"; no trial fitted into {minutes:g} minutes, so give it more"
+    )
+    return f"nothing fits ({budget.said}): {closest(trials, budget)}{late}"
+
+
+def _best_of(trials: list[Trial], budget: Budget) -> Trial | None:
+    """The best of those that fit, if one does."""
+    fitting = [trial for trial in trials if trial.figures and not budget.misses(trial.figures)]
+    return min(fitting, key=lambda trial: rank(budget, trial.figures), default=None)
 
 
 def made_of(done: Mapping[str, Artifact]) -> dict[str, str]:
@@ -178,7 +187,7 @@ def _checked(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _builder(recipe: Recipe, done: dict[str, Artifact]) -> Callable[[Mapping[str, Any]], Model]:
-    """What builds the untrained student of a choice, if there is one, from a run that has its data."""
+    """A function that builds the untrained student of a choice, or refuses it; the run has its data."""
     work = pipeline.workspace(recipe, done)
     tasks = work.tasks()
 
@@ -220,6 +229,17 @@ def _measured_again(candidates: Candidates, whole: list[tuple[Trial, Made]]) -> 
         (replace(trial, figures=made.figures._replace(latency_ms=times[str(index)])), made)
         for index, (trial, made) in enumerate(whole)
     ]
+
+
+def _best(
+    candidates: Candidates, best: Trial | None, whole: list[tuple[Trial, Made]], folder: Path
+) -> dict[str, str | None]:
+    """Where bundle and recipe of the best trial lie; without one, no recipe of an earlier call stays."""
+    if best is None:
+        (folder / BEST_FILE).unlink(missing_ok=True)
+        return {"bundle": None, "recipe": None}
+    (bundle,) = (str(made.timed.path.parent) for trial, made in whole if trial is best)
+    return {"bundle": bundle, "recipe": str(_write_best(candidates, best, folder))}
 
 
 def _write_best(candidates: Candidates, best: Trial, folder: Path) -> Path:
