@@ -1,7 +1,8 @@
-"""Budgets, fronts, spaces, records and the search itself, on candidates that cost nothing."""
+"""Budgets, fronts, records, refusals and the search itself, on candidates that cost nothing."""
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,26 +12,18 @@ from tiny_project import distill, make_project, refusal
 from distill import pipeline
 from distill.contracts import Artifact, UserError
 from distill.export.bundle import ParityError
-from distill.fit import NothingFitsError, fit
+from distill.fit import NothingFitsError, fit, made_of
 from distill.fit.budget import Budget, Figures, dominates, front
-from distill.fit.candidates import Made
+from distill.fit.candidates import TRAINED, Made
 from distill.fit.outcome import closest, draw, markdown, standing, write_outcome
 from distill.fit.records import Records, Trial
 from distill.fit.search import FINALISTS, SHARE, Clock, finals, search
 from distill.fit.space import (
-    HEADS,
     PRECISION,
-    RATIO,
     Knob,
-    candidate,
-    check_space,
-    default_space,
-    read_space,
-    shortened,
-    smaller,
 )
 from distill.progress import silent
-from distill.recipe import changed, load_recipe
+from distill.recipe import load_recipe
 from distill.report.formats import SPACE as SPACE_BEFORE_UNIT
 
 TARGET = "onnxruntime"
@@ -41,22 +34,6 @@ SPACE = [Knob("a", tuple(range(6))), Knob("b", tuple(range(5)), own=2), Knob(PRE
 @pytest.fixture(scope="module")
 def recipe():
     return load_recipe(QUICK)
-
-
-def made_by(recipe):
-    work = pipeline.workspace(recipe, {})
-    return lambda values: candidate(recipe, values, work.encoders, work.inheritances)
-
-
-def valid(recipe):
-    def fits(values):
-        try:
-            pipeline.check(made_by(recipe)(values))
-        except UserError:
-            return False
-        return True
-
-    return fits
 
 
 figures = st.builds(
@@ -114,123 +91,13 @@ def test_budgets_that_nothing_meets_are_refused(budget, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("dim", 192, [192, 144, 96, 48]),
-        ("dim", 8, [8]),
-        ("widths", [16, 32, 64], [[16, 32, 64], [8, 16, 32], [8, 8, 16]]),
-        ("blocks", [0, 1, 2], [[0, 1, 2], [0, 1, 1], [0, 0, 1], [0, 0, 0]]),
-        ("depth", 4, [4, 3, 2, 1]),
-        ("layers", 1, [1]),
-        ("dim", None, []),
-        ("dim", 0.5, []),
-    ],
-)
-def test_sizes_go_down_to_a_quarter(name, value, expected):
-    found = smaller(name, value)
-    if name == "widths":
-        assert found[0] == expected[0] and found[-1] == [8, 8, 16] and expected[1] in found
-    else:
-        assert found == expected
-
-
-@given(st.sampled_from(["dim", "hidden", "depth"]), st.integers(1, 600))
-def test_smaller_sizes_are_smaller_and_never_nothing(name, value):
-    found = smaller(name, value)
-    assert found[0] == value and min(found) >= 1
-    assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
-
-
-def test_the_default_space_follows_from_the_student(recipe):
-    encoders = pipeline.workspace(recipe, {}).encoders
-    space = {knob.path: knob for knob in default_space(recipe, TARGET, encoders, valid(recipe), tables=False)}
-    assert list(space) == [
-        "student.encoders.image.widths",
-        "student.encoders.image.blocks",
-        "student.encoders.text.dim",
-        "student.fusion.dim",
-        HEADS,
-        RATIO,
-        PRECISION,
-    ]
-    assert space["student.encoders.image.widths"].choices[0] == [16, 32, 64, 128]
-    ratio = space[RATIO]
-    assert ratio.choices[ratio.own] == 0.5 and ratio.choices[-1] == 0.8
-    assert 0.0 not in ratio.choices  # nothing would be pruned, which the schema refuses
-    assert space[PRECISION].choices == ("onnx-fp32", "onnx-int8")
-    tables = default_space(recipe, TARGET, encoders, valid(recipe), tables=True)
-    assert "student.encoders.text.vocab_size" in [knob.path for knob in tables]
-
-
-def test_a_candidate_gives_up_what_no_longer_fits(recipe):
-    make = made_by(recipe)
-    same = make({RATIO: 0.7, PRECISION: "onnx-int8"})
-    assert same.prune.ratio == 0.7 and set(same.student.inherit) == {"image", "text"}
-    assert same.export.bundles == ["onnx-fp32", "onnx-int8"]
-    narrow = make({"student.encoders.image.widths": [8, 16, 32, 64], PRECISION: "onnx-fp32"})
-    assert set(narrow.student.inherit) == {"text"} and narrow.export.bundles == ["onnx-fp32"]
-    pipeline.check(narrow)
-
-
-def test_what_is_searched_changes_no_stage(recipe):
-    other = changed(recipe, {"fit": {"space": {RATIO: [0.5, 0.6]}}}, "test")
-    keys = [[item.key for item in pipeline.plan(one)] for one in (recipe, other)]
-    assert keys[0] == keys[1]
-
-
-def test_a_share_of_the_epochs_is_at_least_one(recipe):
-    short = shortened(recipe, SHARE, student=True)
-    assert (short.student.train.epochs, short.prune.train.epochs) == (3, 1)
-    assert shortened(recipe, SHARE, student=False).student.train.epochs == recipe.student.train.epochs
-    stepped = changed(recipe, {"prune.steps": 2, "student.train.max_steps": 10}, "test")
-    short = shortened(stepped, SHARE, student=True)
-    assert (short.prune.train.epochs, short.student.train.max_steps) == (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("space", "said"),
-    [
-        ({"student.encoders.image.width": [8]}, "convnet has no parameter 'width'; did you mean 'widths'"),
-        ({"prune.ratoi": [0.5]}, "unknown key 'prune.ratoi'; did you mean 'ratio'"),
-        (
-            {"student.encoder.image.dim": [8]},
-            "leads nowhere, as there is no 'encoder' with keys; did you mean 'encoders'",
-        ),
-        ({"teacher.members": [1]}, "'teacher.members' cannot be searched"),
-        ({"prune.ratio": [0.5, 1.5]}, "fit.space.prune.ratio: 1.5 does not fit"),
-        ({"prune.ratio": []}, "give one value or more, each once"),
-        ({"prune.ratio": [0.5, 0.5]}, "give one value or more, each once"),
-        ({"prune.ratio": {"low": 0.1, "high": 0.5}}, "a range has low, high and step, not low, high"),
-        ({"prune.ratio": {"low": 0.5, "high": 0.1, "step": 0.1}}, "no value lies between 0.5 and 0.1"),
-        ({PRECISION: ["onnx-int7"]}, "no bundle 'onnx-int7' runs on onnxruntime; did you mean 'onnx-int"),
-    ],
-)
-def test_spaces_that_do_not_fit_are_refused(recipe, space, said):
-    given = changed(recipe, {"fit": {"space": space}}, "test")
-
-    def make(values):
-        made = made_by(recipe)(values)
-        pipeline.check(made)
-
-    with pytest.raises(UserError) as refused:
-        check_space(read_space(given, TARGET), make)
-    assert said in str(refused.value)
-
-
-def test_ranges_are_whole_where_they_are_given_whole(recipe):
-    space = {RATIO: {"low": 0.0, "high": 0.8, "step": 0.2}, "student.fusion.dim": {"low": 64, "high": 192, "step": 64}}
-    ratio, dim, precision = read_space(changed(recipe, {"fit": {"space": space}}, "test"), TARGET)
-    assert ratio.choices == (0.0, 0.2, 0.4, 0.6, 0.8) and dim.choices == (64, 128, 192)
-    assert all(type(value) is int for value in dim.choices)
-    assert precision.choices == ("onnx-fp32", "onnx-int8")
-
-
-@pytest.mark.parametrize(
     ("options", "said"),
     [
         ([], "there is no budget to fit"),
         (["--max-latency-ms", "-1"], "--max-latency-ms is -1"),
         (["--max-latency-ms", "1", "--minutes", "0"], "--minutes is 0"),
+        (["--max-latency-ms", "1", "--minutes", "inf"], "--minutes is inf, which is no time to search in"),
+        (["--max-latency-ms", "1", "--minutes", "nan"], "--minutes is nan, which is no time to search in"),
         (["--max-latency-ms", "1", "--trials", "0"], "--trials is 0"),
         (["--max-latency-ms", "1", "--target", "toaster"], "--target: latency cannot be measured on 'toaster'"),
         (["--max-latency-ms", "1", "--output", "runs/tiny"], "is the folder of the recipe's own run"),
@@ -248,7 +115,8 @@ class Fake:
 
     yardstick_ms = 1.0
 
-    def __init__(self, ends_at=None, fails=lambda values: False):
+    def __init__(self, ends_at=None, fails=lambda values: False, finished=()):
+        self.finished = finished
         self.looked, self.trained_in, self.ends_at, self.fails = [], [], ends_at, fails
 
     def figures(self, values, share):
@@ -270,6 +138,9 @@ class Fake:
 
     def changes(self, values):
         return values
+
+    def lacks(self, values, share):
+        return () if share == 1 and values in self.finished else TRAINED
 
 
 def clock(minutes=60.0, taken=0.001):
@@ -378,6 +249,30 @@ def test_no_trial_begins_that_the_time_does_not_hold(tmp_path):
     assert not list(finals(fake, trials, [], BUDGET, late, say=lambda line: None, report=silent))
 
 
+def test_what_is_finished_is_counted_without_time_for_it(tmp_path):
+    trials = searched(tmp_path, Fake(), BUDGET, most=20)
+    late = {"say": lambda line: None, "report": silent}
+    inside = [trial for trial in trials if trial.state == "short" and not BUDGET.misses(trial.figures)]
+    worst = min(inside, key=lambda trial: trial.figures.retention)  # no finalist of this call
+    hurried = clock(minutes=0.1, taken=30)
+    found = list(finals(Fake(finished=[worst.values]), trials, [], BUDGET, hurried, **late))
+    assert [trial.number for trial, _ in found] == [worst.number]
+    assert hurried.full() == clock(minutes=0.1, taken=30).full()
+
+
+def test_the_clock_learns_from_what_was_trained():
+    full = Trial(1, {}, "full", 1.0, None, seconds=2)
+    told = clock(minutes=10, taken=100)
+    told.learn(full, ())  # its bundles alone were made
+    told.learn(full)  # faster than the pace says
+    assert told.full() == 500 and told.allows_full()
+    told.learn(replace(full, seconds=700))
+    assert not told.allows_full() and told.allows_full(("pruned",)) and told.allows_full(())
+    paced = clock(minutes=10, taken=100)
+    paced.learn(Trial(2, {}, "short", SHARE, None, seconds=20), ("pruned",))  # its student was there
+    assert paced.full() == 500 and paced.full(("pruned",)) < 50
+
+
 def test_a_folder_of_another_search_is_refused(tmp_path):
     Records(tmp_path, {"seed": 0, "target": "a"}).begin(1.0)
     with pytest.raises(UserError, match="holds a search with another target"):
@@ -413,14 +308,60 @@ def test_the_outcome_shows_front_recipe_and_best(tmp_path):
     assert picture.count('class="reference"') == 2 and "the recipe, onnx-fp32" in picture
 
 
+@pytest.mark.parametrize("budget", [Budget(max_size_mb=0.1), Budget(max_latency_ms=1), Budget(min_retention=0.9)])
+def test_an_outcome_without_trained_bundles_is_written(tmp_path, budget):
+    found = {"name": "x", "target": TARGET, "seed": 0, "seconds": 1.0, "space": {}, "best": None}
+    content = write_outcome(tmp_path, found, [tried(1, 9.0, None, "outside")], budget)
+    assert content["front"] == [] and "</svg>" in (tmp_path / "front.svg").read_text()
+    assert "<circle" not in (tmp_path / "front.svg").read_text()
+
+
 def test_a_search_without_success_names_what_comes_closest():
     budget = Budget(max_latency_ms=0.5)
-    trials = [tried(1, 0.6, 0.5), tried(2, 0.9, 0.9, "full"), tried(0, 1.5, 1.0, "full")]
-    assert (
-        plain(closest(trials, budget))
-        == "trial 2 comes closest (0.900 ms, 1.00 MB, retention 0.900), and misses latency 0.900 ms > 0.5 ms"
-    )
+    trials = [tried(1, 0.6, 0.5), tried(2, 0.9, 0.9), tried(2, 0.9, 0.9, "full"), tried(0, 1.5, 1.0, "full")]
+    said = "trial 1 comes closest (0.600 ms, 1.00 MB, retention 0.500), and misses latency 0.600 ms > 0.5 ms"
+    assert plain(closest(trials, budget)) == said
+    assert closest(trials[1:], budget).startswith("trial 2 comes closest")
     assert closest([], budget) == "no candidate could be made"
+    # inside after a third of its epochs, which is closer than the recipe; of equals the one that was trained in full
+    inside = [*trials, tried(3, 0.4, 0.5)]
+    assert plain(closest(inside, budget)).endswith("retention 0.500), and was not trained in full")
+    assert closest([tried(4, 0.9, 0.5), trials[2]], budget).startswith("trial 2 comes closest")
+    # what a training in full has found out counts, not its first look
+    again = Budget(min_retention=0.9)
+    assert closest([tried(5, 1.0, 0.95), tried(5, 1.0, 0.8, "full"), tried(0, 1.0, 0.85, "full")], again).startswith(
+        "the recipe itself comes closest"
+    )
+
+
+def test_a_runtime_that_is_not_installed_is_refused_at_once(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.fit.space.missing_packages", lambda runtime: ["nncf"] * (runtime == "openvino"))
+    monkeypatch.setattr(pipeline, "run", None)
+    with pytest.raises(UserError, match=r"--target: openvino needs nncf, .*; pip install 'multidistill\[openvino\]'"):
+        fit(recipe, BUDGET, tmp_path, target="openvino", minutes=1)
+
+
+def test_changed_data_is_another_search(tmp_path):
+    done = {
+        name: Artifact(name, tmp_path, f"{name} before") for name in ("data", "teacher", "cache", "pruned", "bench")
+    }
+    Records(tmp_path, {"run": made_of(done)}).begin(1.0)
+    bench = {"bench": Artifact("bench", tmp_path, "another")}
+    assert Records(tmp_path, {"run": made_of({**done, **bench})}).yardstick_ms == 1.0
+    for name in ("data", "teacher", "cache", "pruned"):
+        other = {**done, name: Artifact(name, tmp_path, "another")}
+        with pytest.raises(UserError, match="holds a search with another run"):
+            Records(tmp_path, {"run": made_of(other)})
+
+
+def test_a_choice_that_cannot_be_built_is_refused_before_any_training(tmp_path, monkeypatch):
+    pytest.importorskip("optuna", reason="the extra [fit] is not installed")
+    monkeypatch.chdir(tmp_path)
+    path = make_project(tmp_path / "project")
+    path.write_text(path.read_text() + "fit: {space: {student.fusion.dim: [16, -4]}}\n")
+    said = refusal(distill("fit", path, "--max-latency-ms", "1"))
+    assert "fit.space.student.fusion.dim: -4 does not fit" in said
+    assert (tmp_path / "runs/tiny/data").exists() and not (tmp_path / "runs/tiny/teacher").exists()
 
 
 def test_without_optuna_one_sentence_says_what_to_install(recipe, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_project import distill, make_project
+from tiny_project import distill, make_project, refusal
 
 from distill import pipeline
 from distill.predict import load
@@ -84,8 +84,31 @@ def test_the_same_call_goes_on_and_has_nothing_left_to_try(place, found, monkeyp
     assert again["best"]["figures"]["retention"] == found["best"]["figures"]["retention"]
 
 
+def test_a_call_with_less_time_counts_what_is_finished(place, found, monkeypatch):
+    monkeypatch.chdir(place)
+    before = stamps(place / "runs")
+    answer = fitted("--trials", "3", "--minutes", "0.001")
+    assert answer.code == 0, answer.err
+    again = json.loads(answer.out)
+    assert stamps(place / "runs") == before
+    assert sum(one["state"] == "full" for one in again["trials"]) >= sum(
+        one["state"] == "full" for one in found["trials"]
+    )
+    assert again["best"]["figures"]["retention"] == found["best"]["figures"]["retention"]
+
+
+def test_a_teacher_with_nothing_to_retain_is_refused_before_any_trial(place, found, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("distill.fit.candidates._quality", lambda work, said: {"colour": 0.0})
+    answer = fitted("--output", "nothing")
+    assert "the teacher gets nothing right on the validation rows" in refusal(answer)
+    assert not (place / "nothing/trials.jsonl").exists()
+
+
 def test_a_budget_that_nothing_meets_fails_with_what_comes_closest(place, found, monkeypatch):
     monkeypatch.chdir(place)
+    (place / "small").mkdir()
+    (place / "small/best.yaml").write_text("of an earlier call")
     answer = fitted("--trials", "1", "--output", "small", budget=("--max-size-mb", "0.001"))
     assert answer.code == 1 and "nothing fits (size ≤ 0.001 MB): " in answer.err
     assert "comes closest" in answer.err and "> 0.001 MB" in answer.err

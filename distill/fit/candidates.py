@@ -34,6 +34,8 @@ from distill.runs import copy_stage, find
 from distill.targets import CAPTIONING, CLASSIFICATION, known
 from distill.workspace import PLAN_FILE, PRUNED, STUDENT, TEACHER, WEIGHTS_FILE, Workspace
 
+TRAINED = (STUDENT, PRUNED)
+"""The stages of a candidate that train."""
 UNTRAINED_ROWS = 32  # that the bundle of an untrained student is calibrated on
 PAIR = ("image", "text")
 RECALL = "recall@1"
@@ -85,6 +87,22 @@ class Candidates:
         if share == 1:
             return made
         return shortened(made, share, student=self._lookup(pipeline.plan(made, until=STUDENT)[-1]) is None)
+
+    def lacks(self, values: Mapping[str, Any], share: float) -> tuple[str, ...]:
+        """Those of TRAINED that are not there yet of a choice with a share of its epochs; none of an invalid choice."""
+        try:
+            planned = pipeline.plan(self.recipe_of(values, share), until=SHIPPED)
+        except UserError:
+            return ()
+        return tuple(item.stage.name for item in planned if item.stage.name in TRAINED and not self._lookup(item))
+
+    def check_teacher(self) -> None:
+        """Check that the teacher has something to retain.
+
+        Raises:
+            UserError: it gets nothing right on the validation rows.
+        """
+        _ = self._teacher
 
     def changes(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """What of a choice is not the recipe's; the bundle is always named."""

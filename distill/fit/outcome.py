@@ -88,13 +88,13 @@ def markdown(shown: Sequence[Trial], best: Trial | None, budget: Budget) -> str:
 
 
 def draw(shown: Sequence[Trial], best: Trial | None, budget: Budget) -> str:
-    """Return latency against retention as SVG, with the budget and the front."""
+    """Return latency against retention as SVG, with the budget and the front; axes alone where nothing was trained."""
     found = [_figures(trial) for trial in shown]
     limits = [value for value in (budget.max_latency_ms,) if value is not None]
     least = [value for value in (budget.min_retention,) if value is not None]
     right, bottom = WIDTH - 20, HEIGHT - 44
-    x = logarithmic([one.latency_ms for one in found] + limits, LEFT, right)
-    y = linear([one.retention or 0.0 for one in found] + least, bottom, TOP, highest=2.0)
+    x = logarithmic([one.latency_ms for one in found] + limits or [1.0], LEFT, right)
+    y = linear([one.retention or 0.0 for one in found] + least or [0.0, 1.0], bottom, TOP, highest=2.0)
     parts = [node("style", Markup(STYLE))]
     for tick in x.ticks():
         parts += [line(x(tick), TOP, x(tick), bottom, "grid")]
@@ -125,13 +125,23 @@ def draw(shown: Sequence[Trial], best: Trial | None, budget: Budget) -> str:
 
 
 def closest(trials: Sequence[Trial], budget: Budget) -> str:
-    """In a few words the bundle that exceeds the budget least: all that it misses."""
-    known = [trial for trial in trials if trial.figures is not None]
+    """In a few words the bundle that exceeds the budget least, of equals one that was trained in full: all it misses.
+
+    A first look counts where its choice was not trained in full.
+    """
+    whole = [trial.number for trial in trials if trial.state == "full"]
+    known = [trial for trial in trials if trial.figures and (trial.state == "full" or trial.number not in whole)]
     if not known:
         return "no candidate could be made"
-    nearest = min(known, key=lambda trial: (trial.state != "full", max(budget.excess(_figures(trial)).values())))
+
+    def order(trial: Trial) -> tuple[float, bool]:
+        return max(0.0, *budget.excess(_figures(trial)).values()), trial.state != "full"
+
+    nearest = min(known, key=order)
     what = "the recipe itself" if nearest.number == 0 else f"trial {nearest.number}"
-    return f"{what} comes closest ({_figures(nearest).said}), and misses {', '.join(budget.misses(_figures(nearest)))}"
+    misses = ", ".join(budget.misses(_figures(nearest)))
+    lacks = f"misses {misses}" if misses else "was not trained in full"
+    return f"{what} comes closest ({_figures(nearest).said}), and {lacks}"
 
 
 def _figures(trial: Trial) -> Figures:

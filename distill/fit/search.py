@@ -11,7 +11,7 @@ from distill.config import one_line
 from distill.contracts import Artifact, UserError
 from distill.export.bundle import ParityError
 from distill.fit.budget import LATENCY, SIZE, Budget, Figures
-from distill.fit.candidates import Candidates, Made
+from distill.fit.candidates import TRAINED, Candidates, Made
 from distill.fit.records import Records, Trial, key_of
 from distill.fit.space import Knob
 from distill.progress import Progress
@@ -34,37 +34,46 @@ class Clock:
     def __init__(self, minutes: float, done: Mapping[str, Artifact], began: float) -> None:
         """Take what the reference's stages took as the first guess of what a choice takes."""
         seconds = {name: float(artifact.info["cost"]["seconds"]) for name, artifact in done.items()}
-        learnt = sum(seconds[name] for name in ("student", "pruned"))
-        made = seconds["inherit"] + sum(seconds[name] for name in BUNDLED)
         self.limit, self._began = 60 * minutes, began
-        self._short, self._full = made + SHARE * learnt, made + learnt
-        self._pace, self._longest = 0.0, 0.0
+        self._trained = {name: seconds[name] for name in TRAINED}
+        self._made = seconds["inherit"] + sum(seconds[name] for name in BUNDLED)
+        self._pace: dict[tuple[str, ...], float] = {}
+        self._longest: dict[tuple[str, ...], float] = {}
 
     @property
     def elapsed(self) -> float:
         """Seconds since the call began."""
         return time.monotonic() - self._began
 
-    @property
-    def full(self) -> float:
-        """Seconds that a choice takes in full, or would take at the pace of first looks."""
-        return self._longest or self._full * (self._pace or 1.0)
+    def full(self, lacking: tuple[str, ...] = TRAINED) -> float:
+        """Seconds that a choice takes in full: the most that one took, and no less than at the pace of first looks.
 
-    def learn(self, trial: Trial) -> None:
-        """Take in what a trial took."""
-        if trial.state == "short":
-            self._pace = max(self._pace, trial.seconds / self._short)
-        if trial.state == "full":
-            self._longest = max(self._longest, trial.seconds)
+        Args:
+            lacking: the trainings that it needs; choices that need others tell nothing of it.
+        """
+        return max(self._longest.get(lacking, 0.0), self._expected(1.0, lacking) * self._pace.get(lacking, 1.0))
 
-    def allows_trial(self) -> bool:
+    def learn(self, trial: Trial, lacking: tuple[str, ...] = TRAINED) -> None:
+        """Take in what a trial took that needed some trainings; one that needed none tells nothing."""
+        if lacking and trial.state == "short":
+            pace = trial.seconds / self._expected(SHARE, lacking)
+            self._pace[lacking] = max(self._pace.get(lacking, 0.0), pace)
+        if lacking and trial.state == "full":
+            self._longest[lacking] = max(self._longest.get(lacking, 0.0), trial.seconds)
+
+    def allows_trial(self, lacking: tuple[str, ...] = TRAINED) -> bool:
         """Whether a first look fits in, before the trainings in full; these get at most half of the time."""
-        reserved = max(min(FINALISTS * self.full, self.limit / 2), self.full)
-        return self.limit - self.elapsed >= self._short * (self._pace or 1.0) + reserved
+        full = self.full(lacking)
+        short = self._expected(SHARE, lacking) * self._pace.get(lacking, 1.0)
+        return self.limit - self.elapsed >= short + max(min(FINALISTS * full, self.limit / 2), full)
 
-    def allows_full(self) -> bool:
-        """Whether a training in full fits in."""
-        return self.limit - self.elapsed >= self.full
+    def allows_full(self, lacking: tuple[str, ...] = TRAINED) -> bool:
+        """Whether a training in full fits in; one that is finished takes no time worth counting."""
+        return not lacking or self.limit - self.elapsed >= self.full(lacking)
+
+    def _expected(self, share: float, lacking: tuple[str, ...]) -> float:
+        """Seconds that the reference's stages took, with a share of the trainings that a choice needs."""
+        return self._made + share * sum(self._trained[name] for name in lacking)
 
 
 def search(
@@ -107,11 +116,12 @@ def search(
         if repeated > REPEATED or (key not in found and most is not None and len(found) >= most):
             break
         if trial is None:
-            if not clock.allows_trial():
+            lacking = candidates.lacks(values, SHARE)
+            if not clock.allows_trial(lacking):
                 break
             report(int(clock.elapsed), int(clock.limit), f"trial {len(found) + 1}")
             trial = records.add(_look(candidates, values, len(found) + 1, budget))
-            clock.learn(trial)
+            clock.learn(trial, lacking)
             say(trial.said)
         found[key] = trial
         _tell(study, question, trial, budget)
@@ -145,6 +155,8 @@ def finals(
 ) -> Iterator[tuple[Trial, Made]]:
     """Train the best trials in full, while there is time: three, and more until one of them fits.
 
+    Those that an earlier call has finished are among them without regard to time and number: only bundles are made.
+
     Args:
         candidates: makes and measures them.
         trials: of the search.
@@ -167,8 +179,9 @@ def finals(
     for count, trial in enumerate(sorted(inside, key=lambda trial: rank(budget, trial.figures))):
         if trial.number in known:
             continue
-        if (fits and count >= FINALISTS) or not clock.allows_full():
-            return
+        lacking = candidates.lacks(trial.values, 1.0)
+        if lacking and ((fits and count >= FINALISTS) or not clock.allows_full(lacking)):
+            continue
         report(int(clock.elapsed), int(clock.limit), f"trial {trial.number} in full")
         began = time.monotonic()
         try:
@@ -178,7 +191,7 @@ def finals(
             continue
         full = replace(trial, state="full", share=1.0, seconds=time.monotonic() - began)
         full = replace(full, figures=made.figures, retention=made.retention)
-        clock.learn(full)
+        clock.learn(full, lacking)
         fits = fits or not budget.misses(made.figures)
         say(f"in full: {full.said}")
         yield full, made

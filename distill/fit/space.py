@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.bundles import BUNDLES
+from distill.bundles import BUNDLES, QAT
 from distill.config import FP32, INT8, PruneConfig, Recipe, nearest, one_line
 from distill.contracts import UserError
 from distill.decision import FUSED
+from distill.export.conversion import missing_packages
 from distill.inheritance import check_inheritance
 from distill.predict import RUNTIME
 from distill.recipe import changed
+from distill.runtimes import RUNTIMES
 from distill.workspace import Registry
 
 WIDTHS = ("widths", "dim", "hidden", "channels")
@@ -33,6 +35,7 @@ RATIO, RATIOS = "prune.ratio", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 PRECISION = "precision"
 """The knob that is no key of the recipe: which bundle is meant."""
 SEARCHABLE = ("student", "prune", "export")
+BUNDLES_KEY = "export.bundles"
 WHERE = "fit.space"
 
 
@@ -63,26 +66,63 @@ def target_bundles(target: str) -> list[str]:
     return [name for name, kind in BUNDLES.items() if kind.runtime == target]
 
 
+def check_target(target: str) -> None:
+    """Check that bundles can be made for a target and run here.
+
+    Raises:
+        UserError: there is no such target, or a package that it needs is missing.
+    """
+    target_bundles(target)
+    missing = missing_packages(target)
+    if missing:
+        raise UserError(
+            f"--target: {target} needs {' and '.join(missing)}, which this installation lacks; "
+            f"pip install 'multidistill[{RUNTIMES[target].extra}]'"
+        )
+
+
+def _candidate_bundles(target: str) -> list[str]:
+    """Names of a target's bundles that candidates can have: those of a student that is not trained for them."""
+    return [name for name in target_bundles(target) if BUNDLES[name].source != QAT]
+
+
 def read_space(recipe: Recipe, target: str) -> list[Knob]:
     """The space that a recipe's ``fit.space`` spells out.
 
     Raises:
-        UserError: a key that no search may change, a range without values, or an unknown bundle.
+        UserError: a key that no search may change, a range without values, or a bundle that is unknown or needs a
+            training of its own.
     """
-    known, knobs = target_bundles(target), []
+    known, knobs = _candidate_bundles(target), []
     for path, given in recipe.fit.space.items():
         if path != PRECISION and path.split(".")[0] not in SEARCHABLE:
             allowed = ", ".join(f"{name}.…" for name in SEARCHABLE)
             raise UserError(f"{WHERE}: {path!r} cannot be searched; name {PRECISION}, or keys of {allowed}")
+        if path == BUNDLES_KEY:
+            raise UserError(
+                f"{WHERE}: {path!r} cannot be searched, as {PRECISION} says which bundle is meant; name that"
+            )
         choices = given if isinstance(given, list) else _range(path, given)
         if not choices or any(choice in choices[:at] for at, choice in enumerate(choices)):
             raise UserError(f"{WHERE}.{path}: give one value or more, each once")
         for name in choices if path == PRECISION else ():
-            if name not in known:
-                raise UserError(f"{WHERE}.{path}: no bundle {name!r} runs on {target}; {nearest(str(name), known)}")
+            _check_bundle(name, target, known)
         knobs.append(Knob(path, tuple(choices)))
     names = [name for name in recipe.export.bundles if name in known] or known
     return knobs if PRECISION in recipe.fit.space else [*knobs, Knob(PRECISION, tuple(names))]
+
+
+def _check_bundle(name: Any, target: str, known: Sequence[str]) -> None:
+    """Check that a bundle is one of those that candidates can have."""
+    where = f"{WHERE}.{PRECISION}"
+    if name in known:
+        return
+    if name in target_bundles(target):
+        raise UserError(
+            f"{where}: a search does not train for int8, as {name!r} needs; name {INT8}, and add the bundle to "
+            f"{BUNDLES_KEY} of the best recipe by hand"
+        )
+    raise UserError(f"{where}: no bundle {name!r} runs on {target}; {nearest(str(name), known)}")
 
 
 def _range(path: str, given: Mapping[str, float]) -> list[float]:
@@ -132,7 +172,7 @@ def default_space(
     own = recipe.prune.ratio
     ratios = sorted({own, *(ratio for ratio in RATIOS if fits({RATIO: ratio}))})
     knobs.append(Knob(RATIO, tuple(ratios), ratios.index(own)))
-    on_target = target_bundles(target)
+    on_target = _candidate_bundles(target)
     usual = (FP32, INT8) if target == RUNTIME else on_target
     bundles = [name for name in dict.fromkeys([*recipe.export.bundles, *usual]) if name in on_target]
     return [knob for knob in [*knobs, Knob(PRECISION, tuple(bundles))] if len(knob.choices) > 1]
