@@ -239,21 +239,27 @@ def markdown(options: argparse.Namespace, command: str) -> str:
     """All tables, one a model, and what is missing with its reason."""
     parts = [f"# Compressed models by runtime\n\n    {command}\n\n{ABOUT}"]
     for model in options.models:
-        lines, holes = [], []
+        lines, holes = [], dict[tuple[str, str], list[str]]()
         for runtime in options.runtimes:
             timed = read_json(times_file(options.output, model, runtime))
             for cell in cells([model], [runtime]):
                 found = known(options.output, cell) or {"reason": "not made"}
                 name = f"{cell.density} {cell.precision}"
                 if "reason" in found or name not in timed:
-                    why = found.get("reason") or timed.get("reason", "not timed")
-                    holes.append((f"{runtime}, {name}", why))
+                    why = str(found.get("reason") or timed.get("reason", "not timed"))
+                    holes.setdefault((f"{cell.precision} on {runtime}", why), []).append(cell.density)
                     continue
                 lines.append([runtime, cell.density, cell.precision, *figures(found, timed, name)])
         parts.append(f"## {model}: {MODELS[model].about}\n\n{table(TITLES, lines)}")
         if holes:
-            parts.append("Not there: " + "; ".join(f"{name} ({why})" for name, why in holes) + ".")
+            parts.append("Not there:\n\n" + "\n".join(told(hole, densities) for hole, densities in holes.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def told(hole: tuple[str, str], densities: Sequence[str]) -> str:
+    """A line about cells that there are not, which of both densities are alike."""
+    which = "" if set(densities) == set(DENSITIES) else f"{densities[0]} "
+    return f"- {which}{hole[0]}: {hole[1]}"
 
 
 TITLES = ("runtime", "density", "precision", "MiB", "p50, ms", "rounds", "x eager", "x dense fp32", "cosine")
@@ -283,8 +289,15 @@ def floors(options: argparse.Namespace) -> list[str]:
             continue
         timed = read_json(times_file(options.output, model, runtime))
         one, whole = (timed.get(name, {}).get("p50_ms") for name in (f"{density} {precision}", "dense fp32"))
-        ratio = f"{whole / one:.2f} times dense fp32" if one and whole else "not measured"
+        ratio = f"{whole / one:.2f} times as fast as dense fp32" if one and whole else "not measured"
         lines.append(f"- {model}, {density} {precision} on {runtime}: {ratio}, expected at least {least}")
+    if "fused" in options.models and "onnxruntime" in options.runtimes:
+        small, whole = (
+            (known(options.output, Cell("fused", *which, "onnxruntime")) or {}).get("bytes")
+            for which in (("pruned", "int8 static"), ("dense", "fp32"))
+        )
+        share = f"{small / whole:.3f} of dense fp32's bytes" if small and whole else "not measured"
+        lines.append(f"- fused, pruned int8 static on onnxruntime: {share}, expected at most {1 / 6:.3f}")
     return lines
 
 

@@ -72,10 +72,11 @@ def test_tables_show_figures_and_holes(tmp_path):
     write_json(compress.times_file(tmp_path, "fused", "onnxruntime"), content)
     text = markdown(options, "a command")
     assert "| onnxruntime | pruned | fp32 | 3.00 | 2.00 | 2.00–3.00 | 4.00 | 2.00 | 0.9987 |" in text
-    assert "onnxruntime, dense int8 static (out of luck)" in text
+    assert "- int8 static on onnxruntime: out of luck" in text, "a line for both densities"
     lines = compress.floors(options)
-    assert "- fused, pruned fp32 on onnxruntime: 2.00 times dense fp32, expected at least 1.7" in lines
+    assert "- fused, pruned fp32 on onnxruntime: 2.00 times as fast as dense fp32, expected at least 1.7" in lines
     assert "- fused, dense int8 static on onnxruntime: not measured, expected at least 1.4" in lines
+    assert "- fused, pruned int8 static on onnxruntime: not measured, expected at most 0.167" in lines
 
 
 def test_a_process_that_fails_gives_its_last_line(monkeypatch):
