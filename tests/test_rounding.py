@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import timm.layers
 import torch
-from export_models import as_feeds, rows, trained
+from export_models import as_feeds, learn, rows, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 from onnxruntime.quantization.quant_utils import compute_scale_zp
 from torch import Tensor, nn
-from torch.nn import functional
 
 from distill.averaging import statistics
 from distill.aware import with_gaps, without_dropout
@@ -82,13 +81,7 @@ def steps(model: nn.Module, number: int) -> Iterator[Tensor]:
     for step in range(number):
         model.train()
         advance(model, step, number)
-        batch = rows(48, 8, seed=step)
-        logits = model(batch).logits
-        loss = sum(functional.cross_entropy(v, batch.targets[k.split(".")[0]]) for k, v in logits.items())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.detach()
+        yield learn(model, optimizer, step)
 
 
 @given(low=finite, high=finite, values=hypothesis_numpy.arrays(np.float32, 40, elements=finite))
