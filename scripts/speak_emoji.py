@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in rows:
         row["spoken"] = row["text"].split(",")[0]  # the first of its names
     with ThreadPoolExecutor() as pool:
-        sounds = pool.map(lambda row: spoken(row["id"], row["spoken"]), rows)
-        write_rows([{**row, "audio": sound} for row, sound in zip(rows, sounds, strict=True)], out)
+        sounds = list(pool.map(lambda row: spoken(row["id"], row["spoken"]), rows))
+    write_rows([{**row, "audio": sound} for row, sound in zip(rows, sounds, strict=True)], out)
     print(f"{out}: {len(sounds)} rows, {sum(map(len, sounds)) / 1e6:.0f} MB of sound")
     return 0
 

@@ -17,7 +17,7 @@ from distill.fit.budget import Budget, Figures, dominates, front
 from distill.fit.candidates import TRAINED, Made
 from distill.fit.outcome import closest, draw, markdown, standing, write_outcome
 from distill.fit.records import Records, Trial
-from distill.fit.search import FINALISTS, SHARE, Clock, finals, search
+from distill.fit.search import FINALISTS, SHARE, Clock, finals, longer, search
 from distill.fit.space import (
     PRECISION,
     Knob,
@@ -115,14 +115,14 @@ class Fake:
 
     yardstick_ms = 1.0
 
-    def __init__(self, ends_at=None, fails=lambda values: False, finished=()):
-        self.finished = finished
+    def __init__(self, ends_at=None, fails=lambda values: False, finished=(), gain=0.0):
+        self.finished, self.gain = finished, gain
         self.looked, self.trained_in, self.ends_at, self.fails = [], [], ends_at, fails
 
     def figures(self, values, share):
         latency = 1.0 - 0.1 * values["a"] - 0.05 * values["b"]
         size = 4_000_000 if values[PRECISION] == "onnx-fp32" else 1_000_000
-        return Figures(latency, size, share and 1.0 - 0.05 * values["a"] - 0.1 * (share < 1))
+        return Figures(latency, size, share and 1.0 - 0.05 * values["a"] - 0.1 * (share < 1) + self.gain * (share > 1))
 
     def untrained(self, values):
         if len(self.looked) == self.ends_at:
@@ -197,6 +197,23 @@ def test_more_are_trained_in_full_until_one_fits(tmp_path):
     inside = [trial for trial in trials if trial.state == "short" and trial.figures.latency_ms <= 0.75]
     found = list(finals(fake, trials, [], budget, clock(), say=lambda line: None, report=silent))
     assert len(found) == len(inside) > FINALISTS
+
+
+def test_the_best_is_trained_for_longer_while_that_helps(tmp_path):
+    fake = Fake(gain=0.01)  # of 2 times the epochs; 4 times add nothing to that
+    trials = searched(tmp_path, fake, BUDGET, most=20)
+    full = [trial for trial, _ in finals(fake, trials, [], BUDGET, clock(), say=lambda line: None, report=silent)]
+    best = max(full, key=lambda trial: trial.figures.retention)
+    options = {"say": lambda line: None, "report": silent}
+    found = [trial for trial, _ in longer(fake, full, BUDGET, clock(), **options)]
+    assert [trial.share for trial in found] == [2, 4]
+    assert all(trial.values == best.values and trial.number == best.number for trial in found)
+    assert [share for trial, share in fake.trained_in[-2:]] == [2, 4]
+    assert found[0].figures.retention == pytest.approx(best.figures.retention + 0.01)
+    useless = [trial for trial, _ in longer(Fake(gain=-0.01), full, BUDGET, clock(), **options)]
+    assert [trial.share for trial in useless] == [2]
+    assert not list(longer(fake, full, BUDGET, clock(minutes=1e-9, taken=10), **options))
+    assert not list(longer(fake, full, Budget(min_retention=0.5), clock(), **options))  # the fastest is wanted
 
 
 def test_where_retention_is_all_that_is_asked_for_the_fastest_wins(tmp_path):

@@ -15,8 +15,8 @@ from distill.fit.space import (
     check_space,
     default_space,
     read_space,
-    shortened,
     smaller,
+    with_epochs,
 )
 from distill.recipe import changed, load_recipe
 
@@ -111,11 +111,16 @@ def test_what_is_searched_changes_no_stage(recipe):
 
 
 def test_a_share_of_the_epochs_is_at_least_one(recipe):
-    short = shortened(recipe, SHARE, student=True)
+    short = with_epochs(recipe, SHARE, student=True)
     assert (short.student.train.epochs, short.prune.train.epochs) == (3, 1)
-    assert shortened(recipe, SHARE, student=False).student.train.epochs == recipe.student.train.epochs
+    assert with_epochs(recipe, SHARE, student=False).student.train.epochs == recipe.student.train.epochs
+    long = with_epochs(recipe, 2.0, student=True)
+    assert (long.student.train.epochs, long.prune.train.epochs) == (
+        2 * recipe.student.train.epochs,
+        2 * recipe.prune.train.epochs,
+    )
     stepped = changed(recipe, {"prune.steps": 2, "student.train.max_steps": 10}, "test")
-    short = shortened(stepped, SHARE, student=True)
+    short = with_epochs(stepped, SHARE, student=True)
     assert (short.prune.train.epochs, short.student.train.max_steps) == (2, 4)
 
 

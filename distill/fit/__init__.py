@@ -3,10 +3,10 @@
 First the recipe's own run is brought up to date as far as its bundles: its teacher answers for all candidates. Choices
 of the space (:mod:`distill.fit.space`) are then built untrained, pruned, exported and quantized, which takes seconds
 and tells latency and size; those outside the budget go. The others are trained with a third of the epochs, and the best
-with all of them (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943, with two rungs). What they keep is
-measured on the validation rows, of the bundle on its runtime. Optuna's Parzen estimator (TPE, Bergstra et al. 2011)
-chooses what is looked at, for the most retained under the limits as constraints: a search for whole fronts would spend
-its few trials on bundles that nobody asked for.
+with all of them (successive halving, Jamieson & Talwalkar 2016, arXiv 1502.07943, with two rungs); the best of these
+for longer, while it keeps more by that. What they keep is measured on the validation rows, of the bundle on its
+runtime. Optuna's Parzen estimator (TPE, Bergstra et al. 2011) chooses what is looked at, for the most retained under
+the limits as constraints: a search for whole fronts would spend its few trials on bundles that nobody asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distill.fit.budget import Budget
 from distill.fit.candidates import Candidates, Made
 from distill.fit.outcome import BEST_FILE, MARKDOWN_FILE, closest, write_outcome
 from distill.fit.records import Records, Trial
-from distill.fit.search import Clock, check_sampler, finals, rank, search
+from distill.fit.search import Clock, check_sampler, finals, longer, rank, search
 from distill.fit.space import (
     PRECISION,
     Knob,
@@ -105,6 +105,7 @@ def fit(
                 lambda: search(candidates, knobs, budget, records, clock, most=most, seed=seed, **options),
                 lambda given: finals(candidates, *given, budget, clock, **options),
             )
+            whole += longer(candidates, [trial for trial, _ in whole], budget, clock, **options)
         whole = _measured_again(candidates, [*_own(candidates, target), *whole])
         best = _best_of([trial for trial, _ in whole], budget)
         everything = [*trials, *(trial for trial, _ in whole)]
@@ -245,7 +246,7 @@ def _best(
 def _write_best(candidates: Candidates, best: Trial, folder: Path) -> Path:
     """Write the recipe of the best trial, whose run is ``FOLDER/best``, and put its finished stages there."""
     place = {"name": "best", "output": str(folder.resolve())}
-    recipe = changed(candidates.recipe_of(best.values), place, BEST_FILE)
+    recipe = changed(candidates.recipe_of(best.values, best.share), place, BEST_FILE)
     candidates.keep(recipe)
     with atomic(folder / BEST_FILE) as temporary:
         temporary.write_text(as_yaml(recipe), encoding="utf-8")

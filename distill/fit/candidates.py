@@ -24,7 +24,7 @@ from distill.config import FP32, Recipe
 from distill.contracts import VALID, Artifact, UserError
 from distill.dual import DualEncoder
 from distill.fit.budget import Figures
-from distill.fit.space import PRECISION, candidate, differences, prunes, shortened
+from distill.fit.space import PRECISION, candidate, differences, prunes, with_epochs
 from distill.gate import SHIPPED, bundle_says
 from distill.measures import score_of
 from distill.planning import Planned, run_planned
@@ -77,7 +77,9 @@ class Candidates:
         self.yardstick_ms = self._times({})[FP32] if yardstick_ms is None else yardstick_ms
 
     def recipe_of(self, values: Mapping[str, Any], share: float = 1.0) -> Recipe:
-        """The recipe of a choice, with a share of its epochs; of a student that was trained in full, no part is cut.
+        """The recipe of a choice, with a share of its epochs, which may be above 1.
+
+        Of a student that was trained in full, no part is cut.
 
         Raises:
             UserError: the choice makes no valid recipe.
@@ -86,7 +88,8 @@ class Candidates:
         pipeline.check(made, SHIPPED)
         if share == 1:
             return made
-        return shortened(made, share, student=self._lookup(pipeline.plan(made, until=STUDENT)[-1]) is None)
+        student = share > 1 or self._lookup(pipeline.plan(made, until=STUDENT)[-1]) is None
+        return with_epochs(made, share, student=student)
 
     def lacks(self, values: Mapping[str, Any], share: float) -> tuple[str, ...]:
         """Those of TRAINED that are not there yet of a choice with a share of its epochs; none of an invalid choice."""

@@ -23,7 +23,7 @@ class Trial:
         number: from 1 on, in the order of asking; 0 is the recipe itself.
         values: path -> choice.
         state: "outside" was dropped before its training, "short" was trained with a share of the epochs, "full" with
-            all, "failed" could not be made.
+            all or more, "failed" could not be made.
         share: of the epochs.
         figures: of its bundle, untrained where it was dropped; None where it failed.
         retention: of each task.

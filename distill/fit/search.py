@@ -22,6 +22,8 @@ SHARE = 1 / 3
 SLACK = 0.1
 """What an untrained bundle may exceed a limit by: training changes what pruning leaves, and latencies have noise."""
 FINALISTS = 3
+LONGER = (2.0, 4.0)
+"""Times the epochs, for the best in the end."""
 REPEATED = 30
 """So many choices in a row that were asked for before end a search."""
 FAILURES = (UserError, ParityError, TrainingError)
@@ -59,17 +61,17 @@ class Clock:
             pace = trial.seconds / self._expected(SHARE, lacking)
             self._pace[lacking] = max(self._pace.get(lacking, 0.0), pace)
         if lacking and trial.state == "full":
-            self._longest[lacking] = max(self._longest.get(lacking, 0.0), trial.seconds)
+            self._longest[lacking] = max(self._longest.get(lacking, 0.0), trial.seconds / trial.share)
 
     def allows_trial(self, lacking: tuple[str, ...] = TRAINED) -> bool:
         """Whether a first look fits in, before the trainings in full; these get at most half of the time."""
         full = self.full(lacking)
         short = self._expected(SHARE, lacking) * self._pace.get(lacking, 1.0)
-        return self.limit - self.elapsed >= short + max(min(FINALISTS * full, self.limit / 2), full)
+        return self.limit - self.elapsed >= short + max(min((FINALISTS + LONGER[0]) * full, self.limit / 2), full)
 
-    def allows_full(self, lacking: tuple[str, ...] = TRAINED) -> bool:
-        """Whether a training in full fits in; one that is finished takes no time worth counting."""
-        return not lacking or self.limit - self.elapsed >= self.full(lacking)
+    def allows_full(self, lacking: tuple[str, ...] = TRAINED, share: float = 1.0) -> bool:
+        """Whether a training with a share of the epochs fits in; one that is finished takes no time worth counting."""
+        return not lacking or self.limit - self.elapsed >= share * self.full(lacking)
 
     def _expected(self, share: float, lacking: tuple[str, ...]) -> float:
         """Seconds that the reference's stages took, with a share of the trainings that a choice needs."""
@@ -182,19 +184,76 @@ def finals(
         lacking = candidates.lacks(trial.values, 1.0)
         if lacking and ((fits and count >= FINALISTS) or not clock.allows_full(lacking)):
             continue
-        report(int(clock.elapsed), int(clock.limit), f"trial {trial.number} in full")
-        began = time.monotonic()
-        try:
-            made = candidates.trained(trial.values, 1.0, f"trial-{trial.number:03d}-full")
-        except FAILURES as error:
-            say(f"trial {trial.number} in full failed: {one_line(error)}")
-            continue
-        full = replace(trial, state="full", share=1.0, seconds=time.monotonic() - began)
-        full = replace(full, figures=made.figures, retention=made.retention)
-        clock.learn(full, lacking)
-        fits = fits or not budget.misses(made.figures)
-        say(f"in full: {full.said}")
-        yield full, made
+        found = _whole(candidates, trial, 1.0, clock, say=say, report=report)
+        if found is not None:
+            fits = fits or not budget.misses(found[1].figures)
+            yield found
+
+
+def longer(
+    candidates: Candidates,
+    full: Sequence[Trial],
+    budget: Budget,
+    clock: Clock,
+    *,
+    say: Callable[[str], None],
+    report: Progress,
+) -> Iterator[tuple[Trial, Made]]:
+    """Train the best of those inside the limits for more epochs, while there is time and it retains more by that.
+
+    Where a budget limits no cost the fastest is wanted, and nothing is trained.
+
+    Args:
+        candidates: makes and measures it.
+        full: the trials that got all epochs.
+        budget: what a bundle may cost and must keep.
+        clock: the time.
+        say: called with one line each.
+        report: called with the seconds that have passed.
+
+    Yields:
+        Each training with its bundle.
+    """
+    inside = [trial for trial in full if trial.figures and not budget.misses(trial.figures, LATENCY, SIZE)]
+    if not inside or not budget.limits_costs:
+        return
+    best = min(inside, key=lambda trial: rank(budget, trial.figures))
+    for share in LONGER:
+        if not clock.allows_full(candidates.lacks(best.values, share), share):
+            return
+        found = _whole(candidates, best, share, clock, say=say, report=report)
+        if found is None:
+            return
+        yield found
+        if rank(budget, found[0].figures) >= rank(budget, best.figures):
+            return
+        best = found[0]
+
+
+def _whole(
+    candidates: Candidates,
+    trial: Trial,
+    share: float,
+    clock: Clock,
+    *,
+    say: Callable[[str], None],
+    report: Progress,
+) -> tuple[Trial, Made] | None:
+    """Train a choice with all epochs or more; None of one that fails."""
+    name = "full" if share == 1 else f"{share:g}x"
+    words = "in full" if share == 1 else f"for {share:g} times the epochs"
+    report(int(clock.elapsed), int(clock.limit), f"trial {trial.number} {words}")
+    lacking, began = candidates.lacks(trial.values, share), time.monotonic()
+    try:
+        made = candidates.trained(trial.values, share, f"trial-{trial.number:03d}-{name}")
+    except FAILURES as error:
+        say(f"trial {trial.number} {words} failed: {one_line(error)}")
+        return None
+    found = replace(trial, state="full", share=share, seconds=time.monotonic() - began)
+    found = replace(found, figures=made.figures, retention=made.retention)
+    clock.learn(found, lacking)
+    say(f"{words}: {found.said}")
+    return found, made
 
 
 def rank(budget: Budget, figures: Figures | None) -> tuple[float, ...]:

@@ -255,8 +255,8 @@ def differences(recipe: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def shortened(recipe: Recipe, share: float, *, student: bool) -> Recipe:
-    """A recipe with a share of the epochs of recovery, and of the student's if asked for."""
+def with_epochs(recipe: Recipe, share: float, *, student: bool) -> Recipe:
+    """A recipe with a share of the epochs of recovery, and of the student's if asked for; a share may be above 1."""
 
     def part(count: int | None, least: int = 1) -> int | None:
         return None if count is None else max(least, math.ceil(count * share))
