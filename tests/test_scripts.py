@@ -1,12 +1,17 @@
 """The scripts that make tables of the emoji sample: what each promises of its rows."""
 
+import io
+import os
 from collections import Counter, defaultdict
 
 import ask_emoji
 import label_sentiment
 import make_listings
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import soundfile
+import speak_emoji
 from animate_emoji import SIZE, THIRDS, animated, encoded, frames_of, points_of, some_words, thirds, trace_of
 from animate_emoji import main as animate
 from emoji_table import chance, chosen, ink_of, pixels_of, read_sample, write_rows
@@ -244,3 +249,21 @@ def test_a_folder_without_animations_is_told(tmp_path, capsys):
 def test_thirds_share_no_frame(sample):
     rows = list(thirds(moving(13, step=3), sample[0]))
     assert sum(len(row["trace"]) for row in rows) == 13
+
+
+def test_spoken_names_are_written_beside_the_rows(sample, tmp_path, monkeypatch, capsys):
+    waves = io.BytesIO()
+    soundfile.write(waves, np.sin(np.arange(2205) / 9).astype(np.float32), 22050, format="WAV", subtype="PCM_16")
+    (tmp_path / "name.wav").write_bytes(waves.getvalue())
+    speaker = tmp_path / "espeak-ng"  # says the same whatever it is told
+    speaker.write_text(f'#!/bin/sh\nexec cat "{tmp_path / "name.wav"}"\n', encoding="utf-8")
+    speaker.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(speak_emoji, "read_sample", lambda: [dict(row) for row in sample[:6]])
+    out = tmp_path / "spoken.parquet"
+    assert speak_emoji.main([str(out)]) == 0
+    assert f"{out}: 6 rows, " in capsys.readouterr().out
+    rows = pq.read_table(out).to_pylist()
+    assert [row["spoken"] for row in rows] == [row["text"].split(",")[0] for row in sample[:6]]
+    samples, rate = soundfile.read(io.BytesIO(rows[0]["audio"]))
+    assert rate == 8000 and len(samples) == 800
