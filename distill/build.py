@@ -21,6 +21,7 @@ from distill.dual import DualEncoder
 from distill.exchange import build_exchange, check_exchange
 from distill.formats import TABULAR, TEXT, formats_of
 from distill.fusion import FUSIONS
+from distill.kept_tokens import KeptTokens
 from distill.multimodal import Encoder, MultimodalModel, Reader
 from distill.targets import CAPTIONING, KINDS, LAST, Task
 from distill.tasks import HEADS
@@ -208,7 +209,9 @@ def input_spec(model: Model) -> InputSpec:
     if TEXT not in model.encoders:
         return InputSpec(media)
     text: Any = model.encoders[TEXT]
-    return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id)
+    unknown = None if text.unknown_token < 0 else text.unknown_token
+    kept = KeptTokens(text.kept_tokens, unknown) if text.kept_tokens else None
+    return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id, kept)
 
 
 def example_batch(

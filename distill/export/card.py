@@ -9,8 +9,9 @@ from typing import Any
 from distill.formats import TEXT
 from distill.formats.image import ImageFormat
 from distill.formats.tabular import TabularFormat
+from distill.kept_tokens import KeptTokens
 from distill.predict import LABELS_FILE, MODEL_FILE, RUNTIME
-from distill.preprocess import TOKENIZER_FILE, Preprocessor
+from distill.preprocess import KEPT, SPEC_FILE, TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.runtimes import RUNTIMES
 from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task
 
@@ -138,7 +139,7 @@ def _alone(preprocessor: Preprocessor, embeddings: Sequence[str], tasks: Mapping
             "half rounds an odd margin down.)",
         ]
     assert image is None or isinstance(image, ImageFormat)
-    code = _example(image, preprocessor.tokenizer is not None, embeddings)
+    code = _example(image, preprocessor.tokenizer, embeddings)
     return [
         *lines,
         "",
@@ -151,13 +152,28 @@ def _alone(preprocessor: Preprocessor, embeddings: Sequence[str], tasks: Mapping
     ]
 
 
-def _example(image: ImageFormat | None, text: bool, embeddings: Sequence[str]) -> list[str]:
-    """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
+def _token_ids(kept: KeptTokens | None) -> list[str]:
+    """Lines that give the ids of a text, [1, L]."""
+    encoded = f'Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids'
+    if kept is None:
+        return [f"ids = np.array([{encoded}])"]
+    known = f"rows.get(i, rows[{kept.unknown}]) for i in ids"
+    own = "rows[i] for i in ids if i in rows" if kept.unknown is None else known
+    return [
+        f"ids = {encoded}",
+        f'kept = json.load(open("{SPEC_FILE}", encoding="utf-8"))["{TEXT}"]["{KEPT}"]["kept"]',
+        "rows = {token: row for row, token in enumerate(kept)}",
+        f"ids = np.array([[{own}]])",
+    ]
+
+
+def _example(image: ImageFormat | None, tokenizer: Tokenizer | None, embeddings: Sequence[str]) -> list[str]:
+    """Some 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
     lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
     feeds = []
     if image is not None:
         lines.append("from PIL import Image, ImageOps")
-    if text:
+    if tokenizer is not None:
         lines.append("from tokenizers import Tokenizer")
     if image is not None:
         size = image.size
@@ -175,8 +191,8 @@ def _example(image: ImageFormat | None, text: bool, embeddings: Sequence[str]) -
                 f"pixels = np.array([{square}.split()])",
             ]
         feeds.append('"image": pixels, "image_present": [True]')
-    if text:
-        lines.append(f'ids = np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])')
+    if tokenizer is not None:
+        lines += _token_ids(tokenizer.kept)
         feeds.append('"text": ids, "text_mask": ids >= 0, "text_present": [True]')
     lines.append(f"feeds = {{{', '.join(feeds)}}}")
     if embeddings:
