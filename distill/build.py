@@ -21,10 +21,10 @@ from distill.dual import DualEncoder
 from distill.exchange import build_exchange, check_exchange
 from distill.formats import TABULAR, TEXT, formats_of
 from distill.fusion import FUSIONS
-from distill.kept_tokens import KeptTokens
 from distill.multimodal import Encoder, MultimodalModel, Reader
 from distill.targets import CAPTIONING, KINDS, LAST, Task
 from distill.tasks import HEADS
+from distill.token_rows import TokenRows
 
 DEFAULT_HEADS = {kind: "decoder" if kind == CAPTIONING else "linear" for kind in KINDS}
 Registry = Mapping[str, Callable[..., Encoder]]
@@ -209,9 +209,8 @@ def input_spec(model: Model) -> InputSpec:
     if TEXT not in model.encoders:
         return InputSpec(media)
     text: Any = model.encoders[TEXT]
-    unknown = None if text.unknown_token < 0 else text.unknown_token
-    kept = KeptTokens(text.kept_tokens, unknown) if text.kept_tokens else None
-    return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id, kept)
+    rows = TokenRows(text.token_rows) if text.token_rows else None
+    return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id, rows)
 
 
 def example_batch(

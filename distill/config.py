@@ -241,7 +241,8 @@ class CacheConfig(Strict):
 class VocabularyConfig(Strict):
     """Word embeddings that go because training rows have no use for them; see distill/prune/vocabulary.py."""
 
-    min_count: int = Field(1, ge=1)  # tokens that come fewer times in training rows are read as unknown
+    min_count: int = Field(1, ge=1)  # tokens that come fewer times in training rows lose their row
+    dropped: Literal["nearest", "unknown"] = "nearest"  # they are read as the kept token most like them, or as unknown
 
 
 class PruneConfig(Strict):

@@ -38,8 +38,7 @@ class Encoder(nn.Module):
         stage_widths: channels behind each of its stages; empty where it cannot stop between them for an exchange.
         own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
         word_table: path in it of the embedding whose rows token ids name; empty where it reads no tokens.
-        kept_tokens: the tokenizer's ids whose rows are left of that table after pruning; empty where all are.
-        unknown_token: the one of them that all other ids are read as; -1: these are left out of texts.
+        token_rows: the row there of each of the tokenizer's ids, after rows were pruned; empty where they are the ids.
     """
 
     reads: str  # its modality
@@ -51,8 +50,7 @@ class Encoder(nn.Module):
     stage_widths: tuple[int, ...] = ()
     own_scale: Mapping[str, float] = {}
     word_table: str = ""
-    kept_tokens: tuple[int, ...] = ()
-    unknown_token: int = -1
+    token_rows: tuple[int, ...] = ()
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode a batch; one that has stages goes on behind the last where it is given ``HIDDEN``."""

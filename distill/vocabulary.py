@@ -16,7 +16,6 @@ from distill.data.loader import Loader
 from distill.data.texts import Texts
 from distill.data.tokens import count_tokens
 from distill.formats import TEXT
-from distill.losses.terms import reads_text_tokens
 from distill.preprocess import Tokenizer
 from distill.prune.measuring import answers
 from distill.prune.vocabulary import plan_vocabulary
@@ -36,8 +35,8 @@ def cut_vocabulary(work: Workspace, model: Model, made: prune.PrunePlan) -> prun
         made: the plan.
 
     Raises:
-        UserError: the tokens cannot be cut: see :func:`distill.prune.vocabulary.plan_vocabulary`; or texts would lose
-            tokens that a term compares one by one.
+        UserError: as :func:`distill.prune.vocabulary.plan_vocabulary`; the tokenizer has no unknown token as which
+            dropped ones could be read; or the encoder does more with ids than look up rows.
     """
     config = work.recipe.prune.vocabulary
     if config is None:
@@ -45,37 +44,27 @@ def cut_vocabulary(work: Workspace, model: Model, made: prune.PrunePlan) -> prun
     data, spec = work.data(), input_spec(model)
     assert spec.tokenizer is not None and isinstance(data.texts, Texts)
     encoder: Any = model.get_submodule(PATH)
-    size = model.get_submodule(f"{PATH}.{encoder.word_table}").num_embeddings
+    table: Any = model.get_submodule(f"{PATH}.{encoder.word_table}")
     tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id)
     special, unknown = tokenizer.roles()
-    _check_unknown(work, special, unknown)
-    counts = count_tokens(data.texts, data.rows(TRAIN), tokenizer, size, data.folder)
+    if config.dropped == "unknown" and unknown is None:
+        raise UserError(
+            f"prune.vocabulary.dropped: {spec.tokenizer.parent.name}/{spec.tokenizer.name} has no token for unknown "
+            "ones; set it to nearest"
+        )
+    counts = count_tokens(data.texts, data.rows(TRAIN), tokenizer, table.num_embeddings, data.folder)
     ids, mask = tokenizer(_prompts(work))
     counts[ids[mask]] += config.min_count  # the recipe's own words are read too
-    part = plan_vocabulary(model, PATH, counts, config.min_count, special, unknown)
-    _check_same(work, model, part, tokenizer)
+    target = unknown if config.dropped == "unknown" else None
+    part = plan_vocabulary(model, PATH, counts, config.min_count, special, target)
+    if part.tensors:
+        _check_same(work, model, part, tokenizer)
     return prune.compose(made, part)
-
-
-def _check_unknown(work: Workspace, special: list[int], unknown: int | None) -> None:
-    """Where no token stands for unknown ones, texts get shorter."""
-    if unknown is None and not special:
-        raise UserError(
-            "prune.vocabulary: the student's tokenizer has neither an unknown token nor tokens around a text, so a "
-            "text of dropped tokens would have none; leave prune.vocabulary out"
-        )
-    for number, term in enumerate(work.recipe.student.objective if unknown is None else []):
-        if reads_text_tokens(term):
-            raise UserError(
-                f"prune.vocabulary: the student's tokenizer has no unknown token: texts lose those that are dropped, "
-                f"and student.objective[{number}] compares token by token; leave one out"
-            )
 
 
 def _prompts(work: Workspace) -> list[str]:
     """The texts that a recipe itself has the student read."""
-    config = work.recipe.retrieval
-    labels = work.data().labels
+    config, labels = work.recipe.retrieval, work.data().labels
     return [
         template.replace("{}", spoken(name))
         for task, templates in ({} if config is None else config.prompts).items()
@@ -88,7 +77,7 @@ def _check_same(work: Workspace, model: Model, part: prune.PrunePlan, tokenizer:
     """Compare the smaller model with the whole one on training rows of kept tokens, whose inputs have other numbers.
 
     Raises:
-        UserError: they do not say the same, to the bit: the tower does with ids what is not known here.
+        UserError: they do not say the same, to the bit.
     """
     smaller: Any = prune.apply(copy.deepcopy(model), part)
     models = {"whole": copy.deepcopy(model), "smaller": smaller}
@@ -97,8 +86,9 @@ def _check_same(work: Workspace, model: Model, part: prune.PrunePlan, tokenizer:
     loader = Loader(work.data(), TRAIN, specs, **options)
     some = loader.row_positions[:LOOKED_AT]
     ids, mask = tokenizer([loader.data.texts[int(row)] for row in some])
-    rows = some[(~mask | np.isin(ids, smaller.get_submodule(PATH).kept_tokens)).all(axis=1)][:CHECKED]
-    if not len(rows) or not part.tensors:
+    (cuts,) = part.tensors.values()
+    rows = some[(~mask | np.isin(ids, cuts["0"]["kept"])).all(axis=1)][:CHECKED]
+    if not len(rows):
         return
     batches = loader.batch(rows, loader.clean_views(len(rows)))
     whole, cut = (answers(each.cpu().eval(), [batches[name]]) for name, each in models.items())

@@ -49,7 +49,7 @@ LEVELS = {
         "distill.data",
         "distill.formats",
         "distill.preprocess",
-        "distill.kept_tokens",
+        "distill.token_rows",
         "distill.onnx_file",
         "distill.predict",
         "distill.runtimes",

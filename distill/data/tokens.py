@@ -16,8 +16,8 @@ from distill.data.scratch import chunks, scratch, unnamed_file
 from distill.data.texts import Texts
 from distill.data.transforms import drop_words
 from distill.data_config import TextAugment
-from distill.kept_tokens import KeptTokens
 from distill.preprocess import Tokenizer
+from distill.token_rows import TokenRows
 
 CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text
 
@@ -38,8 +38,8 @@ class Readable(Protocol):
         """Token id where the mask is False."""
 
     @property
-    def kept(self) -> KeptTokens | None:
-        """Which of the tokenizer's ids it has embeddings for; None: all."""
+    def rows(self) -> TokenRows | None:
+        """Its own ids of the tokenizer's; None: they are the same."""
 
 
 class TokenTable:
@@ -62,7 +62,7 @@ class TokenTable:
         for part in chunks(texts.num_distinct):
             self._slots[part][used[part]] = count + np.arange(np.count_nonzero(used[part]))
             count += int(np.count_nonzero(used[part]))
-        tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id, spec.kept)
+        tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id, spec.rows)
         self._ends, done, total = scratch(folder, count + 1, np.int64), 1, 0
         with unnamed_file(folder) as file:
             for strings in texts.distinct(used, CHUNK):

@@ -9,9 +9,8 @@ from typing import Any
 from distill.formats import TEXT
 from distill.formats.image import ImageFormat
 from distill.formats.tabular import TabularFormat
-from distill.kept_tokens import KeptTokens
 from distill.predict import LABELS_FILE, MODEL_FILE, RUNTIME
-from distill.preprocess import KEPT, SPEC_FILE, TOKENIZER_FILE, Preprocessor, Tokenizer
+from distill.preprocess import ROWS, SPEC_FILE, TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.runtimes import RUNTIMES
 from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task
 
@@ -152,23 +151,15 @@ def _alone(preprocessor: Preprocessor, embeddings: Sequence[str], tasks: Mapping
     ]
 
 
-def _token_ids(kept: KeptTokens | None) -> list[str]:
+def _token_ids(tokenizer: Tokenizer) -> list[str]:
     """Lines that give the ids of a text, [1, L]."""
-    encoded = f'Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids'
-    if kept is None:
-        return [f"ids = np.array([{encoded}])"]
-    known = f"rows.get(i, rows[{kept.unknown}]) for i in ids"
-    own = "rows[i] for i in ids if i in rows" if kept.unknown is None else known
-    return [
-        f"ids = {encoded}",
-        f'kept = json.load(open("{SPEC_FILE}", encoding="utf-8"))["{TEXT}"]["{KEPT}"]["kept"]',
-        "rows = {token: row for row, token in enumerate(kept)}",
-        f"ids = np.array([[{own}]])",
-    ]
+    ids = f'np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])'
+    rows = f'np.array(json.load(open("{SPEC_FILE}", encoding="utf-8"))["{TEXT}"]["{ROWS}"])'
+    return [f"ids = {ids}"] if tokenizer.rows is None else [f"rows = {rows}", f"ids = rows[{ids}]"]
 
 
 def _example(image: ImageFormat | None, tokenizer: Tokenizer | None, embeddings: Sequence[str]) -> list[str]:
-    """Some 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
+    """At most 16 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
     lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
     feeds = []
     if image is not None:
@@ -192,7 +183,7 @@ def _example(image: ImageFormat | None, tokenizer: Tokenizer | None, embeddings:
             ]
         feeds.append('"image": pixels, "image_present": [True]')
     if tokenizer is not None:
-        lines += _token_ids(tokenizer.kept)
+        lines += _token_ids(tokenizer)
         feeds.append('"text": ids, "text_mask": ids >= 0, "text_present": [True]')
     lines.append(f"feeds = {{{', '.join(feeds)}}}")
     if embeddings:
