@@ -52,6 +52,7 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
     ]
     told = [f"- `{name}`: {len(task.names)} {WHAT[task.kind]} ({_some(task.names)})" for name, task in tasks.items()]
     facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
+    facts += _vocabulary(preprocessor.tokenizer)
     kinds = {task.kind for task in tasks.values()}
     arguments = ", ".join(f"'{name}': {_argument(preprocessor, name)}" for name in _modalities(preprocessor))
     verb = "predict" if tasks else "embed"
@@ -149,6 +150,14 @@ def _alone(preprocessor: Preprocessor, embeddings: Sequence[str], tasks: Mapping
         "With multidistill, which also takes 16-bit greyscale images:",
         "",
     ]
+
+
+def _vocabulary(tokenizer: Tokenizer | None) -> list[str]:
+    """What became of a pruned vocabulary."""
+    if tokenizer is None or tokenizer.rows is None:
+        return []
+    rows = tokenizer.rows
+    return [f"- tokens: {len(rows):,}, which are read by {rows.count:,} embeddings (`{ROWS}` in `{SPEC_FILE}`)"]
 
 
 def _token_ids(tokenizer: Tokenizer) -> list[str]:
