@@ -49,7 +49,8 @@ def recovery(work: Workspace, folder: Path, step: int) -> engine.Job:
         options: dict[str, Any] = {"rows": rows, "loss": loss, "seed": work.recipe.seed, "before": before}
         found = prune.plan(model, example, so_far(config, step), **options)
         if step == config.steps and config.vocabulary is not None:
-            found = cut_vocabulary(work, prune.apply(copy.deepcopy(model), found.since(before)), found)
+            cut: Any = prune.apply(copy.deepcopy(model), found.since(before))
+            found = cut_vocabulary(work, cut, found)
         found.save(place / PLAN_FILE)
     work.ranks.wait()
     made = prune.PrunePlan.load(place / PLAN_FILE)

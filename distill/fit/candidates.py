@@ -131,8 +131,9 @@ class Candidates:
             load_weights(model, student.path / WEIGHTS_FILE)
         config = recipe.prune if prunes(recipe.prune) else recipe.prune.model_copy(update={"importance": "magnitude"})
         example = example_batch(input_spec(model), recipe.data, tasks=work.tasks())
-        smaller, plan = prune.prune(model, example, config, seed=recipe.seed)
-        channels, plan = plan, cut_vocabulary(work, smaller, plan)
+        smaller: Any
+        smaller, channels = prune.prune(model, example, config, seed=recipe.seed)
+        plan = cut_vocabulary(work, smaller, channels)
         prune.apply(smaller, plan.since(channels))
         work.done[PRUNED] = Artifact(PRUNED, place / PRUNED, "")
         save_weights(smaller, place / PRUNED / WEIGHTS_FILE)
