@@ -22,6 +22,7 @@ from distill.build import input_spec
 from distill.contracts import TEST, TRAIN, UserError
 from distill.data.texts import Texts
 from distill.data.tokens import count_tokens
+from distill.fit.candidates import Candidates
 from distill.predict import load
 from distill.preprocess import Preprocessor, Tokenizer
 from distill.prune import PrunePlan
@@ -304,3 +305,15 @@ def test_encoders_of_one_embedding_space_lose_rows_too() -> None:
     assert rows is not None and rows.count < len(rows)
     texts = load(work.path("export") / "onnx-fp32-text")
     assert texts.preprocessor.tokenizer.rows == rows
+
+
+def test_a_search_knows_the_size_of_cut_tables(tmp_path: Path) -> None:
+    sizes = []
+    for options in ([], [CUT]):
+        work = ran(*options, until="quantize")
+        made = Candidates(work.recipe, work.done, tmp_path / f"fit{len(options)}")
+        sizes.append(made.untrained({"precision": "onnx-fp32"}).size_bytes)
+    plan = PrunePlan.load(work.path(PRUNED) / "plan.json")
+    before, after = plan.report["tokens"]
+    width = work.model(PRUNED).encoders["text"].table.embedding_dim
+    assert sizes[0] - sizes[1] == pytest.approx(4 * width * (before - after), abs=256)  # graphs note shapes too
