@@ -162,7 +162,7 @@ def test_a_pruned_vocabulary_leaves_texts_of_kept_tokens_as_they_were(folder):
     counts = np.bincount(TEXT.flatten(), minlength=80)
     plan = plan_vocabulary(torch.nn.ModuleDict({"text": encoder}), "text", counts, 1, [79])
     smaller = apply(torch.nn.ModuleDict({"text": copy.deepcopy(encoder)}), plan)["text"]
-    assert plan.report["tokens"] == [80, 11]  # the first eight, 9, 11 and the closing token
+    assert plan.report["tokens"] == [80, 12]  # the first eight, 8, 9, 11 and the closing token
     renamed = torch.tensor(smaller.token_rows)[TEXT]
     assert not torch.equal(renamed, TEXT)
     with torch.no_grad():
