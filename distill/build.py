@@ -24,6 +24,7 @@ from distill.fusion import FUSIONS
 from distill.multimodal import Encoder, MultimodalModel, Reader
 from distill.targets import CAPTIONING, KINDS, LAST, Task
 from distill.tasks import HEADS
+from distill.token_rows import TokenRows
 
 DEFAULT_HEADS = {kind: "decoder" if kind == CAPTIONING else "linear" for kind in KINDS}
 Registry = Mapping[str, Callable[..., Encoder]]
@@ -208,7 +209,8 @@ def input_spec(model: Model) -> InputSpec:
     if TEXT not in model.encoders:
         return InputSpec(media)
     text: Any = model.encoders[TEXT]
-    return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id)
+    rows = TokenRows(text.token_rows) if text.token_rows else None
+    return InputSpec(media, text.tokenizer_file, text.max_length, text.pad_id, rows)
 
 
 def example_batch(

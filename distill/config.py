@@ -238,6 +238,13 @@ class CacheConfig(Strict):
     taps: list[str] = []  # of the run's own teacher, stored beside those that terms read: for other terms to come
 
 
+class VocabularyConfig(Strict):
+    """Word embeddings that go because training rows have no use for them; see distill/prune/vocabulary.py."""
+
+    min_count: int = Field(1, ge=1)  # tokens that come fewer times in training rows lose their row
+    dropped: Literal["nearest", "unknown"] = "nearest"  # they are read as the kept token most like them, or as unknown
+
+
 class PruneConfig(Strict):
     """Structured pruning and recovery."""
 
@@ -252,8 +259,14 @@ class PruneConfig(Strict):
     heads: float = Field(0.0, ge=0, lt=1)  # share of attention heads removed
     head_dims: float = Field(0.0, ge=0, lt=1)  # share of each head's dimensions removed
     depth: dict[str, Annotated[int, Field(ge=1)]] = {}  # path of a list of residual blocks -> how many go
+    vocabulary: VocabularyConfig | None = None  # rows of the text encoder's table that go, in the last step
     steps: int = Field(1, ge=1)  # of pruning, each followed by its share of ``train``
     train: TrainConfig = TrainConfig()
+
+    @property
+    def structured(self) -> bool:
+        """Whether blocks, heads, dimensions or channels go."""
+        return any((self.ratio, self.heads, self.head_dims, self.depth, *self.ratios.values()))
 
     @model_validator(mode="after")
     def _prune_something(self) -> PruneConfig:
@@ -261,7 +274,7 @@ class PruneConfig(Strict):
             raise ValueError("sensitivity finds the ratios that reach ratio; leave ratios out and set ratio above 0")
         if self.sensitivity and self.steps > 1:
             raise ValueError("sensitivity measures the whole student once; set steps to 1")
-        if not any((self.ratio, self.heads, self.head_dims, self.depth, *self.ratios.values())):
+        if not (self.structured or self.vocabulary):
             raise ValueError("ratio is 0 and so is all else, so nothing is pruned; raise one")
         for name in ("epochs", "max_steps"):
             budget = getattr(self.train, name)

@@ -37,6 +37,8 @@ class Encoder(nn.Module):
         keep_float: its modules that int8 would spoil, such as a spectrogram.
         stage_widths: channels behind each of its stages; empty where it cannot stop between them for an exchange.
         own_scale: ``logit_scale``, and ``logit_bias`` where there is one, that its weights were trained with.
+        word_table: path in it of the embedding whose rows token ids name; empty where it reads no tokens.
+        token_rows: the row there of each of the tokenizer's ids, after rows were pruned; empty where they are the ids.
     """
 
     reads: str  # its modality
@@ -47,6 +49,8 @@ class Encoder(nn.Module):
     keep_float: tuple[str, ...] = ()
     stage_widths: tuple[int, ...] = ()
     own_scale: Mapping[str, float] = {}
+    word_table: str = ""
+    token_rows: tuple[int, ...] = ()
 
     def forward(self, inputs: dict[str, Tensor]) -> Encoded:
         """Encode a batch; one that has stages goes on behind the last where it is given ``HIDDEN``."""

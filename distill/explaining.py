@@ -123,7 +123,7 @@ def _subjects(
         raise UserError(f"--task: the {name} has no head for {task!r}; {nearest(task, config.heads)}")
     spec, data = input_spec(model), work.data()
     loader = work.clean_loader(TEST, spec, name)
-    tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
+    tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id, spec.rows) if spec.tokenizer else None
     table: Any = data.formats.get(TABULAR)
     columns = (table.numbers, table.categories) if table else ((), ())
     for place in places:

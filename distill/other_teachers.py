@@ -145,7 +145,7 @@ def check_inputs(work: Workspace) -> None:
                 )
 
     def tokens(model: Model) -> tuple[str, int]:
-        spec = input_spec(model)
+        spec = input_spec(model)  # a pruned vocabulary has the same tokens, under other ids
         return ("" if spec.tokenizer is None else sha256_file(spec.tokenizer), spec.max_length)
 
     for number, term in enumerate(work.recipe.student.objective):

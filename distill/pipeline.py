@@ -12,7 +12,7 @@ from typing import Any
 
 import students
 import teachers
-from distill import aware, bundles, measured, results, stages
+from distill import aware, bundles, measured, prune, results, stages
 from distill.check import check_recipe
 from distill.config import Recipe, nearest
 from distill.contracts import Artifact, UserError
@@ -30,7 +30,6 @@ from distill.planning import (
     refuse_loss,
     run_planned,
 )
-from distill.prune import check_pruning, judges
 from distill.ranks import Ranks, join
 from distill.recipe import as_yaml
 from distill.resources import keep_freed_memory
@@ -71,7 +70,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     places = {"path", "root", "train", "valid", "test"}
     training: Any = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
     tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}, "teacher": training})
-    tree["export"] = bundles.settings(recipe.export)
+    tree |= {"export": bundles.settings(recipe.export), "prune": prune.younger(tree["prune"])}
     for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
         if "weights" in part:
             part["weights"] = weights_identity(part["weights"])
@@ -122,8 +121,8 @@ def _baseline(recipe: Recipe) -> dict[str, Any]:
 
 
 def _pruned(recipe: Recipe) -> dict[str, Any]:
-    learnt = _student(recipe, "inherit", "objective", *judges(recipe.prune)) | _distillation(recipe)
-    return learnt | {"prune": recipe.prune.model_dump(exclude={"train": {"shard"}})}
+    learnt = _student(recipe, "inherit", "objective", *prune.judges(recipe.prune)) | _distillation(recipe)
+    return learnt | {"prune": prune.settings(recipe)}
 
 
 def _aware(recipe: Recipe) -> dict[str, Any]:
@@ -283,7 +282,7 @@ def check(recipe: Recipe, until: str | None = None) -> None:
     aware.check_aware(recipe)
     measured.read_measured(recipe.report)
     if "pruned" in needed:
-        check_pruning(recipe, ENCODERS)
+        prune.check_pruning(recipe, ENCODERS)
 
 
 def plan(

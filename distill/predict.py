@@ -28,7 +28,8 @@ from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"
 
-BUNDLE_FORMAT, BUNDLE_VERSION = "multidistill-bundle", 1
+BUNDLE_FORMAT, BUNDLE_VERSION = "multidistill-bundle", 2
+"""Version 2: the vocabulary is pruned, and earlier readers would feed the tokenizer's ids. Others are of version 1."""
 
 RUNTIME = "onnxruntime"
 LONGEST_NAME = 100

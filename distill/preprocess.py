@@ -19,11 +19,16 @@ from numpy.typing import NDArray
 
 from distill.contracts import UserError
 from distill.formats import TEXT, BadInput, Format, from_json, to_json
+from distill.token_rows import TokenRows
 
 LARGEST = 2**31 - 1
 """Token id, or number of tokens."""
 SPEC_FILE = "preprocess.json"
 TOKENIZER_FILE = "tokenizer.json"
+ROWS = "token_rows"
+"""The entry of a pruned vocabulary in ``preprocess.json``."""
+UNKNOWN = ("[UNK]", "<unk>")
+"""Names of tokens that stand for unknown ones where a tokenizer does not say which does."""
 
 
 class Tokenizer:
@@ -32,16 +37,17 @@ class Tokenizer:
     Attributes:
         path: the file.
         max_length: most tokens a text keeps, special tokens included.
-        pad_id: id that fills the positions where the mask is False.
+        pad_id: id that fills the positions where the mask is False, one of the model's.
+        rows: the model's own ids of the file's, after its vocabulary was pruned; None: they are the same.
     """
 
-    def __init__(self, path: str | Path, max_length: int, pad_id: int = 0) -> None:
+    def __init__(self, path: str | Path, max_length: int, pad_id: int = 0, rows: TokenRows | None = None) -> None:
         """Read the file.
 
         Raises:
             UserError: the file is missing or no tokenizer, or ``max_length`` leaves no room for a word.
         """
-        self.path, self.max_length, self.pad_id = Path(path), max_length, pad_id
+        self.path, self.max_length, self.pad_id, self.rows = Path(path), max_length, pad_id, rows
         if not self.path.is_file():
             raise UserError(f"no tokenizer file {self.path}; it should be a Hugging Face tokenizer.json")
         try:
@@ -51,6 +57,8 @@ class Tokenizer:
         special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if max_length <= special:
             raise UserError(f"max_length {max_length} leaves no room beside {special} special tokens; raise it")
+        if rows is not None and max(self._tokenizer.get_vocab().values(), default=0) >= len(rows):
+            raise UserError(f"{self.path} has ids beyond the {len(rows)} that the model was pruned by; prune again")
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
 
@@ -59,7 +67,7 @@ class Tokenizer:
 
         An empty text has no tokens at all: its row is padding.
         """
-        return self._pad([encoding.ids for encoding in self._encode(texts)])
+        return self._pad([self._ids(encoding) for encoding in self._encode(texts)])
 
     def words(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
         """Return ids and mask like a call, and the index of the whitespace word of every token, int64 [B, L].
@@ -68,22 +76,41 @@ class Tokenizer:
         can drop the same words.
         """
         encodings = self._encode(texts)
-        ids, mask = self._pad([encoding.ids for encoding in encodings])
+        ids, mask = self._pad([self._ids(encoding) for encoding in encodings])
         words = np.full(ids.shape, -1, dtype=np.int64)
         for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             words[row, : len(encoding.ids)] = _word_indices(text, encoding)
         return ids, mask, words
+
+    def roles(self) -> tuple[list[int], int | None]:
+        """Return the file's ids of special tokens, rising, and that of the token for unknown ones.
+
+        None where there is no such token, or where it is one of those around a text, as CLIP's is.
+        """
+        framed = self._tokenizer.encode("a")
+        frame = {code for code, special in zip(framed.ids, framed.special_tokens_mask, strict=True) if special}
+        added = {code for code, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        model = json.loads(self.path.read_text(encoding="utf-8"))["model"]
+        names = [model.get("unk_token"), *UNKNOWN]
+        found = [self._tokenizer.token_to_id(name) for name in names if name is not None]
+        unknown = next((code for code in (model.get("unk_id"), *found) if code is not None), None)
+        known = None if unknown in frame else unknown
+        return sorted(frame | added | ({known} if known is not None else set())), known
+
+    def _ids(self, encoding: tokenizers.Encoding) -> NDArray[np.int64]:
+        ids = np.array(encoding.ids, dtype=np.int64)
+        return ids if self.rows is None else self.rows.rows[ids]
 
     def _encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         empty = tokenizers.Encoding()
         filled = iter(self._tokenizer.encode_batch([text for text in texts if has_text(text)]))
         return [next(filled) if has_text(text) else empty for text in texts]
 
-    def _pad(self, rows: list[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _pad(self, rows: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         mask = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]
         ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        ids[mask] = np.concatenate([np.array(row, dtype=np.int64) for row in rows]) if rows else []
+        ids[mask] = np.concatenate(rows) if rows else []
         return ids, mask
 
 
@@ -126,6 +153,9 @@ class Preprocessor:
             text = spec.pop(TEXT, None)
             formats = from_json(spec)
             options = None if text is None else (str(text["tokenizer"]), int(text["max_length"]), int(text["pad_id"]))
+            rows = None if text is None or ROWS not in text else TokenRows(text[ROWS])
+            if rows is not None and options is not None and options[2] >= rows.count:
+                raise ValueError(f"pad_id is {options[2]}, and there are {rows.count} tokens")
             if options is not None and not (1 <= options[1] <= LARGEST and 0 <= options[2] <= LARGEST):
                 raise ValueError(f"max_length is {options[1]} and pad_id {options[2]}")
         except FileNotFoundError:
@@ -137,7 +167,7 @@ class Preprocessor:
         name, max_length, pad_id = options
         if name != TOKENIZER_FILE:
             raise UserError(f"{file} names the tokenizer {name!r} and not {TOKENIZER_FILE}; export the bundle again")
-        return cls(formats, Tokenizer(file.parent / name, max_length, pad_id))
+        return cls(formats, Tokenizer(file.parent / name, max_length, pad_id, rows))
 
     def save(self, folder: str | Path) -> None:
         """Write ``preprocess.json`` and copy the tokenizer beside it; the folder is made if absent."""
@@ -149,10 +179,12 @@ class Preprocessor:
                 "tokenizer": TOKENIZER_FILE,
                 "max_length": self.tokenizer.max_length,
                 "pad_id": self.tokenizer.pad_id,
+                **({} if self.tokenizer.rows is None else {ROWS: self.tokenizer.rows.to_json()}),
             }
             if self.tokenizer.path.resolve() != (folder / TOKENIZER_FILE).resolve():
                 shutil.copyfile(self.tokenizer.path, folder / TOKENIZER_FILE)
-        (folder / SPEC_FILE).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+        long = self.tokenizer is not None and self.tokenizer.rows is not None  # a line an id would double it
+        (folder / SPEC_FILE).write_text(json.dumps(spec, indent=None if long else 2) + "\n", encoding="utf-8")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
         """Turn rows into the graph's named inputs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from distill.inheritance import freeze_inherited
 from distill.jobs import distillation, make_job
 from distill.losses.terms import LOSSES, labelled_alone
 from distill.prune.saliency import FROM_DATA, Loss
+from distill.vocabulary import cut_vocabulary
 from distill.workspace import PLAN_FILE, STUDENT, WEIGHTS_FILE, Workspace
 
 ROWS = 32  # of a batch whose gradient is taken
@@ -45,7 +47,11 @@ def recovery(work: Workspace, folder: Path, step: int) -> engine.Job:
         example = example_batch(input_spec(model), work.recipe.data, tasks=work.tasks())
         rows, loss = _evidence(work, place, model)
         options: dict[str, Any] = {"rows": rows, "loss": loss, "seed": work.recipe.seed, "before": before}
-        prune.plan(model, example, so_far(config, step), **options).save(place / PLAN_FILE)
+        found = prune.plan(model, example, so_far(config, step), **options)
+        if step == config.steps and config.vocabulary is not None:
+            cut: Any = prune.apply(copy.deepcopy(model), found.since(before))
+            found = cut_vocabulary(work, cut, found)
+        found.save(place / PLAN_FILE)
     work.ranks.wait()
     made = prune.PrunePlan.load(place / PLAN_FILE)
     smaller: Any = prune.apply(_left_by(work, folder, step - 1)[0], made.since(before))
@@ -54,7 +60,7 @@ def recovery(work: Workspace, folder: Path, step: int) -> engine.Job:
 
 
 def so_far(config: PruneConfig, step: int) -> PruneConfig:
-    """Return what is to be gone after a step, from 1 on; dimensions of heads go in the last one."""
+    """Return what is to be gone after a step, from 1 on; dimensions of heads and rare tokens go in the last one."""
     share = step / config.steps
     changes: dict[str, Any] = {
         "ratio": config.ratio * share,

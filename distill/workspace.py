@@ -287,7 +287,7 @@ class Workspace:
 
     def preprocessor(self, spec: InputSpec) -> Preprocessor:
         """The preprocessing that an exported model of this spec needs."""
-        text = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id) if spec.tokenizer else None
+        text = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id, spec.rows) if spec.tokenizer else None
         formats = self.data().formats
         return Preprocessor({name: formats[name] for name in spec.media}, text)
 

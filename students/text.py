@@ -27,6 +27,7 @@ class TextEncoder(Encoder):
     """
 
     reads = "text"
+    word_table = "table"
     reduce_vocabulary = staticmethod(reduce_vocabulary)  # makes the tokenizer file, from the teacher's
 
     def __init__(self, tokenizer_file: str | Path, vocab_size: int, dim: int, max_length: int) -> None:

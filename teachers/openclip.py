@@ -98,6 +98,7 @@ class OpenClipText(Encoder):
     """
 
     reads = "text"
+    word_table = "tower.token_embedding"
 
     def __init__(
         self,

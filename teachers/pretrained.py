@@ -211,6 +211,7 @@ class PretrainedText(Encoder):
     """
 
     reads = "text"
+    word_table = "tower"  # where in it, each knows
 
     def __init__(
         self,
@@ -229,6 +230,9 @@ class PretrainedText(Encoder):
         folder = resolve_weights(weights, sha256)
         tower = cut_tower(load_tower(folder, "text", projected=projected), cut, freeze=freeze)
         self.tower = adapt(tower, lora, freeze=freeze, cut=bool(cut))
+        whole: Any = self.tower
+        words = whole.get_input_embeddings()
+        self.word_table = next((path for path, module in self.named_modules() if module is words), "")
         self.projected, self.own_scale = projected, own_scale(folder) if projected else {}
         self.frozen, self.max_length = freeze, max_length
         self.dropout = Dropout(dropout)

@@ -145,7 +145,7 @@ def named_with_a_backslash(bundle: Path) -> None:
 
 
 def newer(bundle: Path) -> None:
-    content(bundle, version=2, files=["another", "form"])
+    content(bundle, version=3, files=["another", "form"])
 
 
 def nested(bundle: Path) -> None:
@@ -179,7 +179,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     named_absolutely: "lacks its file '/",
     named_below: "lacks its file 'part/notes'",
     named_with_a_backslash: r"lacks its file '..\\notes'",
-    newer: "version 2 for onnxruntime; this version reads multidistill-bundle 1",
+    newer: "version 3 for onnxruntime; this version reads multidistill-bundle 2",
     nested: "is malformed (RecursionError",
     long_name: "lacks its file 'aaa",
     no_inputs: "is malformed (TypeError",

@@ -1,9 +1,11 @@
 """Towers in open_clip format: they say what open_clip says, export, and what cannot be is refused."""
 
+import copy
 import json
 import shutil
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +17,8 @@ from distill.contracts import CLEAN_VIEW, Batch, UserError
 from distill.dual import DualEncoder
 from distill.export.onnx import export_onnx, graph_outputs
 from distill.predict import open_session
+from distill.prune import apply
+from distill.prune.vocabulary import plan_vocabulary
 from distill.tapped import Tapped
 from teachers import ENCODERS
 
@@ -150,3 +154,17 @@ def test_a_missing_package_is_named(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"open_clip_torch; pip install 'multidistill\[openclip\]'"):
         built(tmp_path, "image")
+
+
+@needs_open_clip
+def test_a_pruned_vocabulary_leaves_texts_of_kept_tokens_as_they_were(folder):
+    encoder = built(folder, "text").eval()
+    counts = np.bincount(TEXT.flatten(), minlength=80)
+    plan = plan_vocabulary(torch.nn.ModuleDict({"text": encoder}), "text", counts, 1, [79])
+    smaller = apply(torch.nn.ModuleDict({"text": copy.deepcopy(encoder)}), plan)["text"]
+    assert plan.report["tokens"] == [80, 12]  # the first eight, 8, 9, 11 and the closing token
+    renamed = torch.tensor(smaller.token_rows)[TEXT]
+    assert not torch.equal(renamed, TEXT)
+    with torch.no_grad():
+        found = smaller({"text": renamed, "text_mask": MASK})
+        assert torch.equal(found.pooled, encoder(INPUTS["text"]).pooled)

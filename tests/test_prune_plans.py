@@ -110,7 +110,7 @@ def test_a_changed_truncated_or_later_plan_is_refused(tmp_path: Path) -> None:
     made.save(file)
     assert PrunePlan.load(file) == made
     content = json.loads(file.read_text())
-    assert content["format"] == FORMAT and content["version"] == VERSION and len(content["sha256"]) == 64
+    assert content["format"] == FORMAT and content["version"] == 1 and len(content["sha256"]) == 64
 
     def refused(sentence: str, text: str) -> None:
         file.write_text(text)

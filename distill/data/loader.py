@@ -30,6 +30,7 @@ from distill.data.texts import Texts
 from distill.data.tokens import TokenTable
 from distill.data_config import AugmentConfig, TextAugment
 from distill.formats import TABULAR, TEXT
+from distill.token_rows import TokenRows
 
 KEPT_ORDERS = 2  # of the epochs that threads may be at
 
@@ -43,12 +44,14 @@ class InputSpec:
         tokenizer: its ``tokenizer.json``; None if it reads no text.
         max_length: most tokens of a text.
         pad_id: token id where the mask is False.
+        rows: its own ids of the tokenizer's, after its vocabulary was pruned; None: they are the same.
     """
 
     media: tuple[str, ...] = ()
     tokenizer: Path | None = None
     max_length: int = 0
     pad_id: int = 0
+    rows: TokenRows | None = None
 
     @property
     def modalities(self) -> list[str]:

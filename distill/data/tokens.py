@@ -17,6 +17,7 @@ from distill.data.texts import Texts
 from distill.data.transforms import drop_words
 from distill.data_config import TextAugment
 from distill.preprocess import Tokenizer
+from distill.token_rows import TokenRows
 
 CHUNK = 4096  # texts tokenized at a time: a tokenizer's own results take kilobytes a text
 
@@ -35,6 +36,10 @@ class Readable(Protocol):
     @property
     def pad_id(self) -> int:
         """Token id where the mask is False."""
+
+    @property
+    def rows(self) -> TokenRows | None:
+        """Its own ids of the tokenizer's; None: they are the same."""
 
 
 class TokenTable:
@@ -57,7 +62,7 @@ class TokenTable:
         for part in chunks(texts.num_distinct):
             self._slots[part][used[part]] = count + np.arange(np.count_nonzero(used[part]))
             count += int(np.count_nonzero(used[part]))
-        tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id)
+        tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id, spec.rows)
         self._ends, done, total = scratch(folder, count + 1, np.int64), 1, 0
         with unnamed_file(folder) as file:
             for strings in texts.distinct(used, CHUNK):
@@ -104,3 +109,29 @@ class TokenTable:
         longest = int(lengths.max(initial=0)) or 1
         mask = np.arange(longest) < lengths[:, None]
         return np.where(mask, tokens[:, :longest], np.int64(self._pad_id)), mask
+
+
+def count_tokens(
+    texts: Texts, row_positions: NDArray[np.int64], tokenizer: Tokenizer, size: int, folder: Path
+) -> NDArray[np.int64]:
+    """Return how often rows' texts have each token, as far as they are read, int64 [size].
+
+    Args:
+        texts: of all rows.
+        row_positions: int64 [N], the rows that count; a text of two rows counts twice.
+        tokenizer: whose ids are counted.
+        size: ids there are.
+        folder: where numbers are kept that are not few, in files without a name.
+    """
+    rows, used = scratch(folder, texts.num_distinct, np.int64), scratch(folder, texts.num_distinct, np.bool_)
+    for part in chunks(len(row_positions)):
+        numbers = texts.numbers[row_positions[part]]
+        np.add.at(rows, numbers, 1)
+        used[numbers] = True
+    times = (count for part in chunks(texts.num_distinct) for count in rows[part][used[part]])
+    counts = np.zeros(size, dtype=np.int64)
+    for strings in texts.distinct(used, CHUNK):
+        ids, mask = tokenizer(strings)
+        often = np.fromiter(times, dtype=np.int64, count=len(strings))
+        np.add.at(counts, ids[mask], np.repeat(often, mask.sum(axis=1)))
+    return counts

@@ -96,7 +96,7 @@ def write_bundle(
     write_json(folder / LABELS_FILE, tasks_to_json(tasks))
     content = {
         "format": BUNDLE_FORMAT,
-        "version": BUNDLE_VERSION,
+        "version": BUNDLE_VERSION if preprocessor.tokenizer and preprocessor.tokenizer.rows else 1,
         "name": name,
         "runtime": runtime,
         "runtime_version": metadata.version(chosen.package),

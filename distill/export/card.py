@@ -10,7 +10,7 @@ from distill.formats import TEXT
 from distill.formats.image import ImageFormat
 from distill.formats.tabular import TabularFormat
 from distill.predict import LABELS_FILE, MODEL_FILE, RUNTIME
-from distill.preprocess import TOKENIZER_FILE, Preprocessor
+from distill.preprocess import ROWS, SPEC_FILE, TOKENIZER_FILE, Preprocessor, Tokenizer
 from distill.runtimes import RUNTIMES
 from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRESSION, Task
 
@@ -52,6 +52,7 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
     ]
     told = [f"- `{name}`: {len(task.names)} {WHAT[task.kind]} ({_some(task.names)})" for name, task in tasks.items()]
     facts = [f"- {key}: {_plain(value)}" for part in ("info", "source") for key, value in content[part].items()]
+    facts += _vocabulary(preprocessor.tokenizer)
     kinds = {task.kind for task in tasks.values()}
     arguments = ", ".join(f"'{name}': {_argument(preprocessor, name)}" for name in _modalities(preprocessor))
     verb = "predict" if tasks else "embed"
@@ -138,7 +139,7 @@ def _alone(preprocessor: Preprocessor, embeddings: Sequence[str], tasks: Mapping
             "half rounds an odd margin down.)",
         ]
     assert image is None or isinstance(image, ImageFormat)
-    code = _example(image, preprocessor.tokenizer is not None, embeddings)
+    code = _example(image, preprocessor.tokenizer, embeddings)
     return [
         *lines,
         "",
@@ -151,13 +152,28 @@ def _alone(preprocessor: Preprocessor, embeddings: Sequence[str], tasks: Mapping
     ]
 
 
-def _example(image: ImageFormat | None, text: bool, embeddings: Sequence[str]) -> list[str]:
-    """At most 15 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
+def _vocabulary(tokenizer: Tokenizer | None) -> list[str]:
+    """What became of a pruned vocabulary."""
+    if tokenizer is None or tokenizer.rows is None:
+        return []
+    rows = tokenizer.rows
+    return [f"- tokens: {len(rows):,}, which are read by {rows.count:,} embeddings (`{ROWS}` in `{SPEC_FILE}`)"]
+
+
+def _token_ids(tokenizer: Tokenizer) -> list[str]:
+    """Lines that give the ids of a text, [1, L]."""
+    ids = f'np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])'
+    rows = f'np.array(json.load(open("{SPEC_FILE}", encoding="utf-8"))["{TEXT}"]["{ROWS}"])'
+    return [f"ids = {ids}"] if tokenizer.rows is None else [f"rows = {rows}", f"ids = rows[{ids}]"]
+
+
+def _example(image: ImageFormat | None, tokenizer: Tokenizer | None, embeddings: Sequence[str]) -> list[str]:
+    """At most 16 lines of Python that prepare one row exactly as ``Preprocessor`` does, and classify or embed it."""
     lines = ["import json", "import numpy as np", "from onnxruntime import InferenceSession"]
     feeds = []
     if image is not None:
         lines.append("from PIL import Image, ImageOps")
-    if text:
+    if tokenizer is not None:
         lines.append("from tokenizers import Tokenizer")
     if image is not None:
         size = image.size
@@ -175,8 +191,8 @@ def _example(image: ImageFormat | None, text: bool, embeddings: Sequence[str]) -
                 f"pixels = np.array([{square}.split()])",
             ]
         feeds.append('"image": pixels, "image_present": [True]')
-    if text:
-        lines.append(f'ids = np.array([Tokenizer.from_file("{TOKENIZER_FILE}").encode("a few words").ids])')
+    if tokenizer is not None:
+        lines += _token_ids(tokenizer)
         feeds.append('"text": ids, "text_mask": ids >= 0, "text_present": [True]')
     lines.append(f"feeds = {{{', '.join(feeds)}}}")
     if embeddings:

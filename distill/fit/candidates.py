@@ -32,6 +32,7 @@ from distill.results import bundle_folder, export_shipped, median_row, quantize_
 from distill.retrieval import scores
 from distill.runs import copy_stage, find
 from distill.targets import CAPTIONING, CLASSIFICATION, known
+from distill.vocabulary import cut_vocabulary
 from distill.workspace import PLAN_FILE, PRUNED, STUDENT, TEACHER, WEIGHTS_FILE, Workspace
 
 TRAINED = (STUDENT, PRUNED)
@@ -133,7 +134,10 @@ class Candidates:
             load_weights(model, student.path / WEIGHTS_FILE)
         config = recipe.prune if prunes(recipe.prune) else recipe.prune.model_copy(update={"importance": "magnitude"})
         example = example_batch(input_spec(model), recipe.data, tasks=work.tasks())
-        smaller, plan = prune.prune(model, example, config, seed=recipe.seed)
+        smaller: Any
+        smaller, channels = prune.prune(model, example, config, seed=recipe.seed)
+        plan = cut_vocabulary(work, smaller, channels)
+        prune.apply(smaller, plan.since(channels))
         work.done[PRUNED] = Artifact(PRUNED, place / PRUNED, "")
         save_weights(smaller, place / PRUNED / WEIGHTS_FILE)
         plan.save(place / PRUNED / PLAN_FILE)

@@ -5,7 +5,7 @@ model's tensors, so the same call prunes trained weights, and rebuilds the small
 reads them.
 """
 
-from distill.prune.checks import check_names, check_pruning, default_modules, judges
+from distill.prune.checks import check_names, check_pruning, default_modules, judges, settings, younger
 from distill.prune.planner import plan, prune
 from distill.prune.plans import PrunePlan, apply, compose
 from distill.prune.selection import choose
@@ -21,4 +21,6 @@ __all__ = [
     "judges",
     "plan",
     "prune",
+    "settings",
+    "younger",
 ]

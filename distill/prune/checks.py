@@ -23,6 +23,21 @@ def judges(config: PruneConfig) -> list[str]:
     return ["baseline"] if config.importance in FROM_DATA or config.depth or config.sensitivity else []
 
 
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's ``prune`` as the stage's fingerprint sees it.
+
+    What is younger than finished runs counts if it is set, so that those stay up to date.
+    """
+    tree = younger(recipe.prune.model_dump(exclude={"train": {"shard"}}))
+    prompts = {} if recipe.retrieval is None else recipe.retrieval.prompts
+    return tree | ({"prompts": prompts} if recipe.prune.vocabulary and prompts else {})
+
+
+def younger(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return ``prune`` without keys that finished runs lack, where they are not set."""
+    return {name: value for name, value in tree.items() if name != "vocabulary" or value is not None}
+
+
 def default_modules(able: Sequence[str], *, fusion: bool) -> list[str]:
     """Return what is pruned where a recipe names nothing: all encoders that have channels, but that of text.
 
@@ -40,10 +55,18 @@ def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
     """Check that the student has what may be pruned, as far as its config tells.
 
     Raises:
-        UserError: it lacks an encoder, or the fusion, that a path of ``prune.modules``, ``prune.ratios`` or
+        UserError: it has no table of word embeddings and ``prune.vocabulary`` is set; or it lacks an encoder, or the
+            fusion, that a path of ``prune.modules``, ``prune.ratios`` or
             ``prune.depth`` names, that encoder has no channels to remove, or one list of blocks lies in another.
     """
     student = recipe.student
+    if recipe.prune.vocabulary is not None:
+        text = student.encoders.get(TEXT)
+        if text is None or not getattr(encoders[text.type], "word_table", ""):
+            why = "it reads no text" if text is None else f"its text encoder, {text.type}, has none"
+            raise UserError(f"prune.vocabulary: the student has no table of word embeddings: {why}; leave it out")
+        if not recipe.prune.structured:
+            return
     whole = {name: getattr(encoders[part.type], "unprunable", "") for name, part in student.encoders.items()}
     prunable = [name for name, reason in whole.items() if not reason]
     fused = student.fusion is not None and not FUSIONS[student.fusion.type].plain

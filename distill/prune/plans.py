@@ -19,7 +19,9 @@ from torch import nn
 from distill.contracts import UserError
 from distill.runs import read_json, write_json
 
-FORMAT, VERSION = "multidistill pruning plan", 1
+FORMAT, VERSION = "multidistill pruning plan", 2
+TOKEN_ROWS = "token_rows"
+"""The attribute that came with version 2: who does not know it would feed other ids. Plans without are of version 1."""
 Cuts = dict[str, dict[str, Any]]
 
 
@@ -29,11 +31,12 @@ class PrunePlan:
 
     Attributes:
         tensors: state-dict name -> dimension (as a string, for JSON) -> ``{"of": old size, "kept": [indices]}``.
-        attributes: module path -> plain attribute -> new value (``in_channels``, ``normalized_shape``, ``heads``...).
+        attributes: module path -> plain attribute -> new value (``in_channels``, ``normalized_shape``, ``heads``,
+            ``token_rows``...).
         removed: path of a list of blocks -> ``{"of": old length, "gone": [indices]}``.
-        report: ``parameters``, ``flops`` (a row; a multiply-add is two), and ``channels``, ``heads``, ``head_dims`` and
-            ``blocks`` (of what may be pruned, where that was asked for), each ``[before, after]``; ``sensitivity``, the
-            scan that chose ratios: see :mod:`distill.prune.sensitivity`.
+        report: ``parameters``, ``flops`` (a row; a multiply-add is two), and ``channels``, ``heads``, ``head_dims``,
+            ``blocks`` and ``tokens`` (of what may be pruned, where that was asked for), each ``[before, after]``;
+            ``sensitivity``, the scan that chose ratios: see :mod:`distill.prune.sensitivity`.
     """
 
     tensors: dict[str, Cuts] = field(default_factory=dict)
@@ -43,7 +46,8 @@ class PrunePlan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, with the hash that :meth:`load` checks."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        version = VERSION if any(TOKEN_ROWS in values for values in self.attributes.values()) else 1
+        content = {"format": FORMAT, "version": version, **asdict(self)}
         write_json(path, {**content, "sha256": _sha256(content)})
 
     @classmethod
