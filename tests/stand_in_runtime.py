@@ -42,6 +42,7 @@ def convert(
     folder: Path,
     *,
     feeds: Iterable[Mapping[str, NDArray[Any]]] | None = None,
+    dynamic: bool = False,
     keep_float: Sequence[str] = (),
     report: object = None,
 ) -> dict[str, Any]:
