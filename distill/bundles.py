@@ -105,6 +105,7 @@ def _converted(runtime: str, precision: Precision) -> Kind:
                 target.parent,
                 feeds=exported.feeds() if precision in CALIBRATED else None,
                 dynamic=precision == "int8, dynamic",
+                learnt=None if exported.ranges is None else (exported.graph, exported.ranges),
                 keep_float=() if precision == "fp32" else exported.config.keep_float,
                 report=report,
             )

@@ -43,6 +43,7 @@ def convert(
     *,
     feeds: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     dynamic: bool = False,
+    learnt: object = None,
     keep_float: Sequence[str] = (),
     report: object = None,
 ) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ def convert(
     *,
     feeds: Iterable[Feeds] | None = None,
     dynamic: bool = False,
+    learnt: tuple[Path, Mapping[str, tuple[float, float]]] | None = None,
     keep_float: Sequence[str] = (),
     report: Progress = silent,
 ) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def convert(
         folder: where the files that the runtime's class names are written.
         feeds: for static int8 the graph's inputs for some batches of *training* rows.
         dynamic: int8 whose activations are measured while it runs; without either, the source's own precision.
+        learnt: with ``feeds``, the model's ONNX file and ranges of its values that go before what is calibrated; of a
+            runtime that converts programs.
         keep_float: of int8 parts of node names whose operators stay in float, where the exporter has it.
         report: told how long it has taken.
 
@@ -83,6 +86,8 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         if feeds is not None:
             arguments["feeds"] = str(write_feeds(Path(temporary) / "feeds.safetensors", feeds))
+        if learnt is not None:
+            arguments["learnt"] = {"graph": str(learnt[0]), "ranges": dict(learnt[1])}
         if arguments and exporter.keeps_float:
             arguments["keep_float"] = list(keep_float)
         made = run_exporter(exporter.module, source, folder / files[0], arguments, report=report)
