@@ -57,7 +57,7 @@ def find_places(model: nn.Module, passes: Sequence[tuple[Batch, Feeds]], quantiz
     graph = quantizer.model.graph
     with tempfile.TemporaryDirectory() as folder:
         quantizer.write(Path(folder) / "int8.onnx")
-        ranges = _ranges(onnx.load(Path(folder) / "int8.onnx").graph)
+        ranges = graph_ranges(onnx.load(Path(folder) / "int8.onnx").graph)
     names = {name for node in graph.node for name in (*node.input, *node.output)}
     ranges = {name: limits for name, limits in ranges.items() if name in names}
     weights, tables, missed = _layers(model, quantizer)
@@ -73,7 +73,7 @@ def find_places(model: nn.Module, passes: Sequence[tuple[Batch, Feeds]], quantiz
     return Plan(weights, tables, values, missed)
 
 
-def _ranges(graph: GraphProto) -> dict[str, Range]:
+def graph_ranges(graph: GraphProto) -> dict[str, Range]:
     """Name of a value that an int8 graph rounds -> the least and the largest number that is left."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     found = {}
