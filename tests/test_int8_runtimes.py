@@ -15,6 +15,7 @@ from export_models import as_feeds
 from onnx import TensorProto, helper
 from runtime_models import batch_of, cosine, source_of
 from test_aware import ARMS, TRAIN_QAT, opened
+from test_dual import RECIPE as DUAL
 from test_media_encoders import batch as media_batch
 from test_media_encoders import built
 from tiny import around
@@ -156,3 +157,19 @@ def test_bundles_say_what_was_trained(runtime: str, copied: None) -> None:
         told = read_json(Path("runs/tiny/quantize/manifest.json"))["info"]["others"][name]["ranges"]
         values = Plan.load(Path("runs/tiny/qat") / aware.PLAN_FILE).values
         assert told["learnt"] >= 0.6 * len({tuple(place.modules) for place in values})
+
+
+@RUNTIME
+def test_encoders_of_one_embedding_space_are_trained_for_it(runtime: str, copied: None) -> None:
+    needed(runtime)
+    Path("dual.yaml").write_text(DUAL, encoding="utf-8")
+    names = [f"{runtime}-fp32", f"{runtime}-int8-qat"]  # the parts of both are made, of different models
+    bundles = f"export.bundles=[{','.join(names)}]"
+    recipe = load_recipe("dual.yaml", [bundles, TRAIN_QAT, "trackers=[]", "export.min_agreement_int8=0.9"])
+    done = pipeline.run(recipe, until="quantize", quiet=True)
+    parity = done["quantize"].info["parity"]
+    assert all(found["agreement"] > 0.995 for found in parity[names[1]].values())
+    for modality in ("image", "text"):
+        alone = load(f"runs/dual/quantize/{names[1]}-{modality}")
+        assert alone.info["source"]["stage"] == "qat" and alone.info["info"]["precision"] == "int8, trained"
+        assert {name.split("_")[0] for name in alone.inputs} == {modality}
