@@ -50,6 +50,7 @@ LEVELS = {
         "distill.formats",
         "distill.preprocess",
         "distill.onnx_file",
+        "distill.prints",
         "distill.predict",
         "distill.runtimes",
         "distill.losses",

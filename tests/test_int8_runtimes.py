@@ -29,7 +29,7 @@ from distill.export.conversion import EXPORTERS, convert, missing_packages
 from distill.export.onnx import graph_outputs
 from distill.export.torch_program import export_program
 from distill.predict import load, open_graph
-from distill.quantization.prints import SAME, LearntRanges, Seen, distance, fingerprint, told_by
+from distill.prints import SAME, LearntRanges, Seen, distance, fingerprint, told_by
 from distill.quantization.static import quantize_static
 from distill.recipe import load_recipe
 from distill.rounding import Plan

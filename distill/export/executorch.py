@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from distill.export.subprocesses import Feeds, answer, read_feeds
 from distill.export.torch_program import example_of, in_plain_layout, read_program
-from distill.quantization.prints import LearntRanges, Seen, ranges_of, told_by
+from distill.prints import LearntRanges, Seen, ranges_of, told_by
 from distill.runtimes import RUNTIMES
 from distill.runtimes.base import checked, missing
 
@@ -39,7 +39,7 @@ def convert(
         out: the file to write.
         feeds: for static int8 the calibration batches' file.
         dynamic: int8 without calibration; float32 without either.
-        learnt: ``graph`` and ``ranges`` of :class:`~distill.quantization.prints.LearntRanges`, which go before what is
+        learnt: ``graph`` and ``ranges`` of :class:`~distill.prints.LearntRanges`, which go before what is
             calibrated.
 
     Returns:

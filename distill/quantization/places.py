@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from distill.contracts import Batch
 from distill.multimodal import evaluating
+from distill.prints import SAME, Print, distance, fingerprint, graph_values
 from distill.quantization.common import Feeds
-from distill.quantization.prints import SAME, Print, distance, fingerprint, graph_values
 from distill.quantization.static import StaticQuantizer
 from distill.quantization.tables import lookups
 from distill.rounding import HIGHEST, LOWEST, Place, Plan, Range

@@ -14,8 +14,6 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from distill.quantization.common import Feeds, prepared
-
 SAME = 1e-4
 """Relative difference of two runtimes in the statistics of the same numbers."""
 TINY = 1e-30
@@ -24,6 +22,7 @@ ROWS = 8
 """By which values are told, once as they are and once with modalities missing."""
 PRESENT = "_present"
 
+Feeds = Mapping[str, NDArray[Any]]
 Range = tuple[float, float]
 Print = tuple[float, NDArray[np.float64]]
 """The largest absolute number, and sums that do not depend on order and zeros."""
@@ -91,7 +90,7 @@ class LearntRanges:
     """
 
     def __init__(self, graph: Path, ranges: Mapping[str, Range], rows: Feeds) -> None:
-        model = prepared(graph, [])
+        model = onnx.load(graph)
         known = {name for node in model.graph.node for name in (*node.input, *node.output)}
         names = [name for name in ranges if name in known]
         values = graph_values(model, rows, names) if names else {}
