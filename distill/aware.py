@@ -139,8 +139,8 @@ def check_aware(recipe: Recipe) -> None:
         return
     config = recipe.export.quantize
     if not config.per_channel:
-        name = _bundles(recipe)[0]
-        raise UserError(f"export.quantize.per_channel: {name} learns one scale a channel; set it to true")
+        bundle = _bundles(recipe)[0]
+        raise UserError(f"export.quantize.per_channel: {bundle} learns one scale a channel; set it to true")
     if config.qat.train.shard:
         raise UserError(f"{PLACE}.train.shard: layers that round have their weights whole; set it to false")
     if config.qat.train.balance is not None:

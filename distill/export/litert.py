@@ -129,8 +129,8 @@ def _calibrated(
         carried = {name: limits for name, value in seen.items() if (limits := ranges.of([value])) is not None}
         extremes |= {name: list(limits) for name, limits in carried.items()}
         told = {"ranges": {"learnt": len(carried), "calibrated": len(extremes) - len(carried)}}
-    for name, limits in extremes.items():
-        for end, limit in zip(("min", "max"), limits, strict=True):
+    for name, ends in extremes.items():
+        for end, limit in zip(("min", "max"), ends, strict=True):
             found[name][end] = np.full_like(found[name][end], limit)
     return found, told
 
