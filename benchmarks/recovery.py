@@ -117,13 +117,10 @@ def one_shot_predictions(work: Workspace) -> evaluate.Arrays:
 
 def int8_predictions(work: Workspace, *, trained: bool) -> evaluate.Arrays:
     """What the int8 graph of the pruned student says, or of what was trained for int8, on onnxruntime."""
-    model = work.model(PRUNED)
+    model, ranges = aware.plain(work) if trained else (work.model(PRUNED), None)
     with tempfile.TemporaryDirectory() as folder:
-        graph, int8, ranges = Path(folder) / "model.onnx", Path(folder) / "int8.onnx", None
-        if trained:
-            ranges = aware.trained_graph(work, graph)
-        else:
-            aware.export_graph(work, model, graph)
+        graph, int8 = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
+        aware.export_graph(work, model, graph)
         StaticQuantizer(graph, aware.calibration(work, model), aware.settings(work, model), ranges).write(int8)
         loader = work.clean_loader(TEST, input_spec(model), STUDENT)
         return evaluate.predict_bundle(open_graph(int8), evaluate.clean_batches(loader, STUDENT))

@@ -19,7 +19,7 @@ from torch import nn
 
 from distill import evaluate
 from distill.build import Model, example_batch, input_spec
-from distill.bundles import AWARE, QAT
+from distill.bundles import BUNDLES, QAT
 from distill.checkpoint import load_weights
 from distill.config import EMA, QuantizeConfig, Recipe
 from distill.contracts import TRAIN, Batch, UserError
@@ -46,8 +46,12 @@ log = logging.getLogger(__name__)
 
 
 def asked_for(recipe: Recipe) -> bool:
-    """Whether a run has the stage: a bundle is made of what it trains."""
-    return AWARE in recipe.export.bundles
+    """Whether a run has the stage: bundles are made of what it trains."""
+    return bool(_bundles(recipe))
+
+
+def _bundles(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.export.bundles if BUNDLES[name].source == QAT]
 
 
 def train_aware(work: Workspace, folder: Path) -> dict[str, Any]:
@@ -112,12 +116,11 @@ def trained(work: Workspace) -> Model:
     return model.eval()
 
 
-def trained_graph(work: Workspace, graph: Path) -> dict[str, Range]:
-    """Write the float graph of what the stage left, whose weights are rounded; return the ranges of its values."""
+def plain(work: Workspace) -> tuple[Model, dict[str, Range]]:
+    """What the stage left as a float model, whose weights are rounded, and the ranges of its graph's values."""
     model = trained(work)
     ranges = without_rounding(model)
-    export_graph(work, model, graph)
-    return ranges
+    return model, ranges
 
 
 def export_graph(work: Workspace, model: Model, graph: Path) -> dict[str, Any]:
@@ -136,7 +139,8 @@ def check_aware(recipe: Recipe) -> None:
         return
     config = recipe.export.quantize
     if not config.per_channel:
-        raise UserError(f"export.quantize.per_channel: {AWARE} learns one scale a channel; set it to true")
+        bundle = _bundles(recipe)[0]
+        raise UserError(f"export.quantize.per_channel: {bundle} learns one scale a channel; set it to true")
     if config.qat.train.shard:
         raise UserError(f"{PLACE}.train.shard: layers that round have their weights whole; set it to false")
     if config.qat.train.balance is not None:

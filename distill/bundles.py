@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from distill.workspace import PRUNED
 NOTHING = float("-inf")
 AWARE, QAT = "onnx-int8-qat", "qat"
 """The bundle of a model that was trained for it, and the stage that does so."""
+Precision = Literal["fp32", "int8", "int8, dynamic", "int8, trained"]
+CALIBRATED = ("int8", "int8, trained")
+SOURCES = {"int8, trained": QAT}
+"""Precision -> the stage that trains for it."""
 LAYERS_FILE = "quantize.json"
 """What static int8 does to each layer, beside the bundles."""
 
@@ -87,9 +92,9 @@ class Kind:
         return RUNTIMES[self.runtime].files[0]
 
 
-def _converted(runtime: str, precision: Literal["fp32", "int8"]) -> Kind:
+def _converted(runtime: str, precision: Precision) -> Kind:
     """The kind of bundle that a runtime's exporter makes."""
-    exporter, int8 = EXPORTERS[runtime], precision == "int8"
+    exporter = EXPORTERS[runtime]
 
     def make(exported: Exported, target: Path) -> dict[str, Any]:
         source = exported.graph if exporter.source == ONNX else exported.program()
@@ -98,12 +103,22 @@ def _converted(runtime: str, precision: Literal["fp32", "int8"]) -> Kind:
                 runtime,
                 source,
                 target.parent,
-                feeds=exported.feeds() if int8 else None,
-                keep_float=exported.config.keep_float if int8 else (),
+                feeds=exported.feeds() if precision in CALIBRATED else None,
+                dynamic=precision == "int8, dynamic",
+                learnt=None if exported.ranges is None else (exported.graph, exported.ranges),
+                keep_float=() if precision == "fp32" else exported.config.keep_float,
                 report=report,
             )
 
-    return Kind(runtime, precision, make, precision)
+    return Kind(runtime, precision, make, "fp32" if precision == "fp32" else "int8", SOURCES.get(precision, PRUNED))
+
+
+def _openvino_aware(exported: Exported, target: Path) -> dict[str, Any]:
+    """The graph of :data:`AWARE`, converted: OpenVINO runs layers between such pairs in integers."""
+    with tempfile.TemporaryDirectory() as folder, exported.progress("convert for openvino") as report:
+        graph = Path(folder) / "model.onnx"
+        _aware(exported, graph)
+        return convert("openvino", graph, target.parent, report=report)
 
 
 def _from_graph(
@@ -144,10 +159,16 @@ BUNDLES = {
     "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
     "openvino-fp32": _converted("openvino", "fp32"),
     "openvino-int8": _converted("openvino", "int8"),
+    "openvino-int8-qat": Kind("openvino", "int8, trained", _openvino_aware, "int8", QAT),
+    "openvino-int8-dynamic": _converted("openvino", "int8, dynamic"),
     "executorch-fp32": _converted("executorch", "fp32"),
     "executorch-int8": _converted("executorch", "int8"),
+    "executorch-int8-qat": _converted("executorch", "int8, trained"),
+    "executorch-int8-dynamic": _converted("executorch", "int8, dynamic"),
     "litert-fp32": _converted("litert", "fp32"),
-    "litert-int8": _converted("litert", "int8"),
+    "litert-int8": _converted("litert", "int8, dynamic"),
+    "litert-int8-static": _converted("litert", "int8"),
+    "litert-int8-qat": _converted("litert", "int8, trained"),
 }
 """Name -> kind of bundle."""
 

@@ -291,7 +291,7 @@ class AwareTrainConfig(TrainConfig):
 
 
 class AwareConfig(Strict):
-    """Training with the rounding of int8 (quantization-aware), for the bundle onnx-int8-qat."""
+    """Training with the rounding of int8 (quantization-aware), for bundles named RUNTIME-int8-qat."""
 
     train: AwareTrainConfig = AwareTrainConfig()
     objective: list[TermConfig] | None = Field(None, min_length=1)  # the student's if absent

@@ -1,4 +1,4 @@
-"""What exporters for other runtimes convert: the shipped model, and encoders that run alone, as files.
+"""What bundles are made from: a model as files to convert, whole and by encoder, and the gate of its bundles.
 
 Programs read one row, and texts of one length: ``max_length`` of the recipe's text encoder, which cuts longer ones.
 """
@@ -6,22 +6,56 @@ Programs read one row, and texts of one length: ``max_length`` of the recipe's t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from distill import aware
 from distill.build import Model, example_batch, input_spec
-from distill.bundles import Exported
+from distill.bundles import QAT, Exported
+from distill.config import FP32
 from distill.export.onnx import extract_tower
 from distill.export.torch_program import export_program
+from distill.gate import SHIPPED, Gate
+from distill.predict import MODEL_FILE
 from distill.quantization.common import Feeds
+from distill.rounding import Range
 from distill.workspace import Workspace
 
 GRAPH = ("inputs", "outputs", "operators")
 WHOLE = "model"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that bundles are made from.
+
+    Attributes:
+        gate: what its bundles are compared by.
+        graph: the fp32 ONNX file.
+        sources: its other files.
+        ranges: of values of the graph, where they were learnt.
+    """
+
+    gate: Gate
+    graph: Path
+    sources: Sources
+    ranges: Mapping[str, Range] | None = None
+
+
+def origin(work: Workspace, stage: str, folder: Path) -> Origin:
+    """The model that a stage trained; files are written below a folder, but for the shipped model's graph."""
+    place = folder / stage
+    place.mkdir()
+    if stage != QAT:
+        graph = work.path("export") / FP32 / MODEL_FILE
+        return Origin(Gate(work), graph, Sources(work, work.model(SHIPPED), place))
+    graph, (model, ranges) = place / "model.onnx", aware.plain(work)
+    aware.export_graph(work, model, graph)
+    return Origin(Gate(work, QAT, aware.trained(work)), graph, Sources(work, model, place), ranges)
 
 
 class Sources:
@@ -29,7 +63,7 @@ class Sources:
 
     Args:
         work: the run.
-        model: the shipped model.
+        model: the shipped one, or another of its kind.
         folder: where they are written.
     """
 

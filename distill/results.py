@@ -8,7 +8,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from PIL import Image
 from distill import aware, bench, evaluate
 from distill.build import Model, example_batch, input_spec
 from distill.bundles import (
-    AWARE,
     BUNDLES,
     LAYERS_FILE,
     QAT,
@@ -44,8 +43,8 @@ from distill.gate import SHIPPED, Gate, bundle_says, towers
 from distill.label_noise import doubts_of, told, write_doubts
 from distill.measured import on_devices
 from distill.other_teachers import provenance
-from distill.predict import MODEL_FILE, load, verify_bundle
-from distill.programs import Sources, graph_apart
+from distill.predict import load, verify_bundle
+from distill.programs import graph_apart, origin
 from distill.progress import progress
 from distill.report import ModelEntry, ReportContext, write_report
 from distill.report.formats import milliseconds
@@ -90,18 +89,17 @@ def export_shipped(work: Workspace, folder: Path) -> tuple[dict[str, Any], dict[
 def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
     """Write the other gated bundles, for each runtime; those that are calibrated read training rows."""
     config, model = work.recipe.export, work.model(SHIPPED)
-    shipped, graph = Gate(work), work.path("export") / FP32 / MODEL_FILE
     made, found = {}, {}
     names = [name for name in config.bundles if name != FP32]
     with progress("quantize", quiet=work.quiet) as report, tempfile.TemporaryDirectory(dir=folder) as scratch:
-        sources, learnt = Sources(work, model, Path(scratch)), Path(scratch) / "trained.onnx"
+        made_from = cache(lambda stage: origin(work, stage, Path(scratch)))
         for number, name in enumerate(names):
             least, kind = least_agreement(config, name), BUNDLES[name]
             assert kind.make is not None
-            trained = kind.source == QAT
-            gate = Gate(work, QAT, aware.trained(work)) if trained else shipped
+            source = made_from(kind.source)
+            gate, sources = source.gate, source.sources
             exported = Exported(
-                graph=learnt if trained else graph,
+                graph=source.graph,
                 program=sources.program,
                 feeds=partial(aware.calibration, work, model),
                 config=aware.settings(work, model),
@@ -110,7 +108,7 @@ def quantize_bundles(work: Workspace, folder: Path) -> dict[str, Any]:
                 least=least,
                 folder=folder,
                 progress=partial(progress, quiet=work.quiet),
-                ranges=aware.trained_graph(work, learnt) if trained else None,
+                ranges=source.ranges,
             )
             path = Path(scratch) / kind.file
             described, made[name] = graph_apart(kind.make(exported, path))
@@ -365,8 +363,9 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
 
 
 def _trainings(work: Workspace) -> dict[str, str]:
-    """Model -> the stage that trained it."""
-    return {name: name for name in TRAINED} | ({AWARE: QAT} if QAT in work.done else {})
+    """Model -> the stage that trained it; of bundles the first."""
+    aware_of = [name for name in work.recipe.export.bundles if BUNDLES[name].source == QAT]
+    return {name: name for name in TRAINED} | ({aware_of[0]: QAT} if QAT in work.done else {})
 
 
 def _curve(file: Path) -> list[dict[str, Any]]:

@@ -32,9 +32,9 @@ LENGTH = 6
 """Tokens of the longest text."""
 PRECISIONS = {
     "onnxruntime": ("fp32",),
-    "openvino": ("fp32", "int8"),
-    "executorch": ("fp32", "int8"),
-    "litert": ("fp32", "int8"),
+    "openvino": ("fp32", "int8", "dynamic"),
+    "executorch": ("fp32", "int8", "dynamic"),
+    "litert": ("fp32", "int8", "dynamic"),
 }
 TINY_LABELS = {task: [f"{task} {number}" for number in range(count)] for task, count in NUM_CLASSES.items()}
 
@@ -87,7 +87,8 @@ def bundle_of(kind: str, runtime: str, precision: str = "fp32") -> Path:
     graph: dict[str, Any] | None = None
     if runtime in EXPORTERS:
         feeds = [as_feeds(batch_of(kind, 32, seed=100 + number)) for number in range(2)]
-        graph = convert(runtime, source, folder, feeds=feeds if precision == "int8" else None)
+        kind: dict[str, Any] = {"fp32": {}, "int8": {"feeds": feeds}, "dynamic": {"dynamic": True}}[precision]
+        graph = convert(runtime, source, folder, **kind)
         source = folder / RUNTIMES[runtime].files[0]
     write_bundle(
         folder / "bundle",

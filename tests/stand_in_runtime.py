@@ -42,6 +42,8 @@ def convert(
     folder: Path,
     *,
     feeds: Iterable[Mapping[str, NDArray[Any]]] | None = None,
+    dynamic: bool = False,
+    learnt: object = None,
     keep_float: Sequence[str] = (),
     report: object = None,
 ) -> dict[str, Any]:

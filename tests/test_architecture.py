@@ -51,6 +51,7 @@ LEVELS = {
         "distill.preprocess",
         "distill.token_rows",
         "distill.onnx_file",
+        "distill.prints",
         "distill.predict",
         "distill.runtimes",
         "distill.losses",

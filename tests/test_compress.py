@@ -12,6 +12,7 @@ import torch
 from benchmarks import compress
 from benchmarks.compress import Cell, cells, folder_of, known, lowest_cosine, make, markdown, parse, time_cells
 from benchmarks.compress_models import CLASSES, LENGTH, MODELS, build, rows
+from distill.export.conversion import missing_packages
 from distill.runs import write_json
 
 
@@ -22,8 +23,8 @@ def test_every_cell_is_there_once():
 
 
 def test_a_cell_that_cannot_be_has_its_reason(tmp_path):
-    cell = Cell("gru", "dense", "int8 static", "litert")
-    assert "int8 inputs" in known(tmp_path, cell)["reason"]
+    cell = Cell("gru", "dense", "int8 QAT", "onnxruntime")
+    assert "graph of int8 static" in known(tmp_path, cell)["reason"]
     cell = Cell("gru", "dense", "fp32", "onnxruntime")
     assert known(tmp_path, cell) is None
     write_json(folder_of(tmp_path, cell) / "cell.json", {"version": compress.VERSION, "found": {"reason": "too late"}})
@@ -59,6 +60,19 @@ def test_a_model_is_made_and_timed(tmp_path):
     timed = time_cells(tmp_path, "quickstart", "onnxruntime", 1)
     assert timed.keys() == {"eager", "dense fp32", "dense int8 dynamic"}
     assert all(0 < each["spread_ms"][0] <= each["p50_ms"] <= each["spread_ms"][1] for each in timed.values())
+
+
+@pytest.mark.parametrize(
+    "runtime", ["openvino", *(pytest.param(name, marks=pytest.mark.slow) for name in ("executorch", "litert"))]
+)
+def test_all_precisions_are_made_of_other_runtimes(runtime, tmp_path):
+    if missing_packages(runtime):
+        pytest.skip(f"needs {' and '.join(missing_packages(runtime))}")
+    for precision in ("int8 dynamic", "int8 QAT"):
+        found = make(tmp_path, Cell("quickstart", "dense", precision, runtime))
+        assert found["cosine"] > 0.99 and 2e6 < found["bytes"] < 4e6, "9e6 in float"
+    if runtime != "openvino":  # which gets the graph that has the ranges
+        assert found["graph"]["ranges"]["learnt"] > 10
 
 
 def test_tables_show_figures_and_holes(tmp_path):

@@ -53,9 +53,10 @@ def test_float_bundles_say_what_torch_says(runtime: str, kind: str) -> None:
 
 
 @RUNTIME
+@pytest.mark.parametrize("precision", ["int8", "dynamic"])
 @pytest.mark.parametrize("kind", ["learnt", "gru"])
-def test_int8_bundles_are_near(runtime: str, kind: str) -> None:
-    bundle = bundle_of(kind, runtime, "int8")
+def test_int8_bundles_are_near(runtime: str, kind: str, precision: str) -> None:
+    bundle = bundle_of(kind, runtime, precision)
     batch = batch_of(kind, 200, seed=7)
     found, expected = answers(bundle, batch)[1], said(kind, batch)
     assert min(cosine(found[name], value) for name, value in expected.items()) > 0.99
@@ -70,9 +71,9 @@ def test_int8_bundles_are_smaller(runtime: str) -> None:
         precision: sum(
             (bundle_of("learnt", runtime, precision) / file).stat().st_size for file in RUNTIMES[runtime].files
         )
-        for precision in ("fp32", "int8")
+        for precision in ("fp32", "int8", "dynamic")
     }
-    assert size["int8"] < 0.3 * size["fp32"]
+    assert max(size["int8"], size["dynamic"]) < 0.3 * size["fp32"]
 
 
 @RUNTIME

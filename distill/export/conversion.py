@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,8 @@ def convert(
     folder: Path,
     *,
     feeds: Iterable[Feeds] | None = None,
+    dynamic: bool = False,
+    learnt: tuple[Path, Mapping[str, tuple[float, float]]] | None = None,
     keep_float: Sequence[str] = (),
     report: Progress = silent,
 ) -> dict[str, Any]:
@@ -60,8 +62,11 @@ def convert(
         runtime: one of :data:`EXPORTERS`.
         source: the model as the exporter takes it.
         folder: where the files that the runtime's class names are written.
-        feeds: for int8 the graph's inputs for some batches of *training* rows; float32 without.
-        keep_float: with ``feeds``, parts of node names whose operators stay in float, where the exporter has it.
+        feeds: for static int8 the graph's inputs for some batches of *training* rows.
+        dynamic: int8 whose activations are measured while it runs; without either, the source's own precision.
+        learnt: with ``feeds``, the model's ONNX file and ranges of its values that go before what is calibrated; of a
+            runtime that converts programs.
+        keep_float: of int8 parts of node names whose operators stay in float, where the exporter has it.
         report: told how long it has taken.
 
     Returns:
@@ -77,10 +82,13 @@ def convert(
         raise UserError(f"{source}: the exporter for {runtime} converts {exporter.source} files")
     folder.mkdir(parents=True, exist_ok=True)
     files = RUNTIMES[runtime].files
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"dynamic": True} if dynamic else {}
     with tempfile.TemporaryDirectory() as temporary:
         if feeds is not None:
-            path = write_feeds(Path(temporary) / "feeds.safetensors", feeds)
-            arguments = {"feeds": str(path)} | ({"keep_float": list(keep_float)} if exporter.keeps_float else {})
+            arguments["feeds"] = str(write_feeds(Path(temporary) / "feeds.safetensors", feeds))
+        if learnt is not None:
+            arguments["learnt"] = {"graph": str(learnt[0]), "ranges": dict(learnt[1])}
+        if arguments and exporter.keeps_float:
+            arguments["keep_float"] = list(keep_float)
         made = run_exporter(exporter.module, source, folder / files[0], arguments, report=report)
     return made | {"bytes": sum((folder / file).stat().st_size for file in files)}

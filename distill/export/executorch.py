@@ -1,55 +1,84 @@
 """A program of one row as an ExecuTorch program for XNNPACK, in float32 or int8.
 
-int8 is torchao's post-training quantization of the traced program (PT2E): weights symmetric and per channel,
-activations asymmetric, for the operators that XNNPACK has in int8, calibrated on training rows.
+int8 is torchao's post-training quantization of the traced program (PT2E), weights symmetric and per channel, embedding
+tables too. Static int8 rounds activations (asymmetric) within ranges that are calibrated on training rows, for the
+operators that XNNPACK has in int8. Dynamic int8 measures the inputs of linear layers while the program runs, and leaves
+the rest in float: XNNPACK has no other layer that does so.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
-from distill.export.subprocesses import answer, read_feeds
-from distill.export.torch_program import in_plain_layout, read_program
+from distill.export.subprocesses import Feeds, answer, read_feeds
+from distill.export.torch_program import example_of, in_plain_layout, read_program
+from distill.prints import LearntRanges, Seen, ranges_of, told_by
 from distill.runtimes import RUNTIMES
 from distill.runtimes.base import checked, missing
 
 
-def convert(source: Path, out: Path, *, feeds: str | None = None) -> dict[str, Any]:
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    feeds: str | None = None,
+    dynamic: bool = False,
+    learnt: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write a program as ``out``.
 
     Args:
         source: a program of one row, as :func:`distill.export.torch_program.export_program` writes it.
         out: the file to write.
-        feeds: for int8 the calibration batches' file; float32 without.
+        feeds: for static int8 the calibration batches' file.
+        dynamic: int8 without calibration; float32 without either.
+        learnt: ``graph`` and ``ranges`` of :class:`~distill.prints.LearntRanges`, which go before what is
+            calibrated.
 
     Returns:
-        ``inputs`` and ``outputs`` (name -> dtype and shape) and ``delegated``, how many parts run on XNNPACK.
+        ``inputs`` and ``outputs`` (name -> dtype and shape) and ``delegated``, how many parts run on XNNPACK; with
+        ``learnt`` also ``ranges``, how many of them are ``learnt`` and how many ``calibrated``.
 
     Raises:
         UserError: a package is missing.
     """
     try:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+            XnnpackDynamicallyQuantizedPartitioner,
+            XnnpackPartitioner,
+        )
         from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes.quant_fusion_pass import QuantFusionPass
     except ImportError as error:
         raise missing(RUNTIMES["executorch"], error) from error
     program, graph = read_program(source)
-    program = in_plain_layout(program, graph)
-    if feeds is not None:
-        program = _quantized(program, graph, feeds)
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    program, told = in_plain_layout(program, graph), dict[str, Any]()
+    if feeds is not None or dynamic:
+        batches = [checked(graph["inputs"], each) for each in read_feeds(feeds)] if feeds is not None else []
+        program, told = _quantized(program, batches, learnt, [example_of(graph)])
+    # together they would make parts that wait for each other (seen in 1.5.1)
+    first = [XnnpackDynamicallyQuantizedPartitioner()] if dynamic else []
+    edge = to_edge_transform_and_lower(program, partitioner=[*first, XnnpackPartitioner()])
     lowered = edge.to_executorch(ExecutorchBackendConfig(passes=[QuantFusionPass()]))
     out.write_bytes(lowered.buffer)
     plans = lowered.executorch_program.execution_plan
-    return {**graph, "delegated": sum(len(plan.delegates) for plan in plans)}
+    return {**graph, **told, "delegated": sum(len(plan.delegates) for plan in plans)}
 
 
-def _quantized(program: ExportedProgram, graph: dict[str, Any], feeds: str) -> ExportedProgram:
+def _quantized(
+    program: ExportedProgram,
+    batches: Sequence[Feeds],
+    learnt: Mapping[str, Any] | None,
+    example: Sequence[tuple[Tensor, ...]],
+) -> tuple[ExportedProgram, dict[str, Any]]:
+    """The program in int8, static if there are calibration batches, and what is told of its ranges."""
     try:
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             XNNPACKQuantizer,
@@ -60,11 +89,6 @@ def _quantized(program: ExportedProgram, graph: dict[str, Any], feeds: str) -> E
         from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
     except ImportError as error:
         raise missing(RUNTIMES["executorch"], error) from error
-    rows = [
-        tuple(torch.from_numpy(array[row : row + 1].copy()) for array in batch.values())
-        for batch in (checked(graph["inputs"], each) for each in read_feeds(feeds))
-        for row in range(len(next(iter(batch.values()))))
-    ]
 
     class Quantizer(XNNPACKQuantizer):
         """Leaves masks alone, which models join and pad as they do activations."""
@@ -77,12 +101,56 @@ def _quantized(program: ExportedProgram, graph: dict[str, Any], feeds: str) -> E
                     node.meta.pop(Q_ANNOTATION_KEY, None)
             return model
 
-    quantizer = Quantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    prepared = prepare_pt2e(program.module(), quantizer)
+    config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=not batches)
+    prepared = prepare_pt2e(program.module(), Quantizer().set_global(config))
+    rows, told = [row for batch in batches for row in _rows(batch)] or list(example), dict[str, Any]()
     with torch.no_grad():
         for row in rows:
             prepared(*row)
-    return torch.export.export(convert_pt2e(prepared), rows[0])
+    if learnt is not None:
+        some = told_by(batches[0])
+        told = {"ranges": _carry(prepared, _rows(some), ranges_of(learnt, some))}
+    return torch.export.export(convert_pt2e(prepared), rows[0]), told
+
+
+def _rows(batch: Feeds) -> list[tuple[Tensor, ...]]:
+    """The rows of a batch one by one."""
+    count = len(next(iter(batch.values())))
+    return [tuple(torch.from_numpy(array[row : row + 1].copy()) for array in batch.values()) for row in range(count)]
+
+
+def _carry(prepared: torch.fx.GraphModule, rows: Sequence[tuple[Tensor, ...]], ranges: LearntRanges) -> dict[str, int]:
+    """Replace observers of values whose ranges were learnt; return how many observers have which ranges."""
+    from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
+
+    observers = {name: part for name, part in prepared.named_modules() if isinstance(part, HistogramObserver)}
+    seen: dict[int, dict[str, Seen]] = defaultdict(lambda: defaultdict(Seen))
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            if n.op == "call_module" and n.target in observers:
+                (value,), _ = self.fetch_args_kwargs_from_env(n)
+                seen[id(observers[str(n.target)])][n.name].add(value.numpy(force=True))
+                return value
+            return super().run_node(n)
+
+    with torch.no_grad():
+        for row in rows:
+            Watch(prepared).run(*row)
+    limits = {key: ranges.of([*values.values()]) for key, values in seen.items()}
+    for name, observer in observers.items():
+        found = limits.get(id(observer))
+        if found is not None:
+            fixed = MinMaxObserver(
+                dtype=observer.dtype,
+                qscheme=observer.qscheme,
+                quant_min=observer.quant_min,
+                quant_max=observer.quant_max,
+            )
+            fixed.min_val, fixed.max_val = (torch.tensor(limit) for limit in found)
+            prepared.set_submodule(name, fixed)
+    carried = sum(found is not None for found in limits.values())
+    return {"learnt": carried, "calibrated": len(limits) - carried}
 
 
 if __name__ == "__main__":

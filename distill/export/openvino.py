@@ -1,7 +1,10 @@
 """An ONNX file as an OpenVINO model, in float32 or int8.
 
-int8 is NNCF's post-training quantization of the OpenVINO model: weights symmetric and per channel, activations
-asymmetric, embedding tables too, calibrated on training rows.
+Static int8 is NNCF's post-training quantization of the OpenVINO model: weights symmetric and per channel, activations
+asymmetric, embedding tables too, calibrated on training rows. Dynamic int8 is NNCF's compression of all weights to 8
+bits per channel: processors with VNNI instructions round the inputs of matrix products as they come, in groups of 32
+numbers, and compute with integers; others, and convolutions everywhere, compute in float. Of an ONNX file that has
+QuantizeLinear pairs, the runtime makes integer layers by itself.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ DTYPES = {"boolean": "bool", "u8": "uint8", "i16": "int16", "i64": "int64", "f32
 """OpenVINO's name of an element type -> numpy's, of those that graphs take and give."""
 
 
-def convert(source: Path, out: Path, *, feeds: str | None = None, keep_float: Sequence[str] = ()) -> dict[str, Any]:
+def convert(
+    source: Path, out: Path, *, feeds: str | None = None, dynamic: bool = False, keep_float: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write a model as ``out`` (XML) and the weights beside it.
 
     Args:
         source: an ONNX file with named dimensions, as :func:`distill.export.onnx.export_onnx` writes it.
         out: the file to write, ending in ``.xml``.
-        feeds: for int8 the calibration batches' file; float32 without.
+        feeds: for static int8 the calibration batches' file.
+        dynamic: int8 without calibration; without either the precision is the file's.
         keep_float: parts of node names whose operators stay in float.
 
     Returns:
@@ -44,7 +50,7 @@ def convert(source: Path, out: Path, *, feeds: str | None = None, keep_float: Se
     except ImportError as error:
         raise missing(RUNTIMES["openvino"], error) from error
     model = openvino.Core().read_model(source)
-    if feeds is not None:
+    if feeds is not None or dynamic:
         model = _quantized(model, feeds, keep_float)
     openvino.save_model(model, out, compress_to_fp16=False)
     return {
@@ -54,7 +60,8 @@ def convert(source: Path, out: Path, *, feeds: str | None = None, keep_float: Se
     }
 
 
-def _quantized(model: Any, feeds: str, keep_float: Sequence[str]) -> Any:
+def _quantized(model: Any, feeds: str | None, keep_float: Sequence[str]) -> Any:
+    """The model in static int8, or without feeds in dynamic."""
     os.environ["NNCF_CI"] = "1"  # else NNCF reports its use to its makers
     try:
         import nncf
@@ -64,6 +71,9 @@ def _quantized(model: Any, feeds: str, keep_float: Sequence[str]) -> Any:
     for part in keep_float:
         if not any(part in name for name in names):
             raise UserError(f"export.quantize.keep_float: no node's name has {part!r} in it")
+    kept = nncf.IgnoredScope(patterns=[f".*{re.escape(part)}.*" for part in keep_float], validate=False)
+    if feeds is None:
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=kept)
     batches = read_feeds(feeds)
     if is_recurrent(model) and "text_mask" in batches[0]:
         batches = [part for batch in batches for _, part in by_length(batch)]
@@ -72,7 +82,7 @@ def _quantized(model: Any, feeds: str, keep_float: Sequence[str]) -> Any:
         nncf.Dataset(batches),
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(batches),
-        ignored_scope=nncf.IgnoredScope(patterns=[f".*{re.escape(part)}.*" for part in keep_float], validate=False),
+        ignored_scope=kept,
     )
 
 

@@ -9,36 +9,29 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime
 import torch
-from numpy.typing import NDArray
 from onnx import GraphProto, numpy_helper
 from onnxruntime.quantization.quant_utils import QUANT_INPUT_SUFFIX
 from torch import Tensor, nn
 
 from distill.contracts import Batch
 from distill.multimodal import evaluating
+from distill.prints import SAME, Print, distance, fingerprint, graph_values
 from distill.quantization.common import Feeds
 from distill.quantization.static import StaticQuantizer
 from distill.quantization.tables import lookups
 from distill.rounding import HIGHEST, LOWEST, Place, Plan, Range
 
-SAME = 1e-4
-"""Relative difference of two runtimes in the statistics of the same numbers."""
-TINY = 1e-30
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose weights have their output channels first, as :class:`distill.rounding.WeightRounding` takes them."""
 
-Print = tuple[float, NDArray[np.float64]]
-"""The largest absolute number, and sums that do not depend on order and zeros."""
 Prints = tuple[Print, ...]
 """Of the same value in several passes."""
 
@@ -64,15 +57,15 @@ def find_places(model: nn.Module, passes: Sequence[tuple[Batch, Feeds]], quantiz
     graph = quantizer.model.graph
     with tempfile.TemporaryDirectory() as folder:
         quantizer.write(Path(folder) / "int8.onnx")
-        ranges = _ranges(onnx.load(Path(folder) / "int8.onnx").graph)
+        ranges = graph_ranges(onnx.load(Path(folder) / "int8.onnx").graph)
     names = {name for node in graph.node for name in (*node.input, *node.output)}
     ranges = {name: limits for name, limits in ranges.items() if name in names}
     weights, tables, missed = _layers(model, quantizer)
     seen = _together([_watched(model, batch) for batch, _ in passes])
-    computed = [_graph_values(quantizer.model, feeds, list(ranges)) for _, feeds in passes]
+    computed = [graph_values(quantizer.model, feeds, list(ranges)) for _, feeds in passes]
     values = []
     for name in computed[0]:
-        found = _placed(tuple(_fingerprint(numbers[name]) for numbers in computed), seen)
+        found = _placed(tuple(fingerprint(numbers[name]) for numbers in computed), seen)
         if found is None:
             missed.append(name)
         else:
@@ -80,7 +73,7 @@ def find_places(model: nn.Module, passes: Sequence[tuple[Batch, Feeds]], quantiz
     return Plan(weights, tables, values, missed)
 
 
-def _ranges(graph: GraphProto) -> dict[str, Range]:
+def graph_ranges(graph: GraphProto) -> dict[str, Range]:
     """Name of a value that an int8 graph rounds -> the least and the largest number that is left."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     found = {}
@@ -107,27 +100,13 @@ def _layers(model: nn.Module, quantizer: StaticQuantizer) -> tuple[list[str], li
     return list(dict.fromkeys(weights)), list(dict.fromkeys(tables)), missed
 
 
-def _graph_values(model: onnx.ModelProto, feeds: Feeds, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """Compute some values of a graph, by name."""
-    told = onnx.ModelProto()
-    told.CopyFrom(model)
-    known = {value.name for value in (*told.graph.output, *told.graph.input)}
-    told.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names if name not in known)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(told.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    given = {name: feeds[name] for name in names if name in feeds}
-    wanted = [name for name in names if name not in given]
-    return {**given, **dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))}
-
-
 def _watched(model: nn.Module, batch: Batch) -> Seen:
     """Run a model once, and note what its modules take first and give."""
     seen = Seen()
 
     def note(notes: list[tuple[str, Prints]], path: str, values: Any) -> None:
         if isinstance(values, Tensor) and values.is_floating_point():
-            notes.append((path, (_fingerprint(values.numpy(force=True)),)))
+            notes.append((path, (fingerprint(values.numpy(force=True)),)))
 
     def taken(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.calls[path] += 1
@@ -167,7 +146,7 @@ def _placed(wanted: Prints, seen: Seen) -> tuple[str, list[str]] | None:
     for number in dict.fromkeys((len(wanted), 1)):
         given, taken = (
             [
-                (path, _distance(found[:number], wanted[:number]))
+                (path, distance(found[:number], wanted[:number]))
                 for path, found in notes
                 if seen.calls[path] == 1 and _alike(found[:number], wanted[:number])
             ]
@@ -182,24 +161,6 @@ def _placed(wanted: Prints, seen: Seen) -> tuple[str, list[str]] | None:
     return None
 
 
-def _fingerprint(values: NDArray[Any]) -> Print:
-    numbers = values.astype(np.float64).ravel()
-    largest = float(np.abs(numbers).max(initial=0.0))
-    unit = numbers / (largest or 1.0)
-    return largest, np.array([np.abs(unit).sum(), *(np.sum(unit**power) for power in (1, 2, 3, 4))])
-
-
 def _alike(ours: Prints, theirs: Prints) -> bool:
     """Whether the numbers are the same but for zeros, which rounding leaves what they are: a layer may add some."""
-    return all(one[0] > 0 for one in ours) and _distance(ours, theirs) <= SAME
-
-
-def _distance(ours: Prints, theirs: Prints) -> float:
-    """The largest relative difference of two values' statistics."""
-    return max(
-        max(
-            abs(one[0] - other[0]) / max(one[0], TINY),
-            float(np.abs(one[1] - other[1]).max()) / max(float(one[1][0]), TINY),
-        )
-        for one, other in zip(ours, theirs, strict=True)
-    )
+    return all(one[0] > 0 for one in ours) and distance(ours, theirs) <= SAME

@@ -113,7 +113,8 @@ class StaticQuantizer:
             self._ranges = self._calibrate(Path(folder))
         for name, limits in (ranges or {}).items():
             low, high = (np.array(limit, dtype=np.float32) for limit in limits)
-            self._ranges[name] = TensorData(lowest=low, highest=high)
+            if name in self._ranges:  # an encoder that was taken out has not all values of the whole model
+                self._ranges[name] = TensorData(lowest=low, highest=high)
 
     def write(self, out_path: Path, float_nodes: Collection[str] = ()) -> dict[str, Any]:
         """Write an int8 graph in which these nodes of :attr:`layers`, too, stay in float.
