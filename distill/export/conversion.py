@@ -22,12 +22,14 @@ class Exporter(NamedTuple):
         source: what it converts, as the file's suffix: an ONNX file or a program of one row.
         packages: names that it and the runtime import, of the runtime's extra.
         keeps_float: whether parts can be kept from quantization.
+        halves: whether it makes 16-bit models (and none in int8).
     """
 
     module: str
     source: str
     packages: tuple[str, ...]
     keeps_float: bool = False
+    halves: bool = False
 
 
 ONNX, PROGRAM = ".onnx", ".pt2"
@@ -35,6 +37,7 @@ EXPORTERS = {
     "openvino": Exporter("openvino", ONNX, ("openvino", "nncf"), keeps_float=True),
     "executorch": Exporter("executorch", PROGRAM, ("executorch", "torchao")),
     "litert": Exporter("litert", PROGRAM, ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")),
+    "coreml": Exporter("coreml", PROGRAM, ("coremltools",), halves=True),
 }
 """Runtime -> its exporter; ``onnxruntime`` runs what ``export_onnx`` writes."""
 
@@ -52,6 +55,7 @@ def convert(
     *,
     feeds: Iterable[Feeds] | None = None,
     keep_float: Sequence[str] = (),
+    precision: str = "fp32",
     report: Progress = silent,
 ) -> dict[str, Any]:
     """Write a runtime's model, in a process of its own.
@@ -62,6 +66,7 @@ def convert(
         folder: where the files that the runtime's class names are written.
         feeds: for int8 the graph's inputs for some batches of *training* rows; float32 without.
         keep_float: with ``feeds``, parts of node names whose operators stay in float, where the exporter has it.
+        precision: ``fp16`` for 16-bit weights and values, where the exporter makes them.
         report: told how long it has taken.
 
     Returns:
@@ -77,7 +82,7 @@ def convert(
         raise UserError(f"{source}: the exporter for {runtime} converts {exporter.source} files")
     folder.mkdir(parents=True, exist_ok=True)
     files = RUNTIMES[runtime].files
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"precision": precision} if exporter.halves else {}
     with tempfile.TemporaryDirectory() as temporary:
         if feeds is not None:
             path = write_feeds(Path(temporary) / "feeds.safetensors", feeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distill.runtimes.base import Runtime
+from distill.runtimes.coreml import CoreMl
 from distill.runtimes.executorch import ExecuTorch
 from distill.runtimes.litert import LiteRT
 from distill.runtimes.onnxruntime import OnnxRuntime
@@ -13,6 +14,7 @@ RUNTIMES: dict[str, type[Runtime]] = {
     "openvino": OpenVino,
     "executorch": ExecuTorch,
     "litert": LiteRT,
+    "coreml": CoreMl,
 }
 """What ``bundle.json`` calls a runtime -> the class that opens its files."""
 
