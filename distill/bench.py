@@ -55,8 +55,7 @@ class Timed(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """Bytes of all its files."""
-        files = (self.path.with_suffix(Path(file).suffix) for file in RUNTIMES[self.runtime].files)
-        return sum(file.stat().st_size for file in files)
+        return sum(file.stat().st_size for file in RUNTIMES[self.runtime].beside(self.path).values())
 
 
 def bench_models(
@@ -77,7 +76,7 @@ def bench_models(
     Returns:
         For each model: ``latency_ms`` (``p50``, ``p95``, ``p99``, and ``p50_spread``: the smallest and the largest
         median of a round), ``load_ms`` (median), ``peak_memory_bytes`` (see ``peak_memory``; None where the system
-        does not tell), ``peak_memory`` (what that is), ``size_bytes``, ``runtime``, ``batch``, ``threads``, ``runs``,
+        does not tell), ``peak_memory`` (what that is), ``size_bytes``, ``runtime``, ``device``, ``batch``, ``threads``, ``runs``,
         and, where the neighbour was timed beside it, ``neighbour_p50_ms``.
 
     Raises:
@@ -111,6 +110,7 @@ def _bench_together(models: Mapping[str, Timed], repeats: int, threads: int) -> 
             "latency_ms": _summary(rounds[name]),
             "load_ms": float(np.median(loads[name]) * 1e3),
             "runtime": f"{model.runtime} {opened[name].version}",
+            "device": opened[name].device,
             "runs": rounds[name].size,
         }
         for name, model in models.items()

@@ -87,7 +87,7 @@ class Kind:
         return RUNTIMES[self.runtime].files[0]
 
 
-def _converted(runtime: str, precision: Literal["fp32", "int8"]) -> Kind:
+def _converted(runtime: str, precision: Literal["fp32", "fp16", "int8"]) -> Kind:
     """The kind of bundle that a runtime's exporter makes."""
     exporter, int8 = EXPORTERS[runtime], precision == "int8"
 
@@ -97,13 +97,14 @@ def _converted(runtime: str, precision: Literal["fp32", "int8"]) -> Kind:
             return convert(
                 runtime,
                 source,
-                target.parent,
+                RUNTIMES[runtime].root(target),
                 feeds=exported.feeds() if int8 else None,
                 keep_float=exported.config.keep_float if int8 else (),
+                precision=precision,
                 report=report,
             )
 
-    return Kind(runtime, precision, make, precision)
+    return Kind(runtime, precision, make, "int8" if int8 else "fp32")
 
 
 def _from_graph(
@@ -148,8 +149,16 @@ BUNDLES = {
     "executorch-int8": _converted("executorch", "int8"),
     "litert-fp32": _converted("litert", "fp32"),
     "litert-int8": _converted("litert", "int8"),
+    "coreml-fp32": _converted("coreml", "fp32"),
+    "coreml-fp16": _converted("coreml", "fp16"),
 }
 """Name -> kind of bundle."""
+
+
+def not_run(name: str) -> str | None:
+    """The sentence about a bundle that this system cannot run; None of all others."""
+    why = RUNTIMES[BUNDLES[name].runtime].elsewhere()
+    return f"{why}: not run here, so neither compared with its source nor measured" if why else None
 
 
 def best_found(made: Mapping[str, Any], setting: str) -> str:
@@ -219,7 +228,7 @@ def stages_of(config: ExportConfig) -> dict[str, str]:
     return {name: "export" if name == FP32 else "quantize" for name in config.bundles}
 
 
-YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"))
+YOUNGER = (("", "bundles"), ("", "min_agreement"), ("", "check_rows"), ("quantize", "search"))
 """Keys of ``export`` and of its parts that finished runs may lack."""
 
 

@@ -98,6 +98,9 @@ def _stage_command(name: str, until: str, text: str, group: typer.Typer = app, c
             typer.echo(json.dumps({"path": str(artifact.path), **artifact.info}))
         else:
             typer.echo(f"{name}: {artifact.path}")
+            for bundle, gate in artifact.info.get("parity", {}).items():
+                if "not_run" in gate:
+                    typer.echo(f"{bundle}: {gate['not_run']}")
 
     verb.__doc__ = text
     group.command(command or name)(verb)
@@ -361,6 +364,8 @@ def _finish_run(recipe: Recipe, done: dict[str, Artifact], *, as_json: bool) -> 
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(terminal_table(report))
     console.print(report["headline"]["title"], highlight=False)
+    for name, found in report["not_run"].items():
+        typer.echo(f"{name}: {found['why']}")
     typer.echo(f"report: {folder / 'report.html'} (also report.md, report.json)")
 
 

@@ -27,6 +27,9 @@ from distill.runtimes.onnxruntime import open_session as open_session
 from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_from_json
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"
+CHECK_FILE = "check.safetensors"
+INPUT, OUTPUT = "input.", "output."
+"""Rows and what the source answers, in bundles that were not run where they were made; what begins their names."""
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "multidistill-bundle", 1
 
@@ -67,14 +70,15 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{folder / BUNDLE_FILE} is malformed ({error!r}); export the bundle again") from error
+    opened = RUNTIMES[runtime].files
     for name, digest in files.items():
-        path = folder / name
-        if name != Path(name).name or "\\" in name or len(name) > LONGEST_NAME or not path.is_file():
+        path, plain = folder / name, name == Path(name).name and "\\" not in name and len(name) <= LONGEST_NAME
+        if not (plain or name in opened) or not path.is_file():
             raise UserError(f"bundle {folder} lacks its file {name!r}; copy or export the bundle again")
-        _refuse_link(path)
+        for part in (path, *path.parents[: len(Path(name).parts) - 1]):
+            _refuse_link(part)
         if sha256_file(path) != digest:
             raise UserError(f"{path} was changed after export (its sha256 differs); copy or export the bundle again")
-    opened = RUNTIMES[runtime].files
     needed = {*opened, LABELS_FILE, SPEC_FILE}
     if not needed <= files.keys() or ((folder / TOKENIZER_FILE).exists() and TOKENIZER_FILE not in files):
         unlisted = sorted((needed | {TOKENIZER_FILE}) - files.keys())

@@ -23,7 +23,8 @@ class Runtime(ABC):
     """A model that is opened and runs.
 
     Attributes:
-        files: names of the model's files inside a bundle; the first is the one to open.
+        files: names of the model's files inside a bundle; the first is the one to open. They lie in a folder of their
+            own where the format is one.
         extra: the extra of multidistill that brings the packages; None where every installation has them.
         package: the package that ``runtime_version`` is of.
         modules: what opening a model imports.
@@ -63,6 +64,18 @@ class Runtime(ABC):
     def elsewhere(cls) -> str | None:
         """Why no model of this runtime runs on this system, as a clause; None where it does once it is installed."""
         return None
+
+    @classmethod
+    def root(cls, first: Path) -> Path:
+        """The folder that a model's files lie in, by the first of them."""
+        return first.parents[len(Path(cls.files[0]).parts) - 1]
+
+    @classmethod
+    def beside(cls, first: Path) -> dict[str, Path]:
+        """Name in a bundle -> file, of a model by the first of its files; one that is no folder may have any stem."""
+        if len(Path(cls.files[0]).parts) > 1:
+            return {file: cls.root(first) / file for file in cls.files}
+        return {file: first.with_suffix(Path(file).suffix) for file in cls.files}
 
     @classmethod
     def start(cls) -> None:
