@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.config import FP32, INT8, ExportConfig, QuantizeConfig, nearest
+from distill.config import FP32, INT8, ExportConfig, QuantizeConfig, Recipe, nearest
 from distill.contracts import UserError
 from distill.export.conversion import EXPORTERS, ONNX, convert, missing_packages
 from distill.predict import RUNTIME
@@ -22,6 +22,7 @@ from distill.quantization.static import StaticQuantizer
 from distill.quantization.weights import quantize_weights_int4, quantize_weights_int8
 from distill.runs import write_json
 from distill.runtimes import RUNTIMES
+from distill.runtimes.onnxruntime import check_provider
 from distill.workspace import PRUNED
 
 NOTHING = float("-inf")
@@ -209,6 +210,21 @@ def check_packages(config: ExportConfig) -> None:
                 f"export.bundles: {name!r} needs {' and '.join(missing)}, which this installation lacks; "
                 f"pip install 'multidistill[{RUNTIMES[runtime].extra}]', or leave it out"
             )
+
+
+def check_machine(recipe: Recipe, stages: Iterable[str]) -> None:
+    """Check that this machine has what stages need that are to be done.
+
+    Raises:
+        UserError: a package is missing, or the provider that the recipe's ``bench`` names.
+    """
+    if "quantize" in stages:
+        check_packages(recipe.export)
+    if "bench" in stages:
+        try:
+            check_provider(recipe.bench.provider)
+        except UserError as error:
+            raise UserError(f"bench.provider: {error}") from None
 
 
 def least_agreement(config: ExportConfig, name: str) -> float:

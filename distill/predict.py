@@ -21,7 +21,7 @@ from distill.formats.tabular import TabularFormat
 from distill.onnx_file import check_one_file
 from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor, has_text
 from distill.runs import read_json, sha256_file
-from distill.runtimes import RUNTIMES, Runtime
+from distill.runtimes import CPU, RUNTIMES, Runtime, open_model
 from distill.runtimes.onnxruntime import OnnxRuntime
 from distill.runtimes.onnxruntime import open_session as open_session
 from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_from_json
@@ -140,14 +140,14 @@ class Predictor(Graph):
         preprocessor: turns rows into the graph's inputs.
     """
 
-    def __init__(self, folder: str | Path, *, threads: int = 1) -> None:
+    def __init__(self, folder: str | Path, *, threads: int = 1, provider: str = CPU) -> None:
         """Verify and load a bundle; see :func:`load`."""
         folder = Path(folder)
         self.info = verify_bundle(folder)
         self.tasks = _read_tasks(folder / LABELS_FILE)
         self.preprocessor = Preprocessor.load(folder)
-        chosen = RUNTIMES[self.info["runtime"]]
-        super().__init__(chosen(folder / chosen.files[0], self.info, threads))
+        runtime = str(self.info["runtime"])
+        super().__init__(open_model(runtime, folder / RUNTIMES[runtime].files[0], self.info, threads, provider))
         _check_tasks(folder / LABELS_FILE, self.tasks, self.outputs, self.info["outputs"])
         _check_inputs(folder / SPEC_FILE, self.preprocessor, self.info["inputs"])
 
@@ -231,17 +231,18 @@ class Predictor(Graph):
         return feeds
 
 
-def load(bundle: str | Path, *, threads: int = 1) -> Predictor:
+def load(bundle: str | Path, *, threads: int = 1, provider: str = CPU) -> Predictor:
     """Load a bundle after checking its hashes.
 
     Args:
         bundle: the folder that ``distill export`` wrote.
         threads: threads inside an operator.
+        provider: of onnxruntime: ``cpu``, ``cuda`` or ``tensorrt``; one that is not there or fails to load is refused.
 
     Raises:
         UserError: as :func:`verify_bundle`, or the model does not answer what ``labels.json`` names.
     """
-    return Predictor(bundle, threads=threads)
+    return Predictor(bundle, threads=threads, provider=provider)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -257,6 +258,7 @@ def predict_rows(
     *,
     top_k: int = 3,
     threads: int = 1,
+    provider: str = CPU,
 ) -> list[dict[str, Any]]:
     """What ``distill predict`` does: classify files and texts, rows of several of them, or those of a table.
 
@@ -267,6 +269,7 @@ def predict_rows(
             of the records that the model learnt from; one is enough.
         top_k: number of classes listed.
         threads: threads inside an operator.
+        provider: as of :func:`load`.
 
     Returns:
         For each row its value of each modality that the model reads (None where absent) and ``predictions``, as
@@ -278,7 +281,7 @@ def predict_rows(
     filled = {name: values for name, values in (given or {}).items() if values}
     if table is None and not filled:
         raise UserError(NOTHING)
-    predictor = load(bundle, threads=threads)
+    predictor = load(bundle, threads=threads, provider=provider)
     reads = [*predictor.preprocessor.formats, *([TEXT] if predictor.preprocessor.tokenizer else [])]
     for name in filled:
         if name not in reads:

@@ -45,14 +45,14 @@ from distill.gate import SHIPPED, Gate, bundle_says, towers, unrun
 from distill.label_noise import doubts_of, told, write_doubts
 from distill.measured import on_devices
 from distill.other_teachers import provenance
-from distill.predict import MODEL_FILE, load, verify_bundle
+from distill.predict import MODEL_FILE, RUNTIME, load, verify_bundle
 from distill.programs import Sources, graph_apart
 from distill.progress import progress
 from distill.report import ModelEntry, ReportContext, write_report
 from distill.report.formats import milliseconds
 from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
 from distill.runs import read_json
-from distill.runtimes import RUNTIMES
+from distill.runtimes import CPU, RUNTIMES
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
@@ -221,7 +221,8 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
     recipe, export = work.recipe, work.path("export")
     models = {name: work.model(name) for name in (TEACHER, STUDENT, SHIPPED)}
     feeds = {name: median_row(work, model) for name, model in models.items()}
-    timed = {name: bench.Timed(export / f"{name}.onnx", feeds[name]) for name in (TEACHER, STUDENT)}
+    graphs = {name: export / f"{name}.onnx" for name in (TEACHER, STUDENT)}
+    timed = {name: bench.Timed(graph, feeds[name], provider=recipe.bench.provider) for name, graph in graphs.items()}
     bundles = [name for name in recipe.export.bundles if not not_run(name)]
     timed |= {name: timed_bundle(work, name, feeds[SHIPPED]) for name in bundles}
     settings = {"repeats": recipe.bench.repeats, "threads": recipe.bench.threads}
@@ -243,7 +244,8 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
 def timed_bundle(work: Workspace, name: str, feeds: bench.Feeds) -> bench.Timed:
     """A bundle as it is timed."""
     kind, folder = BUNDLES[name], bundle_folder(work, name)
-    return bench.Timed(folder / kind.file, feeds, kind.runtime, verify_bundle(folder))
+    provider = work.recipe.bench.provider if kind.runtime == RUNTIME else CPU
+    return bench.Timed(folder / kind.file, feeds, kind.runtime, verify_bundle(folder), provider)
 
 
 def median_row(work: Workspace, model: Model, split: str = TEST) -> dict[str, NDArray[Any]]:

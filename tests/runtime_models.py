@@ -35,6 +35,7 @@ PRECISIONS = {
     "openvino": ("fp32", "int8"),
     "executorch": ("fp32", "int8"),
     "litert": ("fp32", "int8"),
+    "coreml": ("fp32", "fp16"),
 }
 TINY_LABELS = {task: [f"{task} {number}" for number in range(count)] for task, count in NUM_CLASSES.items()}
 
@@ -87,7 +88,7 @@ def bundle_of(kind: str, runtime: str, precision: str = "fp32") -> Path:
     graph: dict[str, Any] | None = None
     if runtime in EXPORTERS:
         feeds = [as_feeds(batch_of(kind, 32, seed=100 + number)) for number in range(2)]
-        graph = convert(runtime, source, folder, feeds=feeds if precision == "int8" else None)
+        graph = convert(runtime, source, folder, feeds=feeds if precision == "int8" else None, precision=precision)
         source = folder / RUNTIMES[runtime].files[0]
     write_bundle(
         folder / "bundle",

@@ -43,6 +43,7 @@ def convert(
     *,
     feeds: Iterable[Mapping[str, NDArray[Any]]] | None = None,
     keep_float: Sequence[str] = (),
+    precision: str = "fp32",
     report: object = None,
 ) -> dict[str, Any]:
     """As the exporters do, without lowering; ``feeds`` are read, and their names and lengths returned."""

@@ -84,6 +84,7 @@ LEVELS = {
         "distill.explain",
         "distill.doctor",
         "distill.serving",
+        "distill.verification",
     },
     5: {
         "distill.workspace",
@@ -117,6 +118,7 @@ LEVELS = {
         "distill.explain_command",
         "distill.fit_command",
         "distill.serve_command",
+        "distill.verify_command",
         "distill.__main__",
     },
 }

@@ -27,7 +27,7 @@ SLOW = {"executorch", "litert"}
 """Their exporters take half a minute and more."""
 MODELS = ["cross_attention", "concat", "gru", "learnt"]
 RUNTIME = pytest.mark.parametrize(
-    "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in EXPORTERS]
+    "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PACKAGES]
 )
 
 

@@ -73,8 +73,10 @@ def test_wrong_inputs_are_told(change: dict, message: str) -> None:
 @pytest.mark.parametrize("name", [name for name, runtime in RUNTIMES.items() if runtime.extra])
 def test_a_missing_package_names_its_extra(name: str, tmp_path: Path, monkeypatch) -> None:
     loaded = ("executorch.kernels.quantized", "ai_edge_litert.interpreter")  # perhaps by another test
-    for module in ("openvino", "executorch", "ai_edge_litert", *loaded):
+    for module in ("openvino", "executorch", "ai_edge_litert", "coremltools", *loaded):
         monkeypatch.setitem(sys.modules, module, None)
+    if RUNTIMES[name].elsewhere():
+        monkeypatch.setattr("distill.runtimes.coreml.sys.platform", "darwin")
     with pytest.raises(UserError, match=rf"pip install 'multidistill\[{RUNTIMES[name].extra}\]'"):
         RUNTIMES[name](tmp_path / "model", {"inputs": {}, "outputs": {}})
 
@@ -84,6 +86,6 @@ def test_a_bundle_of_an_unknown_runtime_is_refused(tmp_path: Path) -> None:
     for runtime in ("abacus", ["openvino"]):
         (tmp_path / "bundle.json").write_text(json.dumps({**content, "runtime": runtime}))
         with pytest.raises(
-            UserError, match=r"for .*; this version reads .* for onnxruntime, openvino, executorch, litert"
+            UserError, match=r"for .*; this version reads .* for onnxruntime, openvino, executorch, litert, coreml"
         ):
             load(tmp_path)

@@ -136,7 +136,8 @@ def prepared(program: ExportedProgram, graph: Mapping[str, Any]) -> ExportedProg
 
 def _spell(module: torch.fx.GraphModule) -> None:
     """Rename operators on flags, and sum flags as whole numbers: coremltools makes floats of such a sum, and refuses
-    them as indices."""
+    them as indices.
+    """
     for node in list(module.graph.nodes):
         value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], torch.fx.Node) else None
         flags = getattr(value, "dtype", None) == torch.bool
@@ -164,7 +165,8 @@ def _made_up(graph: Mapping[str, Any]) -> tuple[Tensor, ...]:
         elif zeros.dtype == torch.bool:
             values.append(torch.ones_like(zeros))
         elif name.endswith("_length"):
-            values.append(torch.full_like(zeros, max(1, graph["inputs"][name.removesuffix("_length")]["shape"][1] // 2)))
+            longest = graph["inputs"][name.removesuffix("_length")]["shape"][1]
+            values.append(torch.full_like(zeros, (longest + 1) // 2))
         elif zeros.dtype == torch.float32:
             values.append(torch.randn_like(zeros))
         else:
@@ -189,10 +191,11 @@ def _save(model: Any, package: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(whole.parent / file, place)
     (package.parent / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
-    (package.parent / MANIFEST).write_text(json.dumps(_manifest(), indent=4) + "\n", encoding="utf-8")
+    (package.parent / MANIFEST).write_text(json.dumps(_manifest(), indent=4, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _manifest() -> dict[str, Any]:
+    """As coremltools writes it again whenever it opens a package: else that would change a bundle's file."""
     items = {
         str(uuid.uuid5(uuid.NAMESPACE_URL, path)): {
             "author": "com.apple.CoreML",

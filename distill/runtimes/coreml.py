@@ -106,4 +106,4 @@ def check_package(package: Path) -> None:
     inside = {ROOT, WEIGHTS_FOLDER}
     if places != inside or not named <= {OWN_WEIGHTS}:
         odd = sorted((places ^ inside) | (named - {OWN_WEIGHTS}))
-        raise UserError(f"{package}: it names {odd[0]!r}, and a bundle's model has its own files alone; export it again")
+        raise UserError(f"{package}: it names {odd[0]!r}, which is none of its own files; export the bundle again")
