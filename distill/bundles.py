@@ -88,7 +88,7 @@ class Kind:
         return RUNTIMES[self.runtime].files[0]
 
 
-def _converted(runtime: str, precision: Literal["fp32", "fp16", "int8"]) -> Kind:
+def _converted(runtime: str, precision: Literal["fp32", "fp16", "bf16", "int8"]) -> Kind:
     """The kind of bundle that a runtime's exporter makes."""
     exporter, int8 = EXPORTERS[runtime], precision == "int8"
 
@@ -145,6 +145,7 @@ BUNDLES = {
     "onnx-int8-weights": Kind(RUNTIME, "int8 weights", _from_graph(quantize_weights_int8), "int8"),
     "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
     "openvino-fp32": _converted("openvino", "fp32"),
+    "openvino-bf16": _converted("openvino", "bf16"),
     "openvino-int8": _converted("openvino", "int8"),
     "executorch-fp32": _converted("executorch", "fp32"),
     "executorch-int8": _converted("executorch", "int8"),

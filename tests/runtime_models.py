@@ -32,7 +32,7 @@ LENGTH = 6
 """Tokens of the longest text."""
 PRECISIONS = {
     "onnxruntime": ("fp32",),
-    "openvino": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
     "executorch": ("fp32", "int8"),
     "litert": ("fp32", "int8"),
     "coreml": ("fp32", "fp16"),

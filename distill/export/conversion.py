@@ -22,7 +22,7 @@ class Exporter(NamedTuple):
         source: what it converts, as the file's suffix: an ONNX file or a program of one row.
         packages: names that it and the runtime import, of the runtime's extra.
         keeps_float: whether parts can be kept from quantization.
-        halves: whether it makes 16-bit models (and none in int8).
+        halves: whether it makes 16-bit models.
     """
 
     module: str
@@ -34,7 +34,7 @@ class Exporter(NamedTuple):
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 EXPORTERS = {
-    "openvino": Exporter("openvino", ONNX, ("openvino", "nncf"), keeps_float=True),
+    "openvino": Exporter("openvino", ONNX, ("openvino", "nncf"), keeps_float=True, halves=True),
     "executorch": Exporter("executorch", PROGRAM, ("executorch", "torchao")),
     "litert": Exporter("litert", PROGRAM, ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")),
     "coreml": Exporter("coreml", PROGRAM, ("coremltools",), halves=True),
@@ -66,7 +66,7 @@ def convert(
         folder: where the files that the runtime's class names are written.
         feeds: for int8 the graph's inputs for some batches of *training* rows; float32 without.
         keep_float: with ``feeds``, parts of node names whose operators stay in float, where the exporter has it.
-        precision: ``fp16`` for 16-bit weights and values, where the exporter makes them.
+        precision: ``fp16`` or ``bf16`` for 16-bit models, where the exporter makes them.
         report: told how long it has taken.
 
     Returns:
@@ -86,6 +86,6 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         if feeds is not None:
             path = write_feeds(Path(temporary) / "feeds.safetensors", feeds)
-            arguments = {"feeds": str(path)} | ({"keep_float": list(keep_float)} if exporter.keeps_float else {})
+            arguments |= {"feeds": str(path)} | ({"keep_float": list(keep_float)} if exporter.keeps_float else {})
         made = run_exporter(exporter.module, source, folder / files[0], arguments, report=report)
     return made | {"bytes": sum((folder / file).stat().st_size for file in files)}
