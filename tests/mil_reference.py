@@ -34,6 +34,28 @@ def _gather(given: Inputs) -> Tensor:
     return given["x"].index_select(int(axis), indices.flatten()).reshape(shape)
 
 
+def _gather_nd(given: Inputs) -> Tensor:
+    return given["x"][tuple(given["indices"].long().unbind(-1))]
+
+
+def _max_pool(given: Inputs) -> Tensor:
+    before = given["pad"].reshape(-1, 2).flip(0).flatten().tolist()
+    padded = functional.pad(given["x"], before, value=float("-inf"))
+    return functional.max_pool2d(padded, given["kernel_sizes"].tolist(), given["strides"].tolist())
+
+
+def _avg_pool(given: Inputs) -> Tensor:
+    assert not given["pad"].any()
+    return functional.avg_pool2d(given["x"], given["kernel_sizes"].tolist(), given["strides"].tolist())
+
+
+def _upsample(given: Inputs) -> Tensor:
+    factors = (float(given["scale_factor_height"]), float(given["scale_factor_width"]))
+    corners = bool(given["align_corners"])
+    sizes = [int(size * factor) for size, factor in zip(given["x"].shape[2:], factors, strict=True)]
+    return functional.interpolate(given["x"], sizes, mode="bilinear", align_corners=corners)
+
+
 def _conv(given: Inputs) -> Tensor:
     before = given["pad"].reshape(-1, 2).flip(0).flatten().tolist()  # torch pads the last axis first
     padded = functional.pad(given["x"], before)
@@ -53,9 +75,9 @@ def _slice(given: Inputs) -> Tensor:
         if squeezed[axis]:
             parts.append(begin)
             continue
-        assert stride == 1
-        parts.append(slice(None if flags["begin_mask"][axis] else begin, None if flags["end_mask"][axis] else end))
-    return x[tuple(parts)]
+        start, stop = (None if flags[f"{name}_mask"][axis] else at for name, at in (("begin", begin), ("end", end)))
+        parts.append(slice(start, stop, stride))
+    return torch.from_numpy(x.numpy()[tuple(parts)].copy())  # whose strides may be negative
 
 
 def _split(given: Inputs) -> list[Tensor]:
@@ -79,18 +101,39 @@ def _pad(given: Inputs) -> Tensor:
 
 OPERATIONS: dict[str, Callable[[Inputs], Any]] = {
     "add": lambda g: g["x"] + g["y"],
+    "avg_pool": _avg_pool,
     "cast": lambda g: g["x"].to(DTYPES[g["dtype"]]),
     "clip": lambda g: g["x"].clamp(float(g["alpha"]), float(g["beta"])),
     "concat": lambda g: torch.cat(g["values"], int(g["axis"])),
     "conv": _conv,
+    "equal": lambda g: g["x"] == g["y"],
+    "exp": lambda g: g["x"].exp(),
+    "floor_div": lambda g: torch.div(g["x"], g["y"], rounding_mode="floor"),
     "expand_dims": lambda g: _expanded(g["x"], _axes(g)),
     "gather": _gather,
     "gather_along_axis": lambda g: g["x"].gather(int(g["axis"]), g["indices"].long()),
+    "gather_nd": _gather_nd,
+    "greater": lambda g: g["x"] > g["y"],
+    "greater_equal": lambda g: g["x"] >= g["y"],
     "gelu": lambda g: functional.gelu(g["x"], approximate={"EXACT": "none"}[g["mode"]]),
     "layer_norm": lambda g: functional.layer_norm(
         g["x"], [g["x"].shape[axis] for axis in _axes(g)], g.get("gamma"), g.get("beta"), float(g["epsilon"])
     ),
     "less": lambda g: g["x"] < g["y"],
+    "less_equal": lambda g: g["x"] <= g["y"],
+    "log": lambda g: (g["x"] + float(g["epsilon"])).log(),
+    "max_pool": _max_pool,
+    "maximum": lambda g: torch.maximum(g["x"], g["y"]),
+    "minimum": lambda g: torch.minimum(g["x"], g["y"]),
+    "pow": lambda g: g["x"] ** g["y"],
+    "reduce_argmax": lambda g: g["x"].argmax(int(g["axis"]), keepdim=bool(g["keep_dims"])).int(),
+    "reduce_max": lambda g: g["x"].amax(_axes(g), keepdim=bool(g["keep_dims"])),
+    "reduce_sum_square": lambda g: (g["x"] ** 2).sum(_axes(g), keepdim=bool(g["keep_dims"])),
+    "rsqrt": lambda g: (g["x"] + float(g["epsilon"])).rsqrt(),
+    "sqrt": lambda g: g["x"].sqrt(),
+    "square": lambda g: g["x"] ** 2,
+    "stack": lambda g: torch.stack(g["values"], int(g["axis"])),
+    "upsample_bilinear": _upsample,
     "linear": lambda g: functional.linear(g["x"], g["weight"], g.get("bias")),
     "logical_and": lambda g: g["x"] & g["y"],
     "logical_not": lambda g: ~g["x"],

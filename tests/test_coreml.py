@@ -9,17 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from export_models import as_feeds
 from runtime_models import LENGTH, batch_of, bundle_of, said, source_of
+from test_encoders import PARAMS, build, checkpoints, example
 
 from distill.contracts import UserError
 from distill.export.conversion import convert
+from distill.export.onnx import graph_inputs, graph_outputs
 from distill.export.subprocesses import ExportError
+from distill.export.torch_program import export_program
 from distill.predict import EMBEDDING, load, verify_bundle
 from distill.runtimes import RUNTIMES
 from distill.runtimes.coreml import MANIFEST, MODEL, PACKAGE, WEIGHTS, check_package, operations
 
 coremltools = pytest.importorskip("coremltools")
+__all__ = ["checkpoints"]  # a fixture
 MODELS = ["cross_attention", "concat", "gru", "learnt"]
 ELSEWHERE = pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is there")
 
@@ -46,6 +51,33 @@ def test_the_program_means_what_torch_says(kind: str, precision: str) -> None:
         for name, value in expected.items():
             rows = batch.present.get(name.removeprefix(EMBEDDING), batch.ids >= 0).numpy()
             np.testing.assert_allclose(found[name][rows], value[rows], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [name for name in PARAMS if name != "pretrained_audio"])
+def test_every_encoder_means_what_torch_says(kind: str, checkpoints: Path, tmp_path: Path) -> None:
+    from mil_reference import Program
+
+    model = build(kind, checkpoints)
+    batch = example(model)
+    export_program(model, batch, tmp_path / "model.pt2", rows=1)
+    convert("coreml", tmp_path / "model.pt2", tmp_path)
+    feeds = {name: value.numpy() for name, value in graph_inputs(batch).items()}
+    with torch.no_grad():
+        expected = graph_outputs(model(batch))
+    found = Program(tmp_path / PACKAGE).run(feeds)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_tower_that_coremltools_cannot_read_is_told(checkpoints: Path, tmp_path: Path) -> None:
+    model = build("pretrained_audio", checkpoints)
+    export_program(model, example(model), tmp_path / "model.pt2", rows=1)
+    with pytest.raises(
+        ExportError, match="coreml cannot convert the model: ValueError: Tensors in 'values' of the stack"
+    ):
+        convert("coreml", tmp_path / "model.pt2", tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

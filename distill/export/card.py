@@ -30,6 +30,17 @@ SAYS = {
     REGRESSION: f"Outputs of tasks with numbers are standardised: times `std`, plus `mean`, both in `{LABELS_FILE}`.",
     CAPTIONING: f"Outputs of tasks with captions are ids of tokens, named in `{LABELS_FILE}`; 3 closes a caption.",
 }
+CORE_ML = (
+    "In an app, add `model.mlpackage` to the Xcode project (iOS 16, macOS 13 or newer). It reads one row: whole",
+    "numbers and flags as multi-arrays of int32, others of float32, of the shapes below with `batch` 1; texts are",
+    "padded with 0 under a `text_mask` of 0. It gives float32.",
+    "",
+)
+CHECK = (
+    "`distill verify .` compares it with its source on the machine that runs it, where it brings rows for that:",
+    "`check.safetensors` holds validation rows of its training data.",
+    "",
+)
 TENSORRT = {
     "fp32": "`trtexec` builds an engine of this graph for 1 to 64 rows. TensorRT 11 has no `--fp16`: leave it out, or "
     "build that of the bundle `onnx-fp16`. It was not built here.",
@@ -85,6 +96,8 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
             f"print(load('.').{verb}([{{{arguments}}}]))",
             "```",
             "",
+            *(CORE_ML if content["runtime"] == "coreml" else ()),
+            *(CHECK if "not_run" in content["info"] else ()),
             *_tensorrt(content, preprocessor),
             "## Tensors",
             "",

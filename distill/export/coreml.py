@@ -3,7 +3,8 @@
 Core ML takes float32 and int32 tensors: whole numbers and flags come in as int32, and the program makes of them what
 the model reads. The package's files are those of :class:`~distill.runtimes.coreml.CoreMl`; they hold neither dates nor
 drawn identifiers, so the same model gives the same bytes. What coremltools (9.0) cannot read of a program is written in
-other operators first: recurrent layers step by step, and sums of flags as sums of whole numbers.
+other operators first: recurrent layers step by step, and with whole numbers where it would make
+floats of them.
 """
 
 from __future__ import annotations
@@ -135,20 +136,27 @@ def prepared(program: ExportedProgram, graph: Mapping[str, Any]) -> ExportedProg
 
 
 def _spell(module: torch.fx.GraphModule) -> None:
-    """Rename operators on flags, and sum flags as whole numbers: coremltools makes floats of such a sum, and refuses
-    them as indices.
+    """Rename operators on flags, and keep whole numbers whole: coremltools makes floats of sums of flags and of clamped
+    numbers, and refuses them as indices.
     """
     for node in list(module.graph.nodes):
-        value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], torch.fx.Node) else None
-        flags = getattr(value, "dtype", None) == torch.bool
+        read = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
+        flags = read is not None and getattr(read.meta.get("val"), "dtype", None) == torch.bool
         if node.target in SPELLED and flags:
             node.target = SPELLED[node.target]
         if node.target in (ATEN.sum.dim_IntList, ATEN.sum.default) and flags:
-            with module.graph.inserting_before(node):
-                whole = module.graph.call_function(ATEN._to_copy.default, (node.args[0],), {"dtype": torch.int32})
-            whole.meta = {**node.args[0].meta, "val": value.to(torch.int32)}
-            node.replace_input_with(node.args[0], whole)
+            _cast(module, node, read)
+        if node.target is ATEN.gather.default:
+            _cast(module, node, node.args[2])
     module.recompile()
+
+
+def _cast(module: torch.fx.GraphModule, node: torch.fx.Node, read: torch.fx.Node) -> None:
+    """Let an operator read one of its inputs as whole numbers."""
+    with module.graph.inserting_before(node):
+        whole = module.graph.call_function(ATEN._to_copy.default, (read,), {"dtype": torch.int64})
+    whole.meta = {**read.meta, "val": read.meta["val"].to(torch.int64)}
+    node.replace_input_with(read, whole)
 
 
 def _narrow(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
