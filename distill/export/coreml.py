@@ -142,9 +142,9 @@ def _spell(module: torch.fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         read = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
         flags = read is not None and getattr(read.meta.get("val"), "dtype", None) == torch.bool
-        if node.target in SPELLED and flags:
+        if flags and node.target in SPELLED:
             node.target = SPELLED[node.target]
-        if node.target in (ATEN.sum.dim_IntList, ATEN.sum.default) and flags:
+        if read is not None and flags and node.target in (ATEN.sum.dim_IntList, ATEN.sum.default):
             _cast(module, node, read)
         if node.target is ATEN.gather.default:
             _cast(module, node, node.args[2])
