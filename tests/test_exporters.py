@@ -82,6 +82,20 @@ def test_bf16_is_half_as_large_and_near(kind: str) -> None:
         assert cosine(found[name][rows], value[rows]) > 0.999, name
 
 
+def test_bf16_on_a_processor_without_it_is_float32_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino")
+    bundle, real = bundle_of("learnt", "openvino", "bf16"), openvino.Core.get_property
+    monkeypatch.setattr(
+        openvino.Core,
+        "get_property",
+        lambda core, *asked: ["FP32", "INT8"] if asked[1] == "OPTIMIZATION_CAPABILITIES" else real(core, *asked),
+    )
+    predictor = load(bundle)
+    assert predictor.runtime.device == "CPU in float32, as it has no bfloat16"
+    used = predictor.runtime.request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT")
+    assert used == openvino.Type.f32
+
+
 @RUNTIME
 def test_int8_bundles_are_smaller(runtime: str) -> None:
     size = {
