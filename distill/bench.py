@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from distill.contracts import Batch
 from distill.predict import RUNTIME
-from distill.runtimes import RUNTIMES, Runtime
+from distill.runtimes import CPU, RUNTIMES, Runtime, open_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,18 +45,19 @@ class Timed(NamedTuple):
         feeds: the inputs to time it with; their first dimension is the batch.
         runtime: one of :data:`~distill.runtimes.RUNTIMES`.
         graph: ``inputs`` and ``outputs`` as ``bundle.json`` has them; an ONNX file says its own.
+        provider: of onnxruntime.
     """
 
     path: Path
     feeds: Feeds
     runtime: str = RUNTIME
     graph: Mapping[str, Any] = {}
+    provider: str = CPU
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all its files."""
-        files = (self.path.with_suffix(Path(file).suffix) for file in RUNTIMES[self.runtime].files)
-        return sum(file.stat().st_size for file in files)
+        return sum(file.stat().st_size for file in RUNTIMES[self.runtime].beside(self.path).values())
 
 
 def bench_models(
@@ -77,8 +78,8 @@ def bench_models(
     Returns:
         For each model: ``latency_ms`` (``p50``, ``p95``, ``p99``, and ``p50_spread``: the smallest and the largest
         median of a round), ``load_ms`` (median), ``peak_memory_bytes`` (see ``peak_memory``; None where the system
-        does not tell), ``peak_memory`` (what that is), ``size_bytes``, ``runtime``, ``batch``, ``threads``, ``runs``,
-        and, where the neighbour was timed beside it, ``neighbour_p50_ms``.
+        does not tell), ``peak_memory`` (what that is), ``size_bytes``, ``runtime``, ``device``, ``batch``, ``threads``,
+        ``runs``, and, where the neighbour was timed beside it, ``neighbour_p50_ms``.
 
     Raises:
         UserError: a model file is missing or cannot be loaded.
@@ -111,6 +112,7 @@ def _bench_together(models: Mapping[str, Timed], repeats: int, threads: int) -> 
             "latency_ms": _summary(rounds[name]),
             "load_ms": float(np.median(loads[name]) * 1e3),
             "runtime": f"{model.runtime} {opened[name].version}",
+            "device": opened[name].device,
             "runs": rounds[name].size,
         }
         for name, model in models.items()
@@ -129,7 +131,7 @@ def _measures(model: Timed, threads: int) -> dict[str, Any]:
 
 
 def _opened(model: Timed, threads: int) -> Runtime:
-    return RUNTIMES[model.runtime](model.path, model.graph, threads)
+    return open_model(model.runtime, model.path, model.graph, threads, model.provider)
 
 
 def time_models(models: Mapping[str, Timed], *, repeats: int, threads: int = 1) -> dict[str, dict[str, Any]]:
@@ -149,7 +151,8 @@ def peak_memory(model: Timed, *, threads: int = 1) -> int | None:
         save_file({name: np.ascontiguousarray(value) for name, value in model.feeds.items()}, arrays)
         package_root = str(Path(__file__).resolve().parent.parent)
         paths = [package_root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        asked = [model.runtime, str(model.path), json.dumps(dict(model.graph)), str(arrays), str(threads)]
+        graph = json.dumps(dict(model.graph))
+        asked = [model.runtime, str(model.path), graph, str(arrays), str(threads), model.provider]
         child = subprocess.run(
             [sys.executable, "-m", "distill.bench", *asked],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -217,8 +220,8 @@ def _summary(seconds: NDArray[np.float64]) -> dict[str, Any]:
 
 def _memory_child() -> None:
     """Run in a fresh process: print its peak memory before and after a model was loaded and run."""
-    runtime, path, graph, arrays, threads = sys.argv[1:]
-    model = Timed(Path(path), load_file(arrays), runtime, json.loads(graph))
+    runtime, path, graph, arrays, threads, provider = sys.argv[1:]
+    model = Timed(Path(path), load_file(arrays), runtime, json.loads(graph), provider)
     RUNTIMES[runtime].start()
     before = _peak_resident_bytes()
     opened = _opened(model, int(threads))

@@ -1,13 +1,14 @@
 """What a bundle costs on the device where it lies: latency, throughput, time to load, memory, size.
 
-Needs numpy and the bundle's runtime (onnxruntime, openvino, executorch or ai-edge-litert), and nothing else of
+Needs numpy and the bundle's runtime (onnxruntime, openvino, executorch, ai-edge-litert, coremltools), nothing else of
 multidistill: copy this file and a bundle to a device, and run
 
     python bench_bundle.py BUNDLE --batches 1,8 --threads 1,2 --json measured.json
 
 Inputs are made up: what they hold does not change the time. Batches and numbers of threads are timed in short rounds
 that take turns, so that a disturbance of the device hits all alike; but numbers of threads of ExecuTorch, whose models
-share the process's, follow one another. Its models and those of LiteRT run row by row.
+share the process's, follow one another. Its models and those of LiteRT and Core ML, which chooses its threads itself,
+run row by row.
 """
 
 from __future__ import annotations
@@ -36,61 +37,55 @@ TEXT_LENGTH = 8
 
 Feeds = dict[str, Any]
 Run = Callable[[Feeds], object]
-
-
-class Opened(NamedTuple):
-    """A loaded model.
-
-    Attributes:
-        run: takes named inputs.
-        version: of the runtime.
-    """
-
-    run: Run
-    version: str
+Opened = tuple[Run, str]
+"""What takes named inputs, and the version of the runtime."""
+_COREML = "Manifest.json", *(f"Data/com.apple.CoreML/{file}" for file in ("model.mlmodel", "weights/weight.bin"))
+_GPU = ("CUDAExecutionProvider", "CPUExecutionProvider")
+PROVIDERS = {"cpu": _GPU[1:], "cuda": _GPU, "tensorrt": ("TensorrtExecutionProvider", *_GPU)}
 
 
 class Runtime(NamedTuple):
-    """How a runtime's bundles are loaded.
+    """How a runtime's bundles are loaded."""
 
-    Attributes:
-        files: of the model; the first is the one to open.
-        modules: what is imported for any model; its memory is none of the model's.
-        open: takes that file, the names of inputs in their order, and threads inside an operator.
-        one_pool: models of a process share their threads.
-    """
-
-    files: tuple[str, ...]
-    modules: tuple[str, ...]
-    open: Callable[[Path, list[str], int], Opened]
-    one_pool: bool = False
+    files: tuple[str, ...]  # of the model; the first is the one to open
+    modules: tuple[str, ...]  # imported for any model; their memory is none of the model's
+    open: Callable[[Path, dict[str, Any], int], Opened]  # by that file, bundle.json, and threads inside an operator
+    one_pool: bool = False  # models of a process share their threads
 
 
-def open_onnxruntime(path: Path, inputs: list[str], threads: int) -> Opened:
-    """Load ``model.onnx``."""
+def open_onnxruntime(path: Path, info: dict[str, Any], threads: int) -> Opened:
+    """Load ``model.onnx``; ``SystemExit`` with a sentence where the provider is not there or does not load."""
     import onnxruntime as ort
 
+    provider, inputs = info.get("provider", "cpu"), list(info["inputs"])
+    asked = PROVIDERS[provider]
+    if asked[0] not in ort.get_available_providers():
+        raise SystemExit(f"error: onnxruntime {ort.__version__} has no {asked[0]}; pip install onnxruntime-gpu instead")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return Opened(lambda feeds: session.run(None, {name: feeds[name] for name in inputs}), ort.__version__)
+    session = ort.InferenceSession(str(path), options, providers=list(asked))
+    if asked[0] not in session.get_providers():
+        raise SystemExit(f"error: {asked[0]} did not load; install the libraries that onnxruntime-gpu was built for")
+    session.disable_fallback()
+    on = "" if provider == "cpu" else f" on {provider}"
+    return lambda feeds: session.run(None, {name: feeds[name] for name in inputs}), ort.__version__ + on
 
 
-def open_openvino(path: Path, inputs: list[str], threads: int) -> Opened:
-    """Load ``model.xml`` for its latency, in float32 wherever it is not quantized."""
+def open_openvino(path: Path, info: dict[str, Any], threads: int) -> Opened:
+    """Load ``model.xml`` for its latency, in float32 wherever it is not quantized; in bfloat16 if it is for that."""
     import openvino
 
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
+    half = info.get("info", {}).get("precision") == "bf16"
+    has = half and "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precision = {"INFERENCE_PRECISION_HINT": "bf16" if has else "f32"}
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, **precision}
     request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return Opened(lambda feeds: request.infer({name: feeds[name] for name in inputs}), metadata.version("openvino"))
+    version = metadata.version("openvino") + (" in bfloat16" if has else " in float32" if half else "")
+    return lambda feeds: request.infer({name: feeds[name] for name in info["inputs"]}), version
 
 
-def open_executorch(path: Path, inputs: list[str], threads: int) -> Opened:
+def open_executorch(path: Path, info: dict[str, Any], threads: int) -> Opened:
     """Load ``model.pte``, which runs row by row. The runtime's Python package brings torch, its C++ one does not."""
     import torch
     from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
@@ -99,30 +94,41 @@ def open_executorch(path: Path, inputs: list[str], threads: int) -> Opened:
     if _threadpool_get_thread_count() != threads:  # loaded models keep the threads that they were loaded with
         _unsafe_reset_threadpool(threads)
     method = Loader.get().load_program(path).load_method("forward")
-    run = _by_rows(lambda row: method.execute([torch.from_numpy(value) for value in row]), inputs)
-    return Opened(run, metadata.version("executorch"))
+    run = _by_rows(lambda row: method.execute([torch.from_numpy(value) for value in row]), list(info["inputs"]))
+    return run, metadata.version("executorch")
 
 
-def open_litert(path: Path, inputs: list[str], threads: int) -> Opened:
+def open_litert(path: Path, info: dict[str, Any], threads: int) -> Opened:
     """Load ``model.tflite``, which runs row by row and reads token ids as int32."""
     from ai_edge_litert.interpreter import Interpreter
 
     call = Interpreter(str(path), num_threads=threads).get_signature_runner()
-    kinds = [call.get_input_details()[f"args_{number}"]["dtype"] for number in range(len(inputs))]
+    kinds = [call.get_input_details()[f"args_{number}"]["dtype"] for number in range(len(info["inputs"]))]
 
     def run(row: list[Any]) -> object:
         values = (value.astype(kind, copy=False) for value, kind in zip(row, kinds, strict=True))
         return call(**{f"args_{number}": value for number, value in enumerate(values)})
 
-    return Opened(_by_rows(run, inputs), metadata.version("ai-edge-litert"))
+    return _by_rows(run, list(info["inputs"])), metadata.version("ai-edge-litert")
+
+
+def open_coreml(path: Path, info: dict[str, Any], threads: int) -> Opened:
+    """Load ``model.mlpackage``, which runs row by row and reads whole numbers and flags as int32."""
+    import coremltools
+
+    if sys.platform != "darwin":
+        raise SystemExit(f"error: Core ML runs on macOS alone, and this system is {sys.platform}")
+    inputs, model = list(info["inputs"]), coremltools.models.MLModel(str(path.parent))
+
+    def run(row: list[Any]) -> object:
+        values = (value if value.dtype == np.float32 else value.astype(np.int32) for value in row)
+        return model.predict(dict(zip(inputs, values, strict=True)))
+
+    return _by_rows(run, inputs), metadata.version("coremltools")
 
 
 def _by_rows(run: Callable[[list[Any]], object], inputs: list[str]) -> Run:
-    def run_all(feeds: Feeds) -> object:
-        rows = len(feeds[inputs[0]])
-        return [run([feeds[name][row : row + 1] for name in inputs]) for row in range(rows)]
-
-    return run_all
+    return lambda feeds: [run([feeds[name][row : row + 1] for name in inputs]) for row in range(len(feeds[inputs[0]]))]
 
 
 RUNTIMES = {
@@ -132,11 +138,12 @@ RUNTIMES = {
         ("model.pte",), ("executorch.kernels.quantized", "executorch.runtime"), open_executorch, one_pool=True
     ),
     "litert": Runtime(("model.tflite",), ("ai_edge_litert.interpreter",), open_litert),
+    "coreml": Runtime(tuple(f"model.mlpackage/{file}" for file in _COREML), ("coremltools",), open_coreml),
 }
 """What ``bundle.json`` calls a runtime -> how its bundles are loaded."""
 
 
-PACKAGES = {"litert": "ai-edge-litert"}
+PACKAGES = {"litert": "ai-edge-litert", "coreml": "coremltools"}
 """Runtime -> its package, where that has another name."""
 
 
@@ -150,11 +157,11 @@ def load_packages(runtime: str) -> None:
         if runtime == "openvino":  # its plugin for the CPU is a library of its own
             sys.modules["openvino"].Core().get_versions("CPU")
     except ImportError as error:
-        package = PACKAGES.get(runtime, runtime)
-        raise SystemExit(f"error: the bundle is for {runtime} ({error}); pip install {package}") from None
+        wanted = PACKAGES.get(runtime, runtime)
+        raise SystemExit(f"error: the bundle is for {runtime} ({error}); pip install {wanted}") from None
 
 
-def read_bundle(folder: Path) -> dict[str, Any]:
+def read_bundle(folder: Path, provider: str = "cpu") -> dict[str, Any]:
     """Return the content of ``bundle.json``; ``SystemExit`` with a sentence where it is none that can be timed."""
     try:
         content = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
@@ -172,7 +179,9 @@ def read_bundle(folder: Path) -> dict[str, Any]:
             raise SystemExit(f"error: {folder / 'bundle.json'} says nothing of {file}; copy the folder again") from None
         if hashlib.sha256((folder / file).read_bytes()).hexdigest() != expected:
             raise SystemExit(f"error: {folder / file} is not the bundle's; copy the whole folder again")
-    return dict(content)
+    if provider != "cpu" and runtime != "onnxruntime":
+        raise SystemExit(f"error: --provider is onnxruntime's, and {folder} is for {runtime}; leave it out")
+    return {**content, "provider": provider}
 
 
 def fixed_length(inputs: Mapping[str, Mapping[str, Any]]) -> int | None:
@@ -206,7 +215,13 @@ def make_feeds(inputs: Mapping[str, Mapping[str, Any]], batch: int, text_length:
 
 
 def measure(
-    folder: Path, batches: Sequence[int], threads: Sequence[int], *, runs: int = 100, text_length: int = TEXT_LENGTH
+    folder: Path,
+    batches: Sequence[int],
+    threads: Sequence[int],
+    *,
+    runs: int = 100,
+    text_length: int = TEXT_LENGTH,
+    provider: str = "cpu",
 ) -> dict[str, Any]:
     """Time a bundle.
 
@@ -216,6 +231,7 @@ def measure(
         threads: threads inside an operator.
         runs: timed runs of each, at least.
         text_length: tokens of texts, where the graph takes any number.
+        provider: of onnxruntime.
 
     Returns:
         JSON values: ``bundle`` and the sha256 of its ``bundle.json``, ``runtime``, ``machine``, ``size_bytes`` of the
@@ -223,7 +239,7 @@ def measure(
         where the system does not tell), and ``results``: for each batch and number of threads ``p50_ms``, ``p95_ms``,
         ``p99_ms``, ``p50_spread_ms`` (the smallest and the largest median of a round), ``rows_per_second``, ``runs``.
     """
-    info = read_bundle(folder)
+    info = read_bundle(folder, provider)
     load_packages(info["runtime"])
     runtime, text_length = RUNTIMES[info["runtime"]], fixed_length(info["inputs"]) or text_length
     loads, version = [], ""
@@ -233,11 +249,10 @@ def measure(
         for count in together:
             for _ in range(LOADS):
                 start = time.perf_counter()
-                opened = runtime.open(folder / runtime.files[0], list(info["inputs"]), count)
+                run, version = runtime.open(folder / runtime.files[0], info, count)
                 loads.append(time.perf_counter() - start)
-            version = opened.version
             for batch in batches:
-                calls[batch, count] = partial(opened.run, make_feeds(info["inputs"], batch, text_length))
+                calls[batch, count] = partial(run, make_feeds(info["inputs"], batch, text_length))
         timed |= _take_turns(calls, max(1, -(-runs // ROUND)))
     return {
         "format": FORMAT,
@@ -249,7 +264,7 @@ def measure(
         "text_length": text_length,
         "size_bytes": sum((folder / file).stat().st_size for file in runtime.files),
         "load_ms": float(np.median(loads) * 1e3),
-        "peak_memory_bytes": peak_memory(folder, batches[0], threads[0], text_length),
+        "peak_memory_bytes": peak_memory(folder, batches[0], threads[0], text_length, provider),
         "results": [_summary(batch, count, seconds) for (batch, count), seconds in timed.items()],
     }
 
@@ -265,9 +280,10 @@ def describe_machine() -> dict[str, Any]:
     return {"processor": name, "machine": platform.machine(), "cpus": os.cpu_count(), "system": system}
 
 
-def peak_memory(folder: Path, batch: int, threads: int, text_length: int) -> int | None:
+def peak_memory(folder: Path, batch: int, threads: int, text_length: int, provider: str = "cpu") -> int | None:
     """Return what loading and running adds to the peak resident memory of a fresh process, bytes."""
-    asked = [sys.executable, __file__, str(folder), "--memory", f"{batch},{threads},{text_length}"]
+    options = ["--memory", f"{batch},{threads},{text_length}", "--provider", provider]
+    asked = [sys.executable, __file__, str(folder), *options]
     child = subprocess.run(asked, capture_output=True, text=True, check=False)
     if child.returncode:
         raise SystemExit(f"error: measuring the memory failed: {child.stderr.strip()[-500:]}")
@@ -305,15 +321,15 @@ def _summary(batch: int, threads: int, seconds: Any) -> dict[str, Any]:
     }
 
 
-def _memory_child(folder: Path, batch: int, threads: int, text_length: int) -> None:
-    info = read_bundle(folder)
+def _memory_child(folder: Path, provider: str, batch: int, threads: int, text_length: int) -> None:
+    info = read_bundle(folder, provider)
     runtime = RUNTIMES[info["runtime"]]
     feeds = make_feeds(info["inputs"], batch, text_length)
     load_packages(info["runtime"])  # their own memory is none of the model's
     before = _peak_resident_bytes()
-    opened = runtime.open(folder / runtime.files[0], list(info["inputs"]), threads)
+    run, _ = runtime.open(folder / runtime.files[0], info, threads)
     for _ in range(5):
-        opened.run(feeds)
+        run(feeds)
     sys.stdout.write(f"\n{json.dumps([before, _peak_resident_bytes()])}\n")
 
 
@@ -352,15 +368,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--text-length", type=_number, default=TEXT_LENGTH, help="tokens of texts, if any number may be"
     )
+    parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="of onnxruntime")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--memory", type=_numbers, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.memory:
-        _memory_child(given.bundle, *given.memory)
+        _memory_child(given.bundle, given.provider, *given.memory)
         return
-    found = measure(given.bundle, given.batches, given.threads, runs=given.runs, text_length=given.text_length)
-    machine = found["machine"]
-    memory = found["peak_memory_bytes"]
+    options = {"runs": given.runs, "text_length": given.text_length, "provider": given.provider}
+    found = measure(given.bundle, given.batches, given.threads, **options)
+    machine, memory = found["machine"], found["peak_memory_bytes"]
     print(f"{found['bundle']} on {found['runtime']}, {machine['processor'] or machine['machine']}")
     print(f"size {found['size_bytes'] / 1e6:.2f} MB, loaded in {found['load_ms']:.1f} ms", end="")
     print("" if memory is None else f", {memory / 1e6:.1f} MB of memory")

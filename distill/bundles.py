@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.config import FP32, INT8, ExportConfig, QuantizeConfig, nearest
+from distill.config import FP32, INT8, ExportConfig, QuantizeConfig, Recipe, nearest
 from distill.contracts import UserError
 from distill.export.conversion import EXPORTERS, ONNX, convert, missing_packages
 from distill.predict import RUNTIME
@@ -23,12 +23,13 @@ from distill.quantization.static import StaticQuantizer
 from distill.quantization.weights import quantize_weights_int4, quantize_weights_int8
 from distill.runs import write_json
 from distill.runtimes import RUNTIMES
+from distill.runtimes.onnxruntime import check_provider
 from distill.workspace import PRUNED
 
 NOTHING = float("-inf")
 AWARE, QAT = "onnx-int8-qat", "qat"
 """The bundle of a model that was trained for it, and the stage that does so."""
-Precision = Literal["fp32", "int8", "int8, dynamic", "int8, trained"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8, dynamic", "int8, trained"]
 CALIBRATED = ("int8", "int8, trained")
 SOURCES = {"int8, trained": QAT}
 """Precision -> the stage that trains for it."""
@@ -94,7 +95,7 @@ class Kind:
 
 def _converted(runtime: str, precision: Precision) -> Kind:
     """The kind of bundle that a runtime's exporter makes."""
-    exporter = EXPORTERS[runtime]
+    exporter, int8 = EXPORTERS[runtime], precision.startswith("int8")
 
     def make(exported: Exported, target: Path) -> dict[str, Any]:
         source = exported.graph if exporter.source == ONNX else exported.program()
@@ -102,15 +103,16 @@ def _converted(runtime: str, precision: Precision) -> Kind:
             return convert(
                 runtime,
                 source,
-                target.parent,
+                RUNTIMES[runtime].root(target),
                 feeds=exported.feeds() if precision in CALIBRATED else None,
                 dynamic=precision == "int8, dynamic",
                 learnt=None if exported.ranges is None else (exported.graph, exported.ranges),
-                keep_float=() if precision == "fp32" else exported.config.keep_float,
+                keep_float=exported.config.keep_float if int8 else (),
+                precision="fp32" if int8 else precision,
                 report=report,
             )
 
-    return Kind(runtime, precision, make, "fp32" if precision == "fp32" else "int8", SOURCES.get(precision, PRUNED))
+    return Kind(runtime, precision, make, "int8" if int8 else "fp32", SOURCES.get(precision, PRUNED))
 
 
 def _openvino_aware(exported: Exported, target: Path) -> dict[str, Any]:
@@ -158,6 +160,7 @@ BUNDLES = {
     "onnx-int8-weights": Kind(RUNTIME, "int8 weights", _from_graph(quantize_weights_int8), "int8"),
     "onnx-int4-weights": Kind(RUNTIME, "int4 weights", _from_graph(quantize_weights_int4), "int8"),
     "openvino-fp32": _converted("openvino", "fp32"),
+    "openvino-bf16": _converted("openvino", "bf16"),
     "openvino-int8": _converted("openvino", "int8"),
     "openvino-int8-qat": Kind("openvino", "int8, trained", _openvino_aware, "int8", QAT),
     "openvino-int8-dynamic": _converted("openvino", "int8, dynamic"),
@@ -169,8 +172,16 @@ BUNDLES = {
     "litert-int8": _converted("litert", "int8, dynamic"),
     "litert-int8-static": _converted("litert", "int8"),
     "litert-int8-qat": _converted("litert", "int8, trained"),
+    "coreml-fp32": _converted("coreml", "fp32"),
+    "coreml-fp16": _converted("coreml", "fp16"),
 }
 """Name -> kind of bundle."""
+
+
+def not_run(name: str) -> str | None:
+    """The sentence about a bundle that this system cannot run; None of all others."""
+    why = RUNTIMES[BUNDLES[name].runtime].elsewhere()
+    return f"{why}: not run here, so neither compared with its source nor measured" if why else None
 
 
 def best_found(made: Mapping[str, Any], setting: str) -> str:
@@ -223,6 +234,21 @@ def check_packages(config: ExportConfig) -> None:
             )
 
 
+def check_machine(recipe: Recipe, stages: Iterable[str]) -> None:
+    """Check that this machine has what stages need that are to be done.
+
+    Raises:
+        UserError: a package is missing, or the provider that the recipe's ``bench`` names.
+    """
+    if "quantize" in stages:
+        check_packages(recipe.export)
+    if "bench" in stages:
+        try:
+            check_provider(recipe.bench.provider)
+        except UserError as error:
+            raise UserError(f"bench.provider: {error}") from None
+
+
 def least_agreement(config: ExportConfig, name: str) -> float:
     """The least agreement of a bundle with its source."""
     families = {"fp32": config.min_agreement_fp32, "int8": config.min_agreement_int8}
@@ -240,7 +266,7 @@ def stages_of(config: ExportConfig) -> dict[str, str]:
     return {name: "export" if name == FP32 else "quantize" for name in config.bundles}
 
 
-YOUNGER = (("", "bundles"), ("", "min_agreement"), ("quantize", "search"))
+YOUNGER = (("", "bundles"), ("", "min_agreement"), ("", "check_rows"), ("quantize", "search"))
 """Keys of ``export`` and of its parts that finished runs may lack."""
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import __version__, cache_commands, explain_command, fit_command, serve_command
+from distill import __version__, cache_commands, explain_command, fit_command, serve_command, verify_command
 from distill.contracts import UserError
 
 if TYPE_CHECKING:
@@ -98,6 +98,9 @@ def _stage_command(name: str, until: str, text: str, group: typer.Typer = app, c
             typer.echo(json.dumps({"path": str(artifact.path), **artifact.info}))
         else:
             typer.echo(f"{name}: {artifact.path}")
+            for bundle, gate in artifact.info.get("parity", {}).items():
+                if "not_run" in gate:
+                    typer.echo(f"{bundle}: {gate['not_run']}")
 
     verb.__doc__ = text
     group.command(command or name)(verb)
@@ -200,13 +203,15 @@ def predict(
     series: Annotated[list[Path] | None, typer.Option("--series", help="File of numbers; may be repeated.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="CSV with columns named image, text, ...")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes or labels listed a row.")] = 3,
+    provider: Annotated[str, typer.Option(help="Of ONNX bundles: cpu, cuda or tensorrt.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Answer for rows of files and texts with an exported bundle; needs no torch."""
     from distill.predict import in_words, predict_rows
 
     given = {"image": image, "text": text, "audio": audio, "video": video, "series": series}
-    rows = predict_rows(bundle, {name: values for name, values in given.items() if values}, table, top_k=top_k)
+    filled = {name: values for name, values in given.items() if values}
+    rows = predict_rows(bundle, filled, table, top_k=top_k, provider=provider)
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
@@ -250,6 +255,7 @@ def compare(
 app.command()(explain_command.explain)
 app.command()(fit_command.fit)
 app.command()(serve_command.serve)
+app.command()(verify_command.verify)
 
 
 @app.command()
@@ -361,6 +367,8 @@ def _finish_run(recipe: Recipe, done: dict[str, Artifact], *, as_json: bool) -> 
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(terminal_table(report))
     console.print(report["headline"]["title"], highlight=False)
+    for name, found in report["not_run"].items():
+        typer.echo(f"{name}: {found['why']}")
     typer.echo(f"report: {folder / 'report.html'} (also report.md, report.json)")
 
 

@@ -317,6 +317,8 @@ class ExportConfig(Strict):
     min_agreement_fp32: float = Field(0.995, ge=0, le=1)
     min_agreement_int8: float = Field(0.98, ge=0, le=1)
     min_agreement: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # bundle -> its own, instead
+    # validation rows that a bundle brings which this system cannot run, with its source's answers; 0: none leave it
+    check_rows: int = Field(8, ge=0, le=256)
     quantize: QuantizeConfig = QuantizeConfig()
 
     @field_validator("bundles")

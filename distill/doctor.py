@@ -20,6 +20,7 @@ EXTRAS = {
     "explain": "captum",
     "fit": "optuna",
     "serve": "fastapi",
+    "coreml": "coremltools",
     "executorch": "executorch",
     "litert": "ai_edge_litert",
     "openvino": "openvino",

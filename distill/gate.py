@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from distill import bench, evaluate
 from distill.build import Model, input_spec
-from distill.bundles import BUNDLES
+from distill.bundles import BUNDLES, not_run
 from distill.contracts import AND, VALID, Batch
 from distill.data.loader import InputSpec, Loader
 from distill.data.raw import RawRows
 from distill.data_config import DataConfig
 from distill.dual import DualEncoder
 from distill.export.bundle import ParityError, parity, write_bundle
-from distill.export.onnx import extract_tower
+from distill.export.onnx import extract_tower, graph_outputs
 from distill.formats import TABULAR, TEXT, BadInput
-from distill.predict import EMBEDDING, load, open_graph
+from distill.multimodal import evaluating
+from distill.predict import EMBEDDING, INPUT, OUTPUT, load, open_graph, verify_bundle
 from distill.preprocess import Preprocessor
+from distill.runtimes import RUNTIMES
 from distill.workspace import PRUNED, STUDENT, Workspace
 
 Graph = Mapping[str, Any]
@@ -83,25 +86,49 @@ class Gate:
             part: makes the models of single encoders; by default they are taken out of the ONNX file.
 
         Returns:
-            As :func:`~distill.export.bundle.parity`.
+            As :func:`~distill.export.bundle.parity`; ``not_run`` alone, a sentence, of a bundle that this system cannot
+            run: it brings some rows and what the source says of them.
 
         Raises:
             ParityError: the bundle reads or says something else than its source.
         """
         kind, part = BUNDLES[bundle.name], part or partial(_taken_out, file)
-        self._write(bundle, file, self._spec, info, kind.runtime, graph)
+        elsewhere = not_run(bundle.name)
+        info = {**info, "not_run": elsewhere} if elsewhere else info
+        self._write(bundle, file, self._spec, info, kind.runtime, graph, self._model)
         for modality, folder in towers(self._model, bundle).items():
             model: Any = self._model
             folder.mkdir(exist_ok=True)
             alone, made = part(modality, folder / kind.file)
             num_params = sum(map(bench.num_params, (model.encoders[modality], model.embedders[modality])))
             told = {"precision": kind.precision, **made, "num_params": num_params}
-            self._write(folder, folder / kind.file, self._spec.only([modality]), told, kind.runtime, alone)
+            told |= {"not_run": elsewhere} if elsewhere else {}
+            spec = self._spec.only([modality])
+            self._write(folder, folder / kind.file, spec, told, kind.runtime, alone, model.alone(modality))
+        if elsewhere:
+            return {"not_run": elsewhere}
         same = kind.precision == "fp32"
         found = self._compare(bundle_says(self._model, bundle, self._batches), least, CLOSE if same else None)
         if same:
             self._compare_parts(bundle, min(least, PARTS_LEAST))
         return found
+
+    def _check_rows(self, model: Model, reads: InputSpec) -> dict[str, NDArray[Any]]:
+        """Some validation rows as a model reads them, and its answers, as :func:`write_bundle` takes them."""
+        rows = self._loader.row_positions[: self._work.recipe.export.check_rows]
+        if not len(rows):
+            return {}
+        batch = self._loader.batch(rows, self._loader.clean_views(len(rows)))[STUDENT]
+        kept = [name for name in batch.inputs if name.split("_")[0] in reads.modalities]
+        batch = batch._replace(
+            inputs={name: batch.inputs[name] for name in kept},
+            present={name: batch.present[name] for name in reads.modalities},
+            targets={},
+        )
+        with torch.no_grad(), evaluating(model):
+            said = graph_outputs(model(batch.to(next(model.parameters()).device)))
+        arrays = {f"{INPUT}{name}": array for name, array in evaluate.feeds(batch).items()}
+        return arrays | {f"{OUTPUT}{name}": value.float().cpu().numpy() for name, value in said.items()}
 
     def _compare_parts(self, bundle: Path, least: float) -> None:
         """Compare the answers to a batch of which just some modalities are present."""
@@ -141,7 +168,14 @@ class Gate:
         return evaluate.predict_torch(self._model, self._batches, embeddings=embeddings)
 
     def _write(
-        self, folder: Path, file: Path, reads: InputSpec, info: Mapping[str, Any], runtime: str, graph: Graph | None
+        self,
+        folder: Path,
+        file: Path,
+        reads: InputSpec,
+        info: Mapping[str, Any],
+        runtime: str,
+        graph: Graph | None,
+        model: Model,
     ) -> None:
         work = self._work
         write_bundle(
@@ -154,8 +188,9 @@ class Gate:
             info=info,
             runtime=runtime,
             graph=graph,
+            check=self._check_rows(model, reads) if "not_run" in info else None,
         )
-        check_reading(load(folder).preprocessor, self._loader, reads, work.recipe.data)
+        check_reading(Preprocessor.load(folder), self._loader, reads, work.recipe.data)
 
 
 def _taken_out(file: Path, modality: str, target: Path) -> tuple[None, dict[str, Any]]:
@@ -224,3 +259,17 @@ def bundle_says(
         return evaluate.predict_bundle(load(bundle), batches, embeddings=embeddings)
     parts = [evaluate.predict_bundle(load(path), batches, embeddings=[name]) for name, path in alone.items()]
     return {name: array for part in parts for name, array in part.items()}
+
+
+def unrun(bundles: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Bundles that were written and not run: for each ``why``, a sentence, and ``size_bytes`` of its model.
+
+    Args:
+        bundles: name -> folder.
+    """
+    found = {}
+    for name, folder in bundles.items():
+        info = verify_bundle(folder)
+        size = sum(info["files"][file]["bytes"] for file in RUNTIMES[info["runtime"]].files)
+        found[name] = {"why": info["info"].get("not_run", "it was not run here"), "size_bytes": size}
+    return found

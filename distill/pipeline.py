@@ -71,6 +71,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     training: Any = {"train": {"shard"}, "pretrain": {"__all__": {"shard"}}}  # a run may go on with parts, or without
     tree = recipe.model_dump(exclude={**unrelated, "data": {"source": places}, "teacher": training})
     tree |= {"export": bundles.settings(recipe.export), "prune": prune.younger(tree["prune"])}
+    tree["bench"] = recipe.bench.settings()
     for part in (*tree["teacher"]["encoders"].values(), *tree["student"]["encoders"].values()):
         if "weights" in part:
             part["weights"] = weights_identity(part["weights"])
@@ -248,7 +249,7 @@ STAGES = (
         "measure latency, memory and size",
         results.bench_all,
         ("data", "teacher", "vocabulary", "inherit", "baseline", "student", "pruned", "export", "quantize"),
-        lambda r: {"bench": r.bench.model_dump()},
+        lambda r: {"bench": r.bench.settings()},
     ),
     Stage(
         "report",
@@ -351,8 +352,7 @@ def run(
         ranks.wait()
         planned = plan(recipe, until=until, force=force, ranks=ranks)
         refuse_loss(planned, folder)
-        if any(item.stage.name == "quantize" and item.artifact is None for item in planned):
-            bundles.check_packages(recipe.export)
+        bundles.check_machine(recipe, [item.stage.name for item in planned if item.artifact is None])
         if ranks.first:
             discard_again(folder, descendants(force, STAGES), planned)
             write_json(folder / "recipe.resolved.json", recipe.model_dump())

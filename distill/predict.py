@@ -21,12 +21,15 @@ from distill.formats.tabular import TabularFormat
 from distill.onnx_file import check_one_file
 from distill.preprocess import SPEC_FILE, TOKENIZER_FILE, Preprocessor, has_text
 from distill.runs import read_json, sha256_file
-from distill.runtimes import RUNTIMES, Runtime
+from distill.runtimes import CPU, RUNTIMES, Runtime, open_model
 from distill.runtimes.onnxruntime import OnnxRuntime
 from distill.runtimes.onnxruntime import open_session as open_session
 from distill.targets import CAPTIONING, CLASSIFICATION, REGRESSION, Task, tasks_from_json
 
 BUNDLE_FILE, MODEL_FILE, LABELS_FILE = "bundle.json", "model.onnx", "labels.json"
+CHECK_FILE = "check.safetensors"
+INPUT, OUTPUT = "input.", "output."
+"""Rows and what the source answers, in bundles that were not run where they were made; what begins their names."""
 
 BUNDLE_FORMAT, BUNDLE_VERSION = "multidistill-bundle", 2
 """Version 2: the vocabulary is pruned, and earlier readers would feed the tokenizer's ids. Others are of version 1."""
@@ -68,14 +71,15 @@ def verify_bundle(folder: str | Path) -> dict[str, Any]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{folder / BUNDLE_FILE} is malformed ({error!r}); export the bundle again") from error
+    opened = RUNTIMES[runtime].files
     for name, digest in files.items():
-        path = folder / name
-        if name != Path(name).name or "\\" in name or len(name) > LONGEST_NAME or not path.is_file():
+        path, plain = folder / name, name == Path(name).name and "\\" not in name and len(name) <= LONGEST_NAME
+        if not (plain or name in opened) or not path.is_file():
             raise UserError(f"bundle {folder} lacks its file {name!r}; copy or export the bundle again")
-        _refuse_link(path)
+        for part in (path, *path.parents[: len(Path(name).parts) - 1]):
+            _refuse_link(part)
         if sha256_file(path) != digest:
             raise UserError(f"{path} was changed after export (its sha256 differs); copy or export the bundle again")
-    opened = RUNTIMES[runtime].files
     needed = {*opened, LABELS_FILE, SPEC_FILE}
     if not needed <= files.keys() or ((folder / TOKENIZER_FILE).exists() and TOKENIZER_FILE not in files):
         unlisted = sorted((needed | {TOKENIZER_FILE}) - files.keys())
@@ -137,14 +141,14 @@ class Predictor(Graph):
         preprocessor: turns rows into the graph's inputs.
     """
 
-    def __init__(self, folder: str | Path, *, threads: int = 1) -> None:
+    def __init__(self, folder: str | Path, *, threads: int = 1, provider: str = CPU) -> None:
         """Verify and load a bundle; see :func:`load`."""
         folder = Path(folder)
         self.info = verify_bundle(folder)
         self.tasks = _read_tasks(folder / LABELS_FILE)
         self.preprocessor = Preprocessor.load(folder)
-        chosen = RUNTIMES[self.info["runtime"]]
-        super().__init__(chosen(folder / chosen.files[0], self.info, threads))
+        runtime = str(self.info["runtime"])
+        super().__init__(open_model(runtime, folder / RUNTIMES[runtime].files[0], self.info, threads, provider))
         _check_tasks(folder / LABELS_FILE, self.tasks, self.outputs, self.info["outputs"])
         _check_inputs(folder / SPEC_FILE, self.preprocessor, self.info["inputs"])
 
@@ -228,17 +232,18 @@ class Predictor(Graph):
         return feeds
 
 
-def load(bundle: str | Path, *, threads: int = 1) -> Predictor:
+def load(bundle: str | Path, *, threads: int = 1, provider: str = CPU) -> Predictor:
     """Load a bundle after checking its hashes.
 
     Args:
         bundle: the folder that ``distill export`` wrote.
         threads: threads inside an operator.
+        provider: of onnxruntime: ``cpu``, ``cuda`` or ``tensorrt``; one that is not there or fails to load is refused.
 
     Raises:
         UserError: as :func:`verify_bundle`, or the model does not answer what ``labels.json`` names.
     """
-    return Predictor(bundle, threads=threads)
+    return Predictor(bundle, threads=threads, provider=provider)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -254,6 +259,7 @@ def predict_rows(
     *,
     top_k: int = 3,
     threads: int = 1,
+    provider: str = CPU,
 ) -> list[dict[str, Any]]:
     """What ``distill predict`` does: classify files and texts, rows of several of them, or those of a table.
 
@@ -264,6 +270,7 @@ def predict_rows(
             of the records that the model learnt from; one is enough.
         top_k: number of classes listed.
         threads: threads inside an operator.
+        provider: as of :func:`load`.
 
     Returns:
         For each row its value of each modality that the model reads (None where absent) and ``predictions``, as
@@ -275,7 +282,7 @@ def predict_rows(
     filled = {name: values for name, values in (given or {}).items() if values}
     if table is None and not filled:
         raise UserError(NOTHING)
-    predictor = load(bundle, threads=threads)
+    predictor = load(bundle, threads=threads, provider=provider)
     reads = [*predictor.preprocessor.formats, *([TEXT] if predictor.preprocessor.tokenizer else [])]
     for name in filled:
         if name not in reads:

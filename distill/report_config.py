@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,12 @@ class BenchConfig(Strict):
 
     repeats: int = Field(200, ge=10)
     threads: int = Field(1, ge=1)
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"  # of onnxruntime's graphs and bundles, the teacher's too
+
+    def settings(self) -> dict[str, Any]:
+        """As fingerprints see it: the provider is younger than finished runs, and counts if it is not the default."""
+        tree = self.model_dump()
+        return tree if tree["provider"] != "cpu" else self.model_dump(exclude={"provider"})
 
 
 class RetrievalConfig(Strict):

@@ -28,6 +28,7 @@ from distill.bundles import (
     best_found,
     least_agreement,
     least_setting,
+    not_run,
     stages_of,
 )
 from distill.config import FP32, INT8, Recipe
@@ -39,18 +40,18 @@ from distill.dual import DualEncoder
 from distill.export.bundle import ParityError
 from distill.export.onnx import export_onnx
 from distill.formats import TEXT, Format
-from distill.gate import SHIPPED, Gate, bundle_says, towers
+from distill.gate import SHIPPED, Gate, bundle_says, towers, unrun
 from distill.label_noise import doubts_of, told, write_doubts
 from distill.measured import on_devices
 from distill.other_teachers import provenance
-from distill.predict import load, verify_bundle
+from distill.predict import RUNTIME, load, verify_bundle
 from distill.programs import graph_apart, origin
 from distill.progress import progress
 from distill.report import ModelEntry, ReportContext, write_report
 from distill.report.formats import milliseconds
 from distill.retrieval import ZERO_SHOT, Pairs, zero_shot_logits
 from distill.runs import read_json
-from distill.runtimes import RUNTIMES
+from distill.runtimes import CPU, RUNTIMES
 from distill.workspace import STUDENT, TEACHER, Workspace
 
 TRAINED = (TEACHER, "baseline", STUDENT, "pruned")
@@ -132,7 +133,7 @@ def evaluate_all(work: Workspace, folder: Path) -> dict[str, Any]:
     evaluate.write_arrays(
         folder / "targets.safetensors", {"ids": data.ids[rows], "group": data.groups[rows], **targets}
     )
-    bundles = stages_of(work.recipe.export)
+    bundles = [name for name in stages_of(work.recipe.export) if not not_run(name)]
     names = [*TRAINED, *bundles]
     with progress("evaluate", quiet=work.quiet) as report:
         for number, name in enumerate(names):
@@ -218,8 +219,10 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
     recipe, export = work.recipe, work.path("export")
     models = {name: work.model(name) for name in (TEACHER, STUDENT, SHIPPED)}
     feeds = {name: median_row(work, model) for name, model in models.items()}
-    timed = {name: bench.Timed(export / f"{name}.onnx", feeds[name]) for name in (TEACHER, STUDENT)}
-    timed |= {name: timed_bundle(work, name, feeds[SHIPPED]) for name in recipe.export.bundles}
+    graphs = {name: export / f"{name}.onnx" for name in (TEACHER, STUDENT)}
+    timed = {name: bench.Timed(graph, feeds[name], provider=recipe.bench.provider) for name, graph in graphs.items()}
+    bundles = [name for name in recipe.export.bundles if not not_run(name)]
+    timed |= {name: timed_bundle(work, name, feeds[SHIPPED]) for name in bundles}
     settings = {"repeats": recipe.bench.repeats, "threads": recipe.bench.threads}
     with progress("bench", quiet=work.quiet) as report:
         measured = bench.bench_models(timed, **settings, neighbour=FP32)
@@ -230,7 +233,7 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
         entry = measured.setdefault(name, dict(measured[FP32]))  # the fp32 bundle is the shipped model's graph
         entry |= {"flops": bench.flops(model, one), "num_params": bench.num_params(model)}
     costs = {field: measured[SHIPPED][field] for field in ("flops", "num_params")}
-    for name in recipe.export.bundles:
+    for name in bundles:
         measured[name] |= costs
     measured["baseline"] = dict(measured[STUDENT])  # the same architecture, so the same graph but for its weights
     return {"models": measured, "processor": platform.processor() or platform.machine()}
@@ -239,7 +242,8 @@ def bench_all(work: Workspace, folder: Path) -> dict[str, Any]:
 def timed_bundle(work: Workspace, name: str, feeds: bench.Feeds) -> bench.Timed:
     """A bundle as it is timed."""
     kind, folder = BUNDLES[name], bundle_folder(work, name)
-    return bench.Timed(folder / kind.file, feeds, kind.runtime, verify_bundle(folder))
+    provider = work.recipe.bench.provider if kind.runtime == RUNTIME else CPU
+    return bench.Timed(folder / kind.file, feeds, kind.runtime, verify_bundle(folder), provider)
 
 
 def median_row(work: Workspace, model: Model, split: str = TEST) -> dict[str, NDArray[Any]]:
@@ -260,10 +264,12 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
     predictions = work.path("evaluate")
     kept = evaluate.read_arrays(predictions / "targets.safetensors")
     measured = work.done["bench"].info["models"]
+    run = [name for name in recipe.export.bundles if name in measured and name in work.done["evaluate"].info["models"]]
     fused = recipe.teacher.fusion is not None or recipe.student.fusion is not None
     tasks = dict(data.tasks) if fused else {}
     doubts = doubts_of(work)
     write_doubts(folder / DOUBTS_FILE, data.tasks, doubts)
+    gates = {**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]}
     pairs = None
     if recipe.retrieval is not None:
         tasks |= {f"{task}{ZERO_SHOT}": data.tasks[task] for task in recipe.retrieval.prompts}
@@ -278,7 +284,7 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         groups=kept["group"],
         ids=kept["ids"],
         shown=shown_alike(data, data.rows(TEST)),
-        models=[_entry(work, name, predictions, measured[name]) for name in (*TRAINED, *recipe.export.bundles)],
+        models=[_entry(work, name, predictions, measured[name]) for name in (*TRAINED, *run)],
         data={
             **work.done["data"].info,
             "fingerprint": work.done["data"].fingerprint,
@@ -290,7 +296,8 @@ def write_run_report(work: Workspace, folder: Path) -> dict[str, Any]:
         costs={name: artifact.info["cost"] for name, artifact in work.done.items() if "cost" in artifact.info},
         cache={k: v for k, v in work.done["cache"].info.items() if k != "cost"} if "cache" in work.done else {},
         teachers=provenance(recipe),
-        parity={**work.done["export"].info["parity"], **work.done["quantize"].info["parity"]},
+        parity={name: gate for name, gate in gates.items() if "not_run" not in gate},
+        not_run=unrun({name: bundle_folder(work, name) for name in recipe.export.bundles if name not in run}),
         quantized=_layers(work),
         doubts={task: told(data.tasks[task], splits, recipe.report.examples) for task, splits in doubts.items()},
         measured=on_devices(recipe.report, (work.path("export"), work.path("quantize"))),
@@ -343,7 +350,8 @@ def _entry(work: Workspace, name: str, predictions: Path, measured: Mapping[str,
             _, modalities, task = key.split(".")
             subsets.setdefault(modalities, {})[task] = values
     threads, beside = measured["threads"], measured.get("neighbour_p50_ms")
-    note = f"{measured['runtime']} CPU, batch 1, {threads} thread{'s' if threads > 1 else ''}"
+    device = measured.get("device", "CPU")
+    note = f"{measured['runtime']} {device}, batch 1, {threads} thread{'s' if threads > 1 else ''}"
     return ModelEntry(
         name=name,
         stage=stages_of(work.recipe.export).get(name, name),

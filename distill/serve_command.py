@@ -20,6 +20,7 @@ def serve(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder, e.g. runs/NAME/quantize/onnx-int8.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     threads: Annotated[int, typer.Option(min=1, help="Threads inside an operator.")] = 1,
+    provider: Annotated[str, typer.Option(help="Of ONNX bundles: cpu, cuda or tensorrt.")] = "cpu",
     max_mb: Annotated[float, typer.Option(min=0.01, max=2048, help="Largest request, MB.")] = 16.0,
     max_rows: Annotated[int, typer.Option(min=1, help="Most rows of a request.")] = 64,
 ) -> None:
@@ -32,7 +33,7 @@ def serve(
         raise UserError(f"distill serve needs {error.name}: pip install 'multidistill[serve]'") from error
     from distill.predict import load
 
-    predictor = load(bundle, threads=threads)
+    predictor = load(bundle, threads=threads, provider=provider)
     limits = Limits(body_bytes=int(max_mb * 1e6), rows=max_rows)
     with _bound(port) as listening:
         app = make_app(predictor, limits)

@@ -32,9 +32,10 @@ LENGTH = 6
 """Tokens of the longest text."""
 PRECISIONS = {
     "onnxruntime": ("fp32",),
-    "openvino": ("fp32", "int8", "dynamic"),
+    "openvino": ("fp32", "bf16", "int8", "dynamic"),
     "executorch": ("fp32", "int8", "dynamic"),
     "litert": ("fp32", "int8", "dynamic"),
+    "coreml": ("fp32", "fp16"),
 }
 TINY_LABELS = {task: [f"{task} {number}" for number in range(count)] for task, count in NUM_CLASSES.items()}
 
@@ -87,8 +88,8 @@ def bundle_of(kind: str, runtime: str, precision: str = "fp32") -> Path:
     graph: dict[str, Any] | None = None
     if runtime in EXPORTERS:
         feeds = [as_feeds(batch_of(kind, 32, seed=100 + number)) for number in range(2)]
-        kind: dict[str, Any] = {"fp32": {}, "int8": {"feeds": feeds}, "dynamic": {"dynamic": True}}[precision]
-        graph = convert(runtime, source, folder, **kind)
+        made: dict[str, Any] = {"int8": {"feeds": feeds}, "dynamic": {"dynamic": True}}
+        graph = convert(runtime, source, folder, **made.get(precision, {"precision": precision}))
         source = folder / RUNTIMES[runtime].files[0]
     write_bundle(
         folder / "bundle",

@@ -45,6 +45,7 @@ def convert(
     dynamic: bool = False,
     learnt: object = None,
     keep_float: Sequence[str] = (),
+    precision: str = "fp32",
     report: object = None,
 ) -> dict[str, Any]:
     """As the exporters do, without lowering; ``feeds`` are read, and their names and lengths returned."""

@@ -86,6 +86,7 @@ LEVELS = {
         "distill.explain",
         "distill.doctor",
         "distill.serving",
+        "distill.verification",
     },
     5: {
         "distill.workspace",
@@ -120,6 +121,7 @@ LEVELS = {
         "distill.explain_command",
         "distill.fit_command",
         "distill.serve_command",
+        "distill.verify_command",
         "distill.__main__",
     },
 }

@@ -118,7 +118,7 @@ def test_threads_of_one_pool_follow_one_another(device, monkeypatch):
     ran = []
 
     def opened(path, inputs, threads):
-        return bench_bundle.Opened(lambda feeds: ran.append(threads), "1")
+        return lambda feeds: ran.append(threads), "1"
 
     shared = bench_bundle.RUNTIMES["onnxruntime"]._replace(open=opened, one_pool=True)
     monkeypatch.setitem(bench_bundle.RUNTIMES, "onnxruntime", shared)

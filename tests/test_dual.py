@@ -21,6 +21,8 @@ from distill.predict import load
 from distill.recipe import load_recipe
 from distill.retrieval import pairs_of, search
 from distill.runs import read_json
+from distill.runtimes import RUNTIMES
+from distill.verification import verify_answers
 from distill.workspace import STUDENT
 from students import ConvNet, StaticEmbeddings
 
@@ -182,6 +184,27 @@ def test_each_encoder_runs_alone_on_other_runtimes_too(run, tmp_path, monkeypatc
         said, torch_said = (load_file(folder / f"evaluate/{n}.safetensors") for n in ("executorch-int8", "pruned"))
         for name in ("embedding.image", "embedding.text", "logits.colour, zero-shot"):
             np.testing.assert_allclose(said[name], torch_said[name], atol=1e-3)
+
+
+def test_encoders_that_run_elsewhere_alone_bring_rows_of_their_own(run, tmp_path, monkeypatch):
+    class Elsewhere(stand_in_runtime.StandIn):
+        @classmethod
+        def elsewhere(cls):
+            return "it runs on the moon alone"
+
+    shutil.copytree(run.parents[1], tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    with stand_in_runtime.installed() as patch:
+        patch.setitem(RUNTIMES, "executorch", Elsewhere)
+        answer = distill("evaluate", "dual.yaml", "export.bundles=[executorch-fp32]")
+        assert answer.code == 0, answer.err
+        patch.setitem(RUNTIMES, "executorch", stand_in_runtime.StandIn)
+        for name, outputs in (("", ["image", "text"]), ("-image", ["image"]), ("-text", ["text"])):
+            bundle = tmp_path / "copy/runs/dual/quantize" / f"executorch-fp32{name}"
+            assert "moon" in load(bundle).info["info"]["not_run"]
+            found = verify_answers(bundle)
+            assert found["rows"] > 0 and [*found["outputs"]] == [f"embedding_{each}" for each in outputs]
+            assert all(entry["relative"] < 1e-4 for entry in found["outputs"].values())
 
 
 def test_the_example_of_a_card_runs(run, monkeypatch, capsys):

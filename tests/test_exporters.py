@@ -27,7 +27,7 @@ SLOW = {"executorch", "litert"}
 """Their exporters take half a minute and more."""
 MODELS = ["cross_attention", "concat", "gru", "learnt"]
 RUNTIME = pytest.mark.parametrize(
-    "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in EXPORTERS]
+    "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PACKAGES]
 )
 
 
@@ -63,6 +63,38 @@ def test_int8_bundles_are_near(runtime: str, kind: str, precision: str) -> None:
     for name, value in expected.items():
         if not name.startswith("embedding"):
             assert (found[name].argmax(1) == value.argmax(1)).mean() > 0.95, name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bf16_is_half_as_large_and_near(kind: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    whole, half = (load(bundle_of(kind, "openvino", precision)) for precision in ("fp32", "bf16"))
+    if kind == "learnt":  # of the others not even the graph's constants are large
+        assert half.info["files"]["model.bin"]["bytes"] < 0.51 * whole.info["files"]["model.bin"]["bytes"]
+    has = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert half.runtime.device == ("CPU in bfloat16" if has else "CPU in float32, as it has no bfloat16")
+    assert whole.runtime.device == "CPU"
+    used = half.runtime.request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT")
+    assert used == (openvino.Type.bf16 if has else openvino.Type.f32)
+    batch = batch_of(kind, 50, seed=7)
+    found, expected = half.run(as_feeds(batch)), said(kind, batch)
+    for name, value in expected.items():
+        rows = batch.present.get(name.removeprefix(EMBEDDING), batch.ids >= 0).numpy()
+        assert cosine(found[name][rows], value[rows]) > 0.999, name
+
+
+def test_bf16_on_a_processor_without_it_is_float32_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino")
+    bundle, real = bundle_of("learnt", "openvino", "bf16"), openvino.Core.get_property
+    monkeypatch.setattr(
+        openvino.Core,
+        "get_property",
+        lambda core, *asked: ["FP32", "INT8"] if asked[1] == "OPTIMIZATION_CAPABILITIES" else real(core, *asked),
+    )
+    predictor = load(bundle)
+    assert predictor.runtime.device == "CPU in float32, as it has no bfloat16"
+    used = predictor.runtime.request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT")
+    assert used == openvino.Type.f32
 
 
 @RUNTIME

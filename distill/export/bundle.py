@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from distill.contracts import UserError
 from distill.export.card import model_card
@@ -21,6 +22,7 @@ from distill.predict import (
     BUNDLE_FILE,
     BUNDLE_FORMAT,
     BUNDLE_VERSION,
+    CHECK_FILE,
     LABELS_FILE,
     RUNTIME,
     verify_bundle,
@@ -33,6 +35,7 @@ from distill.targets import CAPTIONING, CLASSIFICATION, KINDS, MULTILABEL, REGRE
 __all__ = ["CARD_FILE", "ParityError", "parity", "verify_bundle", "write_bundle"]
 
 CARD_FILE = "README.md"
+Check = Mapping[str, NDArray[Any]]
 EMBEDDINGS, LOGITS = "embedding.", "logits."
 """Begin the names of outputs."""
 AGREES = {
@@ -60,6 +63,7 @@ def write_bundle(
     info: Mapping[str, Any],
     runtime: str = RUNTIME,
     graph: Mapping[str, Any] | None = None,
+    check: Check | None = None,
 ) -> dict[str, Any]:
     """Write a bundle and verify it.
 
@@ -74,6 +78,8 @@ def write_bundle(
         runtime: which of :data:`~distill.runtimes.RUNTIMES` the files are for.
         graph: ``inputs`` and ``outputs`` as :func:`distill.export.conversion.convert` gives them; an ONNX file says its
             own.
+        check: some rows, ``input.NAME`` [N, ...], and what the source answers, ``output.NAME``: whoever runs the bundle
+            first can compare.
 
     Returns:
         The content of ``bundle.json``: format, version, runtime, inputs, outputs, file hashes, source and info.
@@ -86,9 +92,9 @@ def write_bundle(
     graph = describe(onnx.load(model_path)) if graph is None else graph
     _check_tasks(tasks, graph["outputs"])
     (folder / BUNDLE_FILE).unlink(missing_ok=True)  # written last: a folder without it is no bundle
-    for file in chosen.files:
-        path = model_path.with_suffix(Path(file).suffix)
+    for file, path in chosen.beside(model_path).items():
         if path.resolve() != (folder / file).resolve():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / file)
     preprocessor.save(folder)
     if preprocessor.tokenizer:
@@ -108,6 +114,10 @@ def write_bundle(
         temporary.write_text(model_card(content, tasks, preprocessor), encoding="utf-8")
     names = [*chosen.files, SPEC_FILE, LABELS_FILE, CARD_FILE]
     names += [TOKENIZER_FILE] if preprocessor.tokenizer else []
+    (folder / CHECK_FILE).unlink(missing_ok=True)
+    if check:
+        save_file({name: np.ascontiguousarray(array) for name, array in check.items()}, folder / CHECK_FILE)
+        names.append(CHECK_FILE)
     files = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256_file(folder / file)} for file in names}
     write_json(folder / BUNDLE_FILE, {**content, "files": files})
     return verify_bundle(folder)

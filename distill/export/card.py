@@ -30,6 +30,24 @@ SAYS = {
     REGRESSION: f"Outputs of tasks with numbers are standardised: times `std`, plus `mean`, both in `{LABELS_FILE}`.",
     CAPTIONING: f"Outputs of tasks with captions are ids of tokens, named in `{LABELS_FILE}`; 3 closes a caption.",
 }
+CORE_ML = (
+    "In an app, add `model.mlpackage` to the Xcode project (iOS 16, macOS 13 or newer). It reads one row: whole",
+    "numbers and flags as multi-arrays of int32, others of float32, of the shapes below with `batch` 1; texts are",
+    "padded with 0 under a `text_mask` of 0. It gives float32.",
+    "",
+)
+CHECK = (
+    "`distill verify .` compares it with its source on the machine that runs it, where it brings rows for that:",
+    "`check.safetensors` holds validation rows of its training data.",
+    "",
+)
+TENSORRT = {
+    "fp32": "`trtexec` builds an engine of this graph for 1 to 64 rows. TensorRT 11 has no `--fp16`: leave it out, or "
+    "build that of the bundle `onnx-fp16`. It was not built here.",
+    "fp16": "`trtexec` builds an engine of this graph for 1 to 64 rows; TensorRT 10 needs `--stronglyTyped` beside it. "
+    "It was not built here.",
+}
+"""Precision -> what is said of an engine."""
 PRESENT = "An input `..._present` that is false makes the model ignore that modality."
 DIRECTIONS = (
     "Embeddings have length 1: the product of one of an image and one of a text is their cosine. An input",
@@ -79,6 +97,9 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
             f"print(load('.').{verb}([{{{arguments}}}]))",
             "```",
             "",
+            *(CORE_ML if content["runtime"] == "coreml" else ()),
+            *(CHECK if "not_run" in content["info"] else ()),
+            *_tensorrt(content, preprocessor),
             "## Tensors",
             "",
             "| | name | type | shape |",
@@ -90,6 +111,46 @@ def model_card(content: Mapping[str, Any], tasks: Mapping[str, Task], preprocess
             "",
         ]
     ).replace("\n\n\n", "\n\n")
+
+
+def _tensorrt(content: Mapping[str, Any], preprocessor: Preprocessor) -> list[str]:
+    """How TensorRT builds an engine from the graph; of ONNX files in float, as it takes int8 of another kind."""
+    precision = content["info"].get("precision")
+    if content["runtime"] != RUNTIME or precision not in TENSORRT:
+        return []
+    length = preprocessor.tokenizer.max_length if preprocessor.tokenizer else 1
+    return [
+        "## TensorRT",
+        "",
+        TENSORRT[precision],
+        "",
+        "```",
+        trtexec(content["inputs"], length, half=precision == "fp32"),
+        "```",
+        "",
+    ]
+
+
+def trtexec(inputs: Mapping[str, Mapping[str, Any]], length: int, *, half: bool, batch: int = 64) -> str:
+    """Return the command that builds a TensorRT engine for 1 to ``batch`` rows, best for one.
+
+    Args:
+        inputs: name -> dtype and shape, in which names stand for dimensions of any size.
+        length: tokens of the longest text.
+        half: whether TensorRT 10 may compute in fp16.
+        batch: most rows.
+    """
+    profiles = {"min": (1, 1), "opt": (1, length), "max": (batch, length)}
+    shapes = [
+        f"--{name}Shapes="
+        + ",".join(
+            f"{tensor}:" + "x".join(str({"batch": rows, "length": tokens}.get(size, size)) for size in value["shape"])
+            for tensor, value in inputs.items()
+        )
+        for name, (rows, tokens) in profiles.items()
+    ]
+    flags = ["--fp16"] if half else []
+    return " \\\n  ".join([f"trtexec --onnx={MODEL_FILE} --saveEngine=model.plan", *flags, *shapes])
 
 
 def _beside(runtime: str) -> str:

@@ -22,19 +22,22 @@ class Exporter(NamedTuple):
         source: what it converts, as the file's suffix: an ONNX file or a program of one row.
         packages: names that it and the runtime import, of the runtime's extra.
         keeps_float: whether parts can be kept from quantization.
+        halves: whether it makes 16-bit models.
     """
 
     module: str
     source: str
     packages: tuple[str, ...]
     keeps_float: bool = False
+    halves: bool = False
 
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 EXPORTERS = {
-    "openvino": Exporter("openvino", ONNX, ("openvino", "nncf"), keeps_float=True),
+    "openvino": Exporter("openvino", ONNX, ("openvino", "nncf"), keeps_float=True, halves=True),
     "executorch": Exporter("executorch", PROGRAM, ("executorch", "torchao")),
     "litert": Exporter("litert", PROGRAM, ("litert_torch", "ai_edge_litert", "ai_edge_quantizer")),
+    "coreml": Exporter("coreml", PROGRAM, ("coremltools",), halves=True),
 }
 """Runtime -> its exporter; ``onnxruntime`` runs what ``export_onnx`` writes."""
 
@@ -54,6 +57,7 @@ def convert(
     dynamic: bool = False,
     learnt: tuple[Path, Mapping[str, tuple[float, float]]] | None = None,
     keep_float: Sequence[str] = (),
+    precision: str = "fp32",
     report: Progress = silent,
 ) -> dict[str, Any]:
     """Write a runtime's model, in a process of its own.
@@ -67,6 +71,7 @@ def convert(
         learnt: with ``feeds``, the model's ONNX file and ranges of its values that go before what is calibrated; of a
             runtime that converts programs.
         keep_float: of int8 parts of node names whose operators stay in float, where the exporter has it.
+        precision: ``fp16`` or ``bf16`` for 16-bit models, where the exporter makes them.
         report: told how long it has taken.
 
     Returns:
@@ -90,5 +95,7 @@ def convert(
             arguments["learnt"] = {"graph": str(learnt[0]), "ranges": dict(learnt[1])}
         if arguments and exporter.keeps_float:
             arguments["keep_float"] = list(keep_float)
+        if exporter.halves:
+            arguments["precision"] = precision
         made = run_exporter(exporter.module, source, folder / files[0], arguments, report=report)
     return made | {"bytes": sum((folder / file).stat().st_size for file in files)}

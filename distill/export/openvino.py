@@ -1,4 +1,7 @@
-"""An ONNX file as an OpenVINO model, in float32 or int8.
+"""An ONNX file as an OpenVINO model, in float32, for bfloat16, or in int8.
+
+For bfloat16 weights are stored in float16, half the bytes, as OpenVINO stores no others; the runtime makes bfloat16 of
+them where the processor has it.
 
 Static int8 is NNCF's post-training quantization of the OpenVINO model: weights symmetric and per channel, activations
 asymmetric, embedding tables too, calibrated on training rows. Dynamic int8 is NNCF's compression of all weights to 8
@@ -20,14 +23,20 @@ from distill.contracts import UserError
 from distill.export.subprocesses import answer, read_feeds
 from distill.runtimes import RUNTIMES
 from distill.runtimes.base import by_length, missing
-from distill.runtimes.openvino import is_recurrent
+from distill.runtimes.openvino import BF16, is_recurrent
 
 DTYPES = {"boolean": "bool", "u8": "uint8", "i16": "int16", "i64": "int64", "f32": "float32"}
 """OpenVINO's name of an element type -> numpy's, of those that graphs take and give."""
 
 
 def convert(
-    source: Path, out: Path, *, feeds: str | None = None, dynamic: bool = False, keep_float: Sequence[str] = ()
+    source: Path,
+    out: Path,
+    *,
+    feeds: str | None = None,
+    dynamic: bool = False,
+    keep_float: Sequence[str] = (),
+    precision: str = "fp32",
 ) -> dict[str, Any]:
     """Write a model as ``out`` (XML) and the weights beside it.
 
@@ -37,6 +46,7 @@ def convert(
         feeds: for static int8 the calibration batches' file.
         dynamic: int8 without calibration; without either the precision is the file's.
         keep_float: parts of node names whose operators stay in float.
+        precision: ``bf16`` for weights of 16 bits.
 
     Returns:
         ``inputs`` and ``outputs`` (name -> dtype and shape, dynamic dimensions by name) and ``operators``
@@ -52,7 +62,7 @@ def convert(
     model = openvino.Core().read_model(source)
     if feeds is not None or dynamic:
         model = _quantized(model, feeds, keep_float)
-    openvino.save_model(model, out, compress_to_fp16=False)
+    openvino.save_model(model, out, compress_to_fp16=precision == BF16)
     return {
         "inputs": {port.get_any_name(): _dtype_and_shape(port) for port in model.inputs},
         "outputs": {port.get_any_name(): _dtype_and_shape(port) for port in model.outputs},

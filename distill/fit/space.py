@@ -73,6 +73,9 @@ def check_target(target: str) -> None:
         UserError: there is no such target, or a package that it needs is missing.
     """
     target_bundles(target)
+    elsewhere = RUNTIMES[target].elsewhere()
+    if elsewhere:
+        raise UserError(f"--target: latency cannot be measured here: {elsewhere}; search on such a machine")
     missing = missing_packages(target)
     if missing:
         raise UserError(

@@ -65,6 +65,7 @@ def build_report(context: ReportContext) -> dict[str, Any]:
         "cache": context.cache,
         "teachers": context.teachers,
         "parity": context.parity,
+        "not_run": context.not_run,
         "doubts": {task: details.doubted(context, found) for task, found in context.doubts.items()},
         "quantized": {name: _layers(found) for name, found in context.quantized.items()},
         "measured": context.measured,

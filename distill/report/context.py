@@ -84,6 +84,7 @@ class ReportContext:
         cache: what the teacher cache cost, JSON values; keys ending in ``bytes`` or ``seconds`` are shown as such.
         teachers: further teacher that the student learnt from -> ``{"run", "stage", "fingerprint"}`` of its fit.
         parity: bundle -> what its export gate measured, JSON values.
+        not_run: bundle that was written and could not be run here -> ``why``, a sentence, and ``size_bytes``.
         quantized: static int8 bundle -> ``layers`` and, where it was searched for, ``search``, as its stage wrote them.
         doubts: task -> which labels the teacher doubts, as :func:`distill.label_noise.told` says.
         measured: what was measured on devices: a dict a bundle, device, batch and number of threads, JSON values.
@@ -111,6 +112,7 @@ class ReportContext:
     cache: Mapping[str, Any] = field(default_factory=dict)
     teachers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    not_run: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     doubts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     measured: Sequence[Mapping[str, Any]] = ()

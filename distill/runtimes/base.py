@@ -1,4 +1,4 @@
-"""What every runtime offers: a model file opened on the CPU, named arrays in, named float32 arrays out."""
+"""What every runtime offers: a model file opened, named arrays in, named float32 arrays out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ TEXTS = ("text", "text_mask")
 
 
 class Runtime(ABC):
-    """A model file opened on the CPU.
+    """A model that is opened and runs.
 
     Attributes:
-        files: names of the model's files inside a bundle; the first is the one to open.
+        files: names of the model's files inside a bundle; the first is the one to open. They lie in a folder of their
+            own where the format is one.
         extra: the extra of multidistill that brings the packages; None where every installation has them.
         package: the package that ``runtime_version`` is of.
         modules: what opening a model imports.
         needs_torch: whether the runtime's own Python package imports torch.
+        device: what computes, for people.
         inputs: names of the inputs, in the graph's order.
         outputs: names of the outputs.
         threads: threads inside an operator.
@@ -39,6 +41,7 @@ class Runtime(ABC):
     package: ClassVar[str]
     modules: ClassVar[tuple[str, ...]]
     needs_torch: ClassVar[bool] = False
+    device: str = "CPU"
     inputs: list[str]
     outputs: list[str]
     threads: int
@@ -56,6 +59,23 @@ class Runtime(ABC):
         Raises:
             UserError: the runtime's package is missing, or it cannot load the file.
         """
+
+    @classmethod
+    def elsewhere(cls) -> str | None:
+        """Why no model of this runtime runs on this system, as a clause; None where it does once it is installed."""
+        return None
+
+    @classmethod
+    def root(cls, first: Path) -> Path:
+        """The folder that a model's files lie in, by the first of them."""
+        return first.parents[len(Path(cls.files[0]).parts) - 1]
+
+    @classmethod
+    def beside(cls, first: Path) -> dict[str, Path]:
+        """Name in a bundle -> file, of a model by the first of its files; one that is no folder may have any stem."""
+        if len(Path(cls.files[0]).parts) > 1:
+            return {file: cls.root(first) / file for file in cls.files}
+        return {file: first.with_suffix(Path(file).suffix) for file in cls.files}
 
     @classmethod
     def start(cls) -> None:

@@ -14,17 +14,43 @@ from distill.contracts import UserError
 from distill.onnx_file import check_one_file
 from distill.runtimes.base import Runtime, Tensors, one_line
 
+CPU = "cpu"
+_CPU, _CUDA, _TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+PROVIDERS = {CPU: (_CPU,), "cuda": (_CUDA, _CPU), "tensorrt": (_TENSORRT, _CUDA, _CPU)}
+"""Name -> onnxruntime's execution providers: the one that is asked for, and those for operators that it lacks."""
+DEVICES = {CPU: "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
-def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
-    """Load an ONNX file on the CPU; prediction and benchmarks share these settings.
+
+def check_provider(provider: str) -> None:
+    """Check that this onnxruntime was built with a provider.
+
+    Raises:
+        UserError: it was not, or there is no such provider.
+    """
+    if provider not in PROVIDERS:
+        raise UserError(f"there is no provider {provider!r}; the providers are {', '.join(PROVIDERS)}")
+    if PROVIDERS[provider][0] not in ort.get_available_providers():
+        raise UserError(
+            f"provider {provider!r}: onnxruntime {ort.__version__} has no {PROVIDERS[provider][0]} here (it has "
+            f"{', '.join(ort.get_available_providers())}); pip install onnxruntime-gpu in the place of onnxruntime, or "
+            "leave the provider out"
+        )
+
+
+def open_session(path: str | Path, threads: int = 1, provider: str = CPU) -> ort.InferenceSession:
+    """Load an ONNX file; prediction and benchmarks share these settings.
 
     Args:
         path: the file.
-        threads: threads inside an operator; operators run one after the other.
+        threads: threads inside an operator on the CPU; operators run one after the other.
+        provider: one of :data:`PROVIDERS`. Operators that it lacks run on the next of them, as onnxruntime decides, but
+            a provider that does not load at all is refused.
 
     Raises:
-        UserError: the file is missing, has weights in other files, or the runtime cannot load it.
+        UserError: the file is missing, has weights in other files, or the runtime cannot load it; or the provider is
+            not there or did not load.
     """
+    check_provider(provider)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -34,9 +60,17 @@ def open_session(path: str | Path, threads: int = 1) -> ort.InferenceSession:
         raise UserError(f"no model file {path}; give an ONNX file or a bundle made by `distill export`")
     check_one_file(Path(path))
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=list(PROVIDERS[provider]))
     except Exception as error:  # the runtime's exceptions share no base class of their own
         raise UserError(f"{path}: onnxruntime {ort.__version__} cannot load it: {one_line(error)}") from error
+    if PROVIDERS[provider][0] not in session.get_providers():  # it goes on without one that fails
+        raise UserError(
+            f"provider {provider!r}: onnxruntime {ort.__version__} could not load {PROVIDERS[provider][0]} and would "
+            f"run on {session.get_providers()[0]}; install the NVIDIA driver and the CUDA, cuDNN and TensorRT "
+            "libraries that this onnxruntime-gpu was built for"
+        )
+    session.disable_fallback()  # else a failing run would go on with other providers
+    return session
 
 
 class OnnxRuntime(Runtime):
@@ -44,9 +78,10 @@ class OnnxRuntime(Runtime):
 
     files, extra, package, modules = ("model.onnx",), None, "onnxruntime", ("onnxruntime",)
 
-    def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
-        """Open a file, which itself says its inputs and outputs; see :class:`Runtime`."""
-        self.session, self.threads, self.version = open_session(path, threads), threads, ort.__version__
+    def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1, provider: str = CPU) -> None:
+        """Open a file, which itself says its inputs and outputs; see :class:`Runtime` and :func:`open_session`."""
+        self.session, self.threads, self.version = open_session(path, threads, provider), threads, ort.__version__
+        self.device = DEVICES[provider]
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from distill.runtimes.base import Runtime, Tensors, by_length, checked, missing, refused
 
+BF16 = "bf16"
 RECURRENT = "Sequence"
 """Ends the names of recurrent operators."""
 
@@ -26,20 +27,27 @@ class OpenVino(Runtime):
     files, extra, package, modules = ("model.xml", "model.bin"), "openvino", "openvino", ("openvino",)
 
     def __init__(self, path: Path, graph: Mapping[str, Tensors], threads: int = 1) -> None:
-        """Open a model for its latency, in float32 wherever it is not quantized; see :class:`Runtime`."""
+        """Open a model for its latency, in float32 wherever it is not quantized; see :class:`Runtime`.
+
+        Bundles in bf16 compute in bfloat16 where the processor has it, and in float32 elsewhere; ``device`` says which.
+        """
         try:
             import openvino
         except ImportError as error:
             raise missing(type(self), error) from error
         self.tensors, self.threads, self.version = graph["inputs"], threads, metadata.version(self.package)
         self.inputs, self.outputs = list(graph["inputs"]), list(graph["outputs"])
+        core = openvino.Core()
+        half = graph.get("info", {}).get("precision") == BF16
+        has = half and BF16.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if half:
+            self.device = "CPU in bfloat16" if has else "CPU in float32, as it has no bfloat16"
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # processors with bfloat16 would use that
+            "INFERENCE_PRECISION_HINT": BF16 if has else "f32",  # processors with bfloat16 would use that for all
         }
         try:
-            core = openvino.Core()
             model = core.read_model(str(path))
             self.request = core.compile_model(model, "CPU", settings).create_infer_request()
         except RuntimeError as error:
