@@ -290,6 +290,7 @@ def test_a_table_smaller_than_its_tokenizer_is_refused() -> None:
         (["prune.vocabulary.min_count=0"], "greater than or equal to 1"),
         (["prune.vocabulary.dropped=gone"], "choices: nearest, unknown"),
         (["prune.vocabulary.counts=1"], "unknown key"),
+        (["prune.ratio=0", "prune.modules=[encoders.sound]"], "the student has no module 'encoders.sound'"),
     ],
 )
 def test_what_cannot_be_cut_is_told_before_a_run(options: list[str], sentence: str) -> None:
