@@ -57,7 +57,7 @@ class Tokenizer:
         special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
         if max_length <= special:
             raise UserError(f"max_length {max_length} leaves no room beside {special} special tokens; raise it")
-        if rows is not None and max(self._tokenizer.get_vocab().values(), default=0) >= len(rows):
+        if rows is not None and self.num_ids > len(rows):
             raise UserError(f"{self.path} has ids beyond the {len(rows)} that the model was pruned by; prune again")
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
@@ -81,6 +81,11 @@ class Tokenizer:
         for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             words[row, : len(encoding.ids)] = _word_indices(text, encoding)
         return ids, mask, words
+
+    @property
+    def num_ids(self) -> int:
+        """How many ids the file has, those of added tokens included."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def roles(self) -> tuple[list[int], int | None]:
         """Return the file's ids of special tokens, rising, and that of the token for unknown ones.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import torch
 
 from distill import prune
@@ -19,11 +18,11 @@ from distill.formats import TEXT
 from distill.preprocess import Tokenizer
 from distill.prune.measuring import answers
 from distill.prune.vocabulary import plan_vocabulary
-from distill.workspace import Workspace
+from distill.workspace import STUDENT, Workspace
 
 PATH = f"encoders.{TEXT}"
-CHECKED, LOOKED_AT = 32, 1024
-"""Training rows on which the smaller model has to say the same, and among how many they are looked for."""
+CHECKED = 32
+"""Training rows on which the smaller model has to say the same."""
 
 
 def cut_vocabulary(work: Workspace, model: Model, made: prune.PrunePlan) -> prune.PrunePlan:
@@ -46,6 +45,11 @@ def cut_vocabulary(work: Workspace, model: Model, made: prune.PrunePlan) -> prun
     encoder: Any = model.get_submodule(PATH)
     table: Any = model.get_submodule(f"{PATH}.{encoder.word_table}")
     tokenizer = Tokenizer(spec.tokenizer, spec.max_length, spec.pad_id)
+    if tokenizer.num_ids > table.num_embeddings:
+        raise UserError(
+            f"prune.vocabulary: {spec.tokenizer.parent.name}/{spec.tokenizer.name} has ids up to "
+            f"{tokenizer.num_ids - 1}, and the table of {PATH} has {table.num_embeddings} rows; leave it out"
+        )
     special, unknown = tokenizer.roles()
     if config.dropped == "unknown" and unknown is None:
         raise UserError(
@@ -58,7 +62,7 @@ def cut_vocabulary(work: Workspace, model: Model, made: prune.PrunePlan) -> prun
     target = unknown if config.dropped == "unknown" else None
     part = plan_vocabulary(model, PATH, counts, config.min_count, special, target)
     if part.tensors:
-        _check_same(work, model, part, tokenizer)
+        _check_same(work, model, part)
     return prune.compose(made, part)
 
 
@@ -73,27 +77,22 @@ def _prompts(work: Workspace) -> list[str]:
     ]
 
 
-def _check_same(work: Workspace, model: Model, part: prune.PrunePlan, tokenizer: Tokenizer) -> None:
-    """Compare the smaller model with the whole one on training rows of kept tokens, whose inputs have other numbers.
+def _check_same(work: Workspace, model: Model, part: prune.PrunePlan) -> None:
+    """Compare the smaller model with the whole one, which reads the same tokens under the ids that they had.
 
     Raises:
-        UserError: they do not say the same, to the bit.
+        UserError: they do not say the same of training rows, to the bit.
     """
     smaller: Any = prune.apply(copy.deepcopy(model), part)
-    models = {"whole": copy.deepcopy(model), "smaller": smaller}
-    specs = {name: input_spec(each) for name, each in models.items()}
     options: dict[str, Any] = {"batch_size": CHECKED, "seed": work.recipe.seed, "augment": None, "shuffle": False}
-    loader = Loader(work.data(), TRAIN, specs, **options)
-    some = loader.row_positions[:LOOKED_AT]
-    ids, mask = tokenizer([loader.data.texts[int(row)] for row in some])
+    loader = Loader(work.data(), TRAIN, {STUDENT: input_spec(smaller)}, **options)
+    batch = loader.at(0, 0)[STUDENT]
     (cuts,) = part.tensors.values()
-    rows = some[(~mask | np.isin(ids, cuts["0"]["kept"])).all(axis=1)][:CHECKED]
-    if not len(rows):
-        return
-    batches = loader.batch(rows, loader.clean_views(len(rows)))
-    whole, cut = (answers(each.cpu().eval(), [batches[name]]) for name, each in models.items())
-    for name, value in whole.items():
-        if not torch.equal(value, cut[name]):
+    renamed = {TEXT: torch.tensor(cuts["0"]["kept"])[batch.inputs[TEXT]]}
+    before = answers(copy.deepcopy(model).cpu().eval(), [batch._replace(inputs=batch.inputs | renamed)])
+    after = answers(smaller.cpu().eval(), [batch])
+    for name, value in before.items():
+        if not torch.equal(value, after[name]):
             raise UserError(
                 f"prune.vocabulary: {PATH} does more with token ids than look up rows, as {name} of training rows "
                 "changes with their numbers; leave prune.vocabulary out"

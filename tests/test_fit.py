@@ -140,7 +140,7 @@ class Fake:
         return values
 
     def lacks(self, values, share):
-        return () if share == 1 and values in self.finished else TRAINED
+        return () if (share == 1 and values in self.finished) or (values, share) in self.finished else TRAINED
 
 
 def clock(minutes=60.0, taken=0.001):
@@ -214,6 +214,36 @@ def test_the_best_is_trained_for_longer_while_that_helps(tmp_path):
     assert [trial.share for trial in useless] == [2]
     assert not list(longer(fake, full, BUDGET, clock(minutes=1e-9, taken=10), **options))
     assert not list(longer(fake, full, Budget(min_retention=0.5), clock(), **options))  # the fastest is wanted
+
+
+def test_what_was_trained_for_longer_counts_where_another_is_the_best_by_now():
+    full = [tried(number, 0.5, kept, "full", a=0, b=number) for number, kept in ((1, 0.9), (2, 0.95))]
+    fake = Fake(finished=[(full[0].values, 2.0)], gain=0.05)
+    late = clock(minutes=1e-9, taken=10)
+    found = [trial for trial, _ in longer(fake, full, Budget(1.0), late, say=lambda line: None, report=silent)]
+    assert [(trial.number, trial.share) for trial in found] == [(1, 2)]
+    assert found[0].figures.retention == pytest.approx(1.05)
+    more = [trial for trial, _ in longer(fake, full, Budget(1.0), clock(), say=lambda line: None, report=silent)]
+    assert [(trial.number, trial.share) for trial in more] == [(1, 2), (1, 4)]  # it is the best again
+
+
+@pytest.mark.parametrize(("slower", "gain"), [(-0.001, 0.0), (1.0, 0.1)])
+def test_what_keeps_no_more_or_is_outside_is_not_trained_for_longer_still(slower, gain):
+    class Other(Fake):
+        def figures(self, values, share):
+            found = super().figures(values, share)
+            return found._replace(latency_ms=found.latency_ms + slower * (share > 1))
+
+    own = Other(gain=gain)
+    trial = tried(1, 0.85, 0.95, "full", a=1, b=1)
+    found = [one for one, _ in longer(own, [trial], Budget(1.0), clock(), say=lambda line: None, report=silent)]
+    assert [one.share for one in found] == [2]
+
+
+def test_time_is_kept_for_the_longer_training_only_where_there_is_one():
+    half = clock(minutes=0.8, taken=1)  # a first look takes 4 seconds, a training in full 5
+    half._began -= 24
+    assert half.allows_trial(longer=False) and not half.allows_trial()
 
 
 def test_where_retention_is_all_that_is_asked_for_the_fastest_wins(tmp_path):

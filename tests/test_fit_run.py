@@ -84,6 +84,17 @@ def test_the_same_call_goes_on_and_has_nothing_left_to_try(place, found, monkeyp
     assert again["best"]["figures"]["retention"] == found["best"]["figures"]["retention"]
 
 
+def test_a_search_of_a_version_without_pruned_vocabularies_goes_on(place, found, monkeypatch):
+    monkeypatch.chdir(place)
+    file = place / "runs/tiny-fit/trials.jsonl"
+    first, *rest = file.read_text().splitlines()
+    begun = json.loads(first)
+    begun["search"]["recipe"]["prune"].pop("vocabulary", None)
+    file.write_text("\n".join([json.dumps(begun), *rest]) + "\n")
+    answer = fitted("--trials", "3")
+    assert answer.code == 0, answer.err
+
+
 def test_a_call_with_less_time_counts_what_is_finished(place, found, monkeypatch):
     monkeypatch.chdir(place)
     before = stamps(place / "runs")

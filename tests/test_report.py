@@ -539,6 +539,14 @@ def test_compare_shows_recalls():
     assert gap["difference"] == pytest.approx(0.03)
 
 
+def test_compare_takes_a_key_that_an_earlier_report_lacks_as_unset():
+    reports, names = runs()
+    expected = compare_runs(reports, names)["accuracy"]
+    for report in reports[1:]:
+        report["recipe"] = {**report["recipe"], "prune": {**report["recipe"].get("prune", {}), "vocabulary": None}}
+    assert compare_runs(reports, names)["accuracy"] == expected
+
+
 def test_compare_warns_of_other_data_and_repeated_seeds():
     reports, names = runs()
     reports[1]["data"]["fingerprint"] = "other"

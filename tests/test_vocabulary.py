@@ -253,7 +253,8 @@ def test_a_table_that_is_shared_or_never_read_is_refused() -> None:
     assert plan_vocabulary(nn.ModuleDict({"text": encoder}), "text", np.ones(64, np.int64), 1, [0]) == PrunePlan()
 
 
-def test_an_encoder_that_reads_numbers_out_of_ids_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("least", [1, 30])  # of 30, each training row has a token that goes
+def test_an_encoder_that_reads_numbers_out_of_ids_is_refused(least: int) -> None:
     class Odd(TextTokens):
         def forward(self, inputs: dict[str, torch.Tensor]) -> Any:
             encoded = super().forward(inputs)
@@ -263,8 +264,19 @@ def test_an_encoder_that_reads_numbers_out_of_ids_is_refused(monkeypatch: pytest
     model = work.model(STUDENT)
     odd = Odd(tokenizer_file=input_spec(model).tokenizer, vocab_size=len(model.encoders["text"].table.weight), dim=8)
     model.encoders["text"] = odd.eval()
-    work.recipe = load_recipe("recipe.yaml", [CUT])
+    work.recipe = load_recipe("recipe.yaml", [f"prune.vocabulary.min_count={least}"])
     with pytest.raises(UserError, match="does more with token ids than look up rows"):
+        cut_vocabulary(work, model, PrunePlan())
+
+
+def test_a_table_smaller_than_its_tokenizer_is_refused() -> None:
+    work = ran()
+    model = work.model(STUDENT)
+    size = Tokenizer(input_spec(model).tokenizer, 12).num_ids
+    model.encoders["text"].table = nn.Embedding(size - 1, model.encoders["text"].table.embedding_dim)
+    work.recipe = load_recipe("recipe.yaml", [CUT])
+    sentence = f"has ids up to {size - 1}, and the table of encoders.text has {size - 1} rows; leave it out"
+    with pytest.raises(UserError, match=sentence):
         cut_vocabulary(work, model, PrunePlan())
 
 
@@ -278,6 +290,7 @@ def test_an_encoder_that_reads_numbers_out_of_ids_is_refused(monkeypatch: pytest
         (["prune.vocabulary.min_count=0"], "greater than or equal to 1"),
         (["prune.vocabulary.dropped=gone"], "choices: nearest, unknown"),
         (["prune.vocabulary.counts=1"], "unknown key"),
+        (["prune.ratio=0", "prune.modules=[encoders.sound]"], "the student has no module 'encoders.sound'"),
     ],
 )
 def test_what_cannot_be_cut_is_told_before_a_run(options: list[str], sentence: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from distill.config import one_line
@@ -63,11 +64,16 @@ class Clock:
         if lacking and trial.state == "full":
             self._longest[lacking] = max(self._longest.get(lacking, 0.0), trial.seconds / trial.share)
 
-    def allows_trial(self, lacking: tuple[str, ...] = TRAINED) -> bool:
-        """Whether a first look fits in, before the trainings in full; these get at most half of the time."""
-        full = self.full(lacking)
+    def allows_trial(self, lacking: tuple[str, ...] = TRAINED, *, longer: bool = True) -> bool:
+        """Whether a first look fits in, before the trainings in full; these get at most half of the time.
+
+        Args:
+            lacking: the trainings that it needs.
+            longer: whether the best is trained for more epochs in the end.
+        """
+        full, wanted = self.full(lacking), FINALISTS + (LONGER[0] if longer else 0.0)
         short = self._expected(SHARE, lacking) * self._pace.get(lacking, 1.0)
-        return self.limit - self.elapsed >= short + max(min((FINALISTS + LONGER[0]) * full, self.limit / 2), full)
+        return self.limit - self.elapsed >= short + max(min(wanted * full, self.limit / 2), full)
 
     def allows_full(self, lacking: tuple[str, ...] = TRAINED, share: float = 1.0) -> bool:
         """Whether a training with a share of the epochs fits in; one that is finished takes no time worth counting."""
@@ -119,7 +125,7 @@ def search(
             break
         if trial is None:
             lacking = candidates.lacks(values, SHARE)
-            if not clock.allows_trial(lacking):
+            if not clock.allows_trial(lacking, longer=budget.limits_costs):
                 break
             report(int(clock.elapsed), int(clock.limit), f"trial {len(found) + 1}")
             trial = records.add(_look(candidates, values, len(found) + 1, budget))
@@ -201,7 +207,8 @@ def longer(
 ) -> Iterator[tuple[Trial, Made]]:
     """Train the best of those inside the limits for more epochs, while there is time and it retains more by that.
 
-    Where a budget limits no cost the fastest is wanted, and nothing is trained.
+    What an earlier call has finished is among them without regard to time, of any choice: only bundles are made. Where
+    a budget limits no cost the fastest is wanted, and nothing is trained.
 
     Args:
         candidates: makes and measures it.
@@ -214,20 +221,39 @@ def longer(
     Yields:
         Each training with its bundle.
     """
-    inside = [trial for trial in full if trial.figures and not budget.misses(trial.figures, LATENCY, SIZE)]
-    if not inside or not budget.limits_costs:
-        return
-    best = min(inside, key=lambda trial: rank(budget, trial.figures))
-    for share in LONGER:
+    known: list[Trial] = []
+    tried: list[tuple[int, float]] = []
+
+    def keep(trial: Trial) -> None:
+        if trial.figures and not budget.misses(trial.figures, LATENCY, SIZE):
+            known.append(trial)
+
+    def train(trial: Trial, share: float) -> Iterator[tuple[Trial, Made]]:
+        tried.append((trial.number, share))
+        found = _whole(candidates, trial, share, clock, say=say, report=report)
+        if found is not None:
+            keep(found[0])
+            yield found
+
+    for trial in full if budget.limits_costs else ():
+        keep(trial)
+    for trial, share in product(tuple(known), LONGER):
+        if not candidates.lacks(trial.values, share):
+            yield from train(trial, share)
+    while known:
+        best = min(known, key=lambda trial: _by_epochs(budget, trial))
+        share = next((share for share in LONGER if share > best.share), 0.0)
+        if not share or (best.number, share) in tried:
+            return
         if not clock.allows_full(candidates.lacks(best.values, share), share):
             return
-        found = _whole(candidates, best, share, clock, say=say, report=report)
-        if found is None:
-            return
-        yield found
-        if rank(budget, found[0].figures) >= rank(budget, best.figures):
-            return
-        best = found[0]
+        yield from train(best, share)
+
+
+def _by_epochs(budget: Budget, trial: Trial) -> tuple[float, ...]:
+    """What trainings are sorted by: of those that retain the same the shortest, as latencies have noise."""
+    first, *rest = rank(budget, trial.figures)
+    return (first, trial.share, *rest)
 
 
 def _whole(

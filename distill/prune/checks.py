@@ -59,25 +59,23 @@ def check_pruning(recipe: Recipe, encoders: Mapping[str, Any]) -> None:
             fusion, that a path of ``prune.modules``, ``prune.ratios`` or
             ``prune.depth`` names, that encoder has no channels to remove, or one list of blocks lies in another.
     """
-    student = recipe.student
+    student, structured = recipe.student, recipe.prune.structured
     if recipe.prune.vocabulary is not None:
         text = student.encoders.get(TEXT)
         if text is None or not getattr(encoders[text.type], "word_table", ""):
             why = "it reads no text" if text is None else f"its text encoder, {text.type}, has none"
             raise UserError(f"prune.vocabulary: the student has no table of word embeddings: {why}; leave it out")
-        if not recipe.prune.structured:
-            return
     whole = {name: getattr(encoders[part.type], "unprunable", "") for name, part in student.encoders.items()}
     prunable = [name for name, reason in whole.items() if not reason]
     fused = student.fusion is not None and not FUSIONS[student.fusion.type].plain
     able = [*(f"encoders.{name}" for name in prunable), *(["fusion"] if fused else [])]
     hint = f"set it to [{', '.join(able)}]"
-    if not able:
+    if structured and not able:
         raise UserError("prune.modules: the student has no channels to prune; end with 'distill train'")
-    for path in recipe.prune.modules or default_modules(prunable, fusion=fused):
+    for path in recipe.prune.modules or (default_modules(prunable, fusion=fused) if structured else []):
         _check_path(recipe, path, "prune.modules", hint)
         owner, *inner = path.split(".")
-        if owner == "encoders" and inner and whole[inner[0]]:
+        if structured and owner == "encoders" and inner and whole[inner[0]]:
             raise UserError(f"prune.modules: {path!r} has no channels to remove: {whole[inner[0]]}; {hint}")
     paths: Iterable[str]
     for where, paths in (("ratios", recipe.prune.ratios), ("depth", recipe.prune.depth)):

@@ -262,7 +262,8 @@ def _shared_settings(report: Report) -> dict[str, Any]:
 
 
 def _leaves(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in _flat(settings) if key != MEASURED}
+    """Dotted key -> value, without None: reports of earlier versions lack keys that later ones have unset."""
+    return {key: value for key, value in _flat(settings) if key != MEASURED and value is not None}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
