@@ -84,12 +84,13 @@ def test_the_same_call_goes_on_and_has_nothing_left_to_try(place, found, monkeyp
     assert again["best"]["figures"]["retention"] == found["best"]["figures"]["retention"]
 
 
-def test_a_search_of_a_version_without_pruned_vocabularies_goes_on(place, found, monkeypatch):
+def test_a_search_of_a_version_with_fewer_keys_goes_on(place, found, monkeypatch):
     monkeypatch.chdir(place)
     file = place / "runs/tiny-fit/trials.jsonl"
     first, *rest = file.read_text().splitlines()
     begun = json.loads(first)
-    begun["search"]["recipe"]["prune"].pop("vocabulary", None)
+    for part, key in (("prune", "vocabulary"), ("bench", "provider"), ("export", "check_rows")):
+        del begun["search"]["recipe"][part][key]
     file.write_text("\n".join([json.dumps(begun), *rest]) + "\n")
     answer = fitted("--trials", "3")
     assert answer.code == 0, answer.err

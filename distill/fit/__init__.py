@@ -40,7 +40,6 @@ from distill.fit.space import (
 )
 from distill.gate import SHIPPED
 from distill.progress import progress
-from distill.prune import younger
 from distill.recipe import as_yaml, changed
 from distill.runs import atomic, locked
 from distill.workspace import TEACHER, untrained
@@ -92,8 +91,7 @@ def fit(
     _check_parts(recipe, target)
     plain = changed(recipe, {"fit": {}}, "fit")
     done, knobs = _begun(recipe, target, budget, quiet=quiet, say=say)
-    tree = plain.model_dump()
-    asked: dict[str, Any] = {"recipe": tree | {"prune": younger(tree["prune"])}, "run": made_of(done)}
+    asked: dict[str, Any] = {"recipe": plain.model_dump(), "run": made_of(done)}
     asked["space"] = {knob.path: list(knob.choices) for knob in knobs}
     with locked(folder):
         records = Records(folder, {**asked, "budget": vars(budget), "target": target, "seed": seed})

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from distill.config import Recipe
 from distill.contracts import UserError
 from distill.fit.budget import Figures
 
@@ -82,7 +85,8 @@ class Records:
         whole = [line for line in lines if _is_json(line)]
         if whole:
             before = json.loads(whole[0])
-            other = [name for name, value in self._search.items() if before["search"].get(name) != value]
+            searched = _filled(before["search"])
+            other = [name for name, value in self._search.items() if searched.get(name) != value]
             if other:
                 raise UserError(
                     f"{folder} holds a search with another {' and '.join(other)}; choose another --output, or delete it"
@@ -113,6 +117,14 @@ class Records:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _filled(search: dict[str, Any]) -> dict[str, Any]:
+    """What a search was of, with the defaults of keys that recipes did not have then."""
+    try:
+        return search | {"recipe": json.loads(Recipe(**search.get("recipe", {})).model_dump_json())}
+    except ValidationError:
+        return search
 
 
 def _is_json(line: str) -> bool:
