@@ -23,6 +23,7 @@ from tiny_project import make_project
 
 from distill import aware, evaluate, pipeline
 from distill.build import input_spec
+from distill.bundles import BUNDLES
 from distill.config import QuantizeConfig
 from distill.contracts import TEST, VALID
 from distill.export.conversion import EXPORTERS, convert, missing_packages
@@ -37,8 +38,9 @@ from distill.runs import read_json
 from distill.runtimes import RUNTIMES
 from distill.workspace import STUDENT
 
+TRAINED = [name for name in EXPORTERS if f"{name}-int8-qat" in BUNDLES]
 RUNTIME = pytest.mark.parametrize(
-    "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name != "openvino" else []) for name in EXPORTERS]
+    "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name != "openvino" else []) for name in TRAINED]
 )
 
 

@@ -152,12 +152,12 @@ def test_names_are_checked_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("runtime", EXPORTERS)
 def test_a_runtime_that_is_not_installed_is_told_with_its_extra(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, packages = ExportConfig(bundles=[f"{runtime}-int8"]), EXPORTERS[runtime].packages
+    config, packages = ExportConfig(bundles=[f"{runtime}-fp32"]), EXPORTERS[runtime].packages
     monkeypatch.setattr(conversion.util, "find_spec", lambda name: None if name == packages[-1] else name)
     with pytest.raises(UserError) as refused:
         check_packages(config)
     assert str(refused.value) == (
-        f"export.bundles: '{runtime}-int8' needs {packages[-1]}, which this installation lacks; "
+        f"export.bundles: '{runtime}-fp32' needs {packages[-1]}, which this installation lacks; "
         f"pip install 'multidistill[{runtime}]', or leave it out"
     )
     check_bundles(config)
@@ -167,10 +167,14 @@ def test_a_runtime_that_is_not_installed_is_told_with_its_extra(runtime: str, mo
 
 def test_every_exporter_has_two_kinds_of_the_name_of_its_runtime() -> None:
     for runtime in EXPORTERS:
-        for precision in ("fp32", "int8"):
+        for precision in ("fp32", "fp16" if runtime == "coreml" else "int8"):
             kind = BUNDLES[f"{runtime}-{precision}"]
             told = "int8, dynamic" if (runtime, precision) == ("litert", "int8") else precision
-            assert (kind.runtime, kind.precision, kind.gate) == (runtime, told, precision)
+            assert (kind.runtime, kind.precision, kind.gate) == (
+                runtime,
+                told,
+                "int8" if precision == "int8" else "fp32",
+            )
             assert kind.file == RUNTIMES[runtime].files[0]
 
 
@@ -185,7 +189,7 @@ def test_fp32_is_always_made_and_first() -> None:
 def test_each_bundle_has_its_own_gate() -> None:
     config = ExportConfig(bundles=list(BUNDLES), min_agreement_fp32=0.9, min_agreement_int8=0.8)
     families = {name: least_agreement(config, name) for name in BUNDLES}
-    assert families == {name: 0.9 if "fp" in name else 0.8 for name in BUNDLES}
+    assert families == {name: 0.8 if "int" in name else 0.9 for name in BUNDLES}
     own = config.model_copy(update={"min_agreement": {"onnx-int4-weights": 0.5, "onnx-fp32": 0.7}})
     assert least_agreement(own, "onnx-int4-weights") == 0.5 and least_agreement(own, "onnx-int8") == 0.8
     assert fp32_settings(own) == {"opset": 20, "min_agreement_fp32": 0.7}
