@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tiny_project import distill, make_project, make_rows, run_python, start_distill
 
 from distill import bench_bundle
+from distill.bundles import BUNDLES
 from distill.evaluate import read_arrays
 from distill.export.conversion import EXPORTERS, missing_packages
 from distill.predict import softmax
@@ -24,7 +25,8 @@ from distill.runs import read_json
 from distill.runtimes import RUNTIMES
 
 ROWS = 96 + 200
-NAMES = {"onnxruntime": ["onnx-fp32", "onnx-int8"], **{name: [f"{name}-fp32", f"{name}-int8"] for name in EXPORTERS}}
+OTHERS = [name for name in EXPORTERS if f"{name}-int8" in BUNDLES]
+NAMES = {"onnxruntime": ["onnx-fp32", "onnx-int8"], **{name: [f"{name}-fp32", f"{name}-int8"] for name in OTHERS}}
 RUNTIME = pytest.mark.parametrize(
     "runtime", [pytest.param(name, marks=[pytest.mark.slow] if name in EXPORTERS else []) for name in NAMES]
 )

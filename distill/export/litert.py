@@ -37,12 +37,16 @@ STATIC = (
 The rest stays in float: in int8, the variance in a layer norm loses what it is for. (Seen: a cosine to the float model
 of 0.978 with all operators in int8, 0.996 with these, both in ranges of the package.)
 """
+SIGNATURE = "serving_default"
 TABLES = ("EMBEDDING_LOOKUP",)
 PRODUCTS = ("BATCH_MATMUL",)
 """The runtime refuses such a product of a float value and an int8 constant, as a spectrogram's filters are one."""
+OUTPUTS = f".*{SIGNATURE}_output.*"
+"""Layers that write these measure what they read: where one of them reads another's, such as the heads behind an
+embedding, the package makes a static layer of mixed types, which the runtime refuses.
+"""
 NARROWED = {"int64": np.int32}
 """Inputs that the converter makes smaller."""
-SIGNATURE = "serving_default"
 
 
 def convert(
@@ -105,6 +109,7 @@ def _choose_static(chosen: Any) -> None:
         chosen.add_static_config(regex=".*", operation_name=name, activation_num_bits=8, weight_num_bits=8)
     for name in TABLES:
         chosen.add_dynamic_config(regex=".*", operation_name=name, num_bits=8)
+    chosen.add_dynamic_config(regex=OUTPUTS, operation_name="FULLY_CONNECTED", num_bits=8)
 
 
 def _calibrated(
