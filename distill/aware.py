@@ -51,7 +51,8 @@ def asked_for(recipe: Recipe) -> bool:
 
 
 def _bundles(recipe: Recipe) -> list[str]:
-    return [name for name in recipe.export.bundles if BUNDLES[name].source == QAT]
+    """Of what the stage trains; a name that is no bundle's is refused elsewhere."""
+    return [name for name in recipe.export.bundles if name in BUNDLES and BUNDLES[name].source == QAT]
 
 
 def train_aware(work: Workspace, folder: Path) -> dict[str, Any]:
