@@ -129,7 +129,11 @@ def _carry(prepared: torch.fx.GraphModule, rows: Sequence[tuple[Tensor, ...]], r
     """Replace observers of values whose ranges were learnt; return how many observers have which ranges."""
     from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
 
-    observers = {name: part for name, part in prepared.named_modules(remove_duplicate=False) if isinstance(part, HistogramObserver)}
+    observers = {
+        name: part
+        for name, part in prepared.named_modules(remove_duplicate=False)
+        if isinstance(part, HistogramObserver)
+    }
     seen: dict[int, dict[str, Seen]] = defaultdict(lambda: defaultdict(Seen))
 
     class Watch(torch.fx.Interpreter):
