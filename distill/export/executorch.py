@@ -131,7 +131,7 @@ def _carry(prepared: torch.fx.GraphModule, rows: Sequence[tuple[Tensor, ...]], r
 
     observers = {
         name: part
-        for name, part in prepared.named_modules(remove_duplicate=False)
+        for name, part in prepared.named_modules(remove_duplicate=False)  # values that share a range have one observer
         if isinstance(part, HistogramObserver)
     }
     seen: dict[int, dict[str, Seen]] = defaultdict(lambda: defaultdict(Seen))
