@@ -51,6 +51,7 @@ def asked_for(recipe: Recipe) -> bool:
 
 
 def _bundles(recipe: Recipe) -> list[str]:
+    """Of what the stage trains; a name that is no bundle's is refused elsewhere."""
     return [name for name in recipe.export.bundles if name in BUNDLES and BUNDLES[name].source == QAT]
 
 

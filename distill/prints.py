@@ -36,15 +36,22 @@ def fingerprint(values: NDArray[Any]) -> Print:
 
 
 class Seen:
-    """The numbers of a value that comes in parts."""
+    """The numbers of a value that comes in parts.
+
+    Attributes:
+        low: the least one, at most 0.
+        high: the largest one, at least 0.
+    """
 
     def __init__(self) -> None:
+        self.low, self.high = 0.0, 0.0
         self._largest, self._sums = 0.0, np.zeros(1 + len(POWERS))
 
     def add(self, values: NDArray[Any]) -> None:
         """Take a part, of any shape."""
         numbers = values.astype(np.float64).ravel()
-        largest = max(self._largest, float(np.abs(numbers).max(initial=0.0)))
+        self.low, self.high = float(numbers.min(initial=self.low)), float(numbers.max(initial=self.high))
+        largest = max(self._largest, -self.low, self.high)
         self._sums *= (self._largest / (largest or 1.0)) ** np.array((1, *POWERS))
         unit = numbers / (largest or 1.0)
         self._sums += [np.abs(unit).sum(), *(np.sum(unit**power) for power in POWERS)]
@@ -97,12 +104,14 @@ class LearntRanges:
         self._known = [(fingerprint(values[name]), ranges[name]) for name in names]
 
     def of(self, values: Sequence[Seen]) -> Range | None:
-        """The range that holds all of some values, None if one of them is none that was learnt for."""
+        """The range that was learnt for some values, None if others among them lie beyond, or it was for none."""
         found = [self._nearest(value.print()) for value in values]
         known = [limits for limits in found if limits is not None]
-        if not known or len(known) < len(found):
+        if not known:
             return None
-        return min(low for low, _ in known), max(high for _, high in known)
+        low, high = min(low for low, _ in known), max(high for _, high in known)
+        others = [value for value, limits in zip(values, found, strict=True) if limits is None]
+        return (low, high) if all(low <= value.low and value.high <= high for value in others) else None
 
     def _nearest(self, ours: Print) -> Range | None:
         apart = [(distance([ours], [theirs]), limits) for theirs, limits in self._known] if ours[0] > 0 else []

@@ -230,6 +230,7 @@ def test_all_kinds_of_students_round_what_their_graphs_do(copied: None, tmp_path
 @pytest.mark.parametrize(
     "override, expected",
     [
+        ("export.bundles=[onnx-int8-qta]", "there is no bundle 'onnx-int8-qta'; did you mean 'onnx-int8-qat'"),
         ("export.quantize.per_channel=false", "export.quantize.per_channel: onnx-int8-qat learns one scale a channel"),
         ("export.quantize.qat.train.shard=true", "export.quantize.qat.train.shard: "),
         ("export.quantize.qat.train.balance={}", "export.quantize.qat.train.balance: "),

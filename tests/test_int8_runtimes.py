@@ -20,6 +20,7 @@ from test_media_encoders import batch as media_batch
 from test_media_encoders import built
 from tiny import around
 from tiny_project import make_project
+from torch import nn
 
 from distill import aware, evaluate, pipeline
 from distill.build import input_spec
@@ -80,6 +81,8 @@ def test_learnt_ranges_are_found_by_the_numbers(tmp_path: Path) -> None:
     assert ranges.of([seen(np.tanh(positive))]) == (-1.0, 1.0)
     assert ranges.of([seen(positive), seen(np.tanh(positive))]) == (-1.0, 2.0), "one range for both holds both"
     assert ranges.of([seen(positive), seen(rows["x"])]) is None and ranges.of([seen(0 * positive)]) is None
+    inside = np.clip(positive, 0, 1).mean(axis=1)
+    assert ranges.of([seen(positive), seen(inside)]) == (0.0, 2.0) and ranges.of([seen(inside)]) is None
 
 
 def test_rows_that_tell_values_miss_each_modality_once() -> None:
@@ -105,6 +108,50 @@ def test_openvino_computes_with_integers_what_the_onnx_graph_says(tmp_path: Path
     told = [{key: node[key].astype(str) for key in ("layerType", "runtimePrecision")} for node in nodes]
     layers = [one["runtimePrecision"] for one in told if one["layerType"] in ("Convolution", "FullyConnected")]
     assert len(layers) >= 8 and {*layers} <= {"u8", "i8"}
+
+
+@pytest.mark.slow
+def test_executorch_puts_a_learnt_range_wherever_its_observer_is() -> None:
+    """Values that share a range have one observer, by several names."""
+    needed("executorch")
+    from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
+
+    from distill.export.executorch import _carry
+
+    root, graph = nn.Module(), torch.fx.Graph()
+    root.one = root.two = HistogramObserver(dtype=torch.int8, quant_min=-128, quant_max=127)
+    value = graph.call_module("one", (graph.placeholder("x"),))
+    graph.output(graph.call_module("two", (graph.call_function(torch.relu, (value,)),)))
+    prepared = torch.fx.GraphModule(root, graph)
+
+    class Learnt:
+        def of(self, values: list[Seen]) -> tuple[float, float]:
+            assert len(values) == 2 and values[0].low < values[1].low == 0
+            return -1.0, 2.0
+
+    rows: Any = [(torch.linspace(-3, 3, 7),)]
+    ranges: Any = Learnt()
+    assert _carry(prepared, rows, ranges) == {"learnt": 1, "calibrated": 0}
+    for observer in (prepared.one, prepared.two):
+        assert isinstance(observer, MinMaxObserver)
+        assert (float(observer.min_val), float(observer.max_val)) == (-1.0, 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the packages' own, of their imports
+def test_executorch_rounds_small_weights_as_finely_as_large_ones() -> None:
+    needed("executorch")
+    from distill.export.executorch import _quantized
+
+    ids = torch.arange(64)[None]
+    for scale in (1.0, 0.01):
+        model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 8)).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(scale)
+            program, _ = _quantized(torch.export.export(model, (ids,)), [{"ids": ids.numpy()}], None, [])
+            found, meant = (one(ids)[0].numpy() for one in (program.module(), model))
+        assert cosine(found, meant) > 0.999, scale
 
 
 @pytest.mark.slow

@@ -23,6 +23,9 @@ from distill.prints import LearntRanges, Seen, ranges_of, told_by
 from distill.runtimes import RUNTIMES
 from distill.runtimes.base import checked, missing
 
+FINEST = 2**-18
+"""The least step of what is rounded. A smaller one can make the whole number of a bias too large for its 32 bits."""
+
 
 def convert(
     source: Path,
@@ -103,6 +106,9 @@ def _quantized(
 
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=not batches)
     prepared = prepare_pt2e(program.module(), Quantizer().set_global(config))
+    for part in prepared.modules():
+        if "eps" in dict(part.named_buffers(recurse=False)):
+            part.eps.fill_(FINEST)  # torchao's 2**-12 is more than the steps of small weights
     rows, told = [row for batch in batches for row in _rows(batch)] or list(example), dict[str, Any]()
     with torch.no_grad():
         for row in rows:
@@ -123,7 +129,11 @@ def _carry(prepared: torch.fx.GraphModule, rows: Sequence[tuple[Tensor, ...]], r
     """Replace observers of values whose ranges were learnt; return how many observers have which ranges."""
     from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
 
-    observers = {name: part for name, part in prepared.named_modules() if isinstance(part, HistogramObserver)}
+    observers = {
+        name: part
+        for name, part in prepared.named_modules(remove_duplicate=False)  # values that share a range have one observer
+        if isinstance(part, HistogramObserver)
+    }
     seen: dict[int, dict[str, Seen]] = defaultdict(lambda: defaultdict(Seen))
 
     class Watch(torch.fx.Interpreter):
