@@ -38,7 +38,7 @@ from distill.quantization.static import quantize_static
 from distill.runs import read_json, write_json
 from distill.runtimes import RUNTIMES
 
-VERSION = 1  # raised when the code changes what a cell is
+VERSION = 2  # raised when the code changes what a cell is
 DENSITIES = ("dense", "pruned")
 PRECISIONS = ("fp32", "int8 dynamic", "int8 static", "int8 QAT")
 CALIBRATED, CHECKED = 64, 8
