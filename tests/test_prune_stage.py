@@ -29,8 +29,11 @@ ATTENTION = "student.encoders.text={type: small_transformer, vocab_size: 64, dim
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
+    return with_student(tmp_path_factory.mktemp("project"))
+
+
+def with_student(folder: Path) -> Path:
     """A run with its student; what each test prunes is a stage after it."""
-    folder = tmp_path_factory.mktemp("project")
     make_project(folder)
     (folder / "dual.yaml").write_text(DUAL, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

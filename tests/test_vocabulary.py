@@ -13,8 +13,8 @@ import onnx
 import pytest
 import tiny
 import torch
-from test_dual import RECIPE as DUAL
-from tiny_project import distill, make_project, run_python
+from test_prune_stage import with_student
+from tiny_project import distill, run_python
 from torch import nn
 
 from distill import pipeline, prune
@@ -41,14 +41,7 @@ OUTSIDE = "a dark dog"  # words that no row has
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A run with its student; what each test prunes is a stage after it."""
-    folder = tmp_path_factory.mktemp("project")
-    make_project(folder)
-    (folder / "dual.yaml").write_text(DUAL, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        pipeline.run(load_recipe("recipe.yaml", ["trackers=[]"]), until="student", quiet=True)
-    return folder
+    return with_student(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(autouse=True)
