@@ -125,9 +125,9 @@ def plain(work: Workspace) -> tuple[Model, dict[str, Range]]:
 
 
 def export_graph(work: Workspace, model: Model, graph: Path) -> dict[str, Any]:
-    """Write a model's float graph."""
-    recipe = work.recipe
-    return export_onnx(model, example_batch(input_spec(model), recipe.data), graph, opset=recipe.export.opset)
+    """Write a model's float graph, with the outputs and the opset that the recipe wants."""
+    export, example = work.recipe.export, example_batch(input_spec(model), work.recipe.data)
+    return export_onnx(model, example, graph, opset=export.opset, embeddings=export.embeddings)
 
 
 def check_aware(recipe: Recipe) -> None:

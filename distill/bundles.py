@@ -202,12 +202,19 @@ def best_found(made: Mapping[str, Any], setting: str) -> str:
     )
 
 
-def check_bundles(config: ExportConfig) -> None:
-    """Check the names of bundles.
+def check_bundles(config: ExportConfig, *, retrieves: bool = False) -> None:
+    """Check the names of bundles, and what they give.
+
+    Args:
+        config: the recipe's ``export``.
+        retrieves: whether the recipe measures what embeddings find.
 
     Raises:
-        UserError: one that is not known, or a least agreement of one that is not made.
+        UserError: one that is not known, a least agreement of one that is not made, or no embeddings where they are
+            measured.
     """
+    if retrieves and not config.embeddings:
+        raise UserError("export.embeddings is false, and retrieval compares embeddings; set it to true")
     for name in config.bundles:
         if name not in BUNDLES:
             raise UserError(f"export.bundles: there is no bundle {name!r}; {nearest(name, BUNDLES)}")
@@ -266,7 +273,7 @@ def stages_of(config: ExportConfig) -> dict[str, str]:
     return {name: "export" if name == FP32 else "quantize" for name in config.bundles}
 
 
-YOUNGER = (("", "bundles"), ("", "min_agreement"), ("", "check_rows"), ("quantize", "search"))
+YOUNGER = (("", "bundles"), ("", "embeddings"), ("", "min_agreement"), ("", "check_rows"), ("quantize", "search"))
 """Keys of ``export`` and of its parts that finished runs may lack."""
 
 
@@ -289,6 +296,11 @@ def aware_settings(config: QuantizeConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"qat": {"train": {"shard"}}, "search": True})
 
 
+def graph_settings(config: ExportConfig) -> dict[str, Any]:
+    """The part of it that fp32 graphs depend on."""
+    return {"opset": config.opset} | ({} if config.embeddings else {"embeddings": False})
+
+
 def fp32_settings(config: ExportConfig) -> dict[str, Any]:
     """The part of it that the fp32 graph and its bundle depend on."""
-    return {"opset": config.opset, "min_agreement_fp32": least_agreement(config, FP32)}
+    return {**graph_settings(config), "min_agreement_fp32": least_agreement(config, FP32)}

@@ -313,6 +313,7 @@ class ExportConfig(Strict):
 
     opset: int = Field(20, ge=18)
     bundles: list[str] = [FP32, INT8]  # RUNTIME-PRECISION; that of fp32, which the others are made from, is always made
+    embeddings: bool = True  # bundles give them beside the tasks' outputs; false: smaller and faster without
     # top-1, or mean cosine of embeddings; validation rows: of onnx-fp32 and fp16, and of all smaller ones
     min_agreement_fp32: float = Field(0.995, ge=0, le=1)
     min_agreement_int8: float = Field(0.98, ge=0, le=1)

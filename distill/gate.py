@@ -126,7 +126,8 @@ class Gate:
             targets={},
         )
         with torch.no_grad(), evaluating(model):
-            said = graph_outputs(model(batch.to(next(model.parameters()).device)))
+            outputs = model(batch.to(next(model.parameters()).device))
+        said = graph_outputs(outputs, embeddings=self._work.recipe.export.embeddings)
         arrays = {f"{INPUT}{name}": array for name, array in evaluate.feeds(batch).items()}
         return arrays | {f"{OUTPUT}{name}": value.float().cpu().numpy() for name, value in said.items()}
 

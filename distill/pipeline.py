@@ -128,7 +128,8 @@ def _pruned(recipe: Recipe) -> dict[str, Any]:
 
 def _aware(recipe: Recipe) -> dict[str, Any]:
     learnt = _student(recipe, "inherit", "objective") | _distillation(recipe)
-    return learnt | {"opset": recipe.export.opset, "quantize": bundles.aware_settings(recipe.export.quantize)}
+    quantize = bundles.aware_settings(recipe.export.quantize)
+    return learnt | bundles.graph_settings(recipe.export) | {"quantize": quantize}
 
 
 STAGES = (
@@ -279,7 +280,7 @@ def check(recipe: Recipe, until: str | None = None) -> None:
     """
     check_recipe(recipe, ENCODERS, students.INHERITANCES)
     needed = [stage.name for stage in _needed(recipe, until)]
-    bundles.check_bundles(recipe.export)
+    bundles.check_bundles(recipe.export, retrieves=recipe.retrieval is not None)
     aware.check_aware(recipe)
     measured.read_measured(recipe.report)
     if "pruned" in needed:

@@ -201,7 +201,7 @@ class Predictor(Graph):
             batch_size: rows a run of the graph.
 
         Raises:
-            UserError: as :meth:`predict`; models with classes give embeddings as well.
+            UserError: as :meth:`predict`; or the model was exported without embeddings.
         """
         parts: dict[str, list[NDArray[np.float32]]] = {}
         for start in range(0, len(rows), batch_size):
@@ -209,10 +209,12 @@ class Predictor(Graph):
                 parts.setdefault(name, []).append(values)
         return {name: np.concatenate(values) for name, values in parts.items()}
 
-    @staticmethod
-    def embeddings(outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    def embeddings(self, outputs: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Return the embeddings among the graph's outputs, as :meth:`embed` does."""
-        return {name.removeprefix(EMBEDDING): values for name, values in outputs.items() if name.startswith(EMBEDDING)}
+        found = {name.removeprefix(EMBEDDING): each for name, each in outputs.items() if name.startswith(EMBEDDING)}
+        if not found:
+            raise UserError(f"{self.info['name']} gives no embeddings; export it with export.embeddings=true")
+        return found
 
     def feeds(self, rows: Sequence[Mapping[str, Any]], start: int = 0) -> dict[str, NDArray[Any]]:
         """Return the graph's inputs for rows; ``start`` is the number of the first one, for messages.

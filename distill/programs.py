@@ -78,7 +78,7 @@ class Sources:
             model = whole if modality is None else whole.alone(modality)
             spec = input_spec(model)
             example = example_batch(spec, self._work.recipe.data, length=spec.max_length)
-            export_program(model, example, path, rows=1)
+            export_program(model, example, path, rows=1, embeddings=self._work.recipe.export.embeddings)
         return path
 
     def make_part(

@@ -38,7 +38,6 @@ from distill.data.prepared import PreparedData
 from distill.data.texts import Texts
 from distill.dual import DualEncoder
 from distill.export.bundle import ParityError
-from distill.export.onnx import export_onnx
 from distill.formats import TEXT, Format
 from distill.gate import SHIPPED, Gate, bundle_says, towers, unrun
 from distill.label_noise import doubts_of, told, write_doubts
@@ -62,14 +61,11 @@ PAIR = ("image", "text")
 
 def export_graphs(work: Workspace, folder: Path) -> dict[str, Any]:
     """Write the fp32 graphs of teacher and student, which the bench times, and the gated ``onnx-fp32`` bundle."""
-    recipe = work.recipe
     graphs: dict[str, Any] = {}
     names = (TEACHER, STUDENT)
     with progress("export", quiet=work.quiet) as report:
         for number, name in enumerate(names):
-            model = work.model(name)
-            example = example_batch(input_spec(model), recipe.data)
-            graphs[name] = export_onnx(model, example, folder / f"{name}.onnx", opset=recipe.export.opset)
+            graphs[name] = aware.export_graph(work, work.model(name), folder / f"{name}.onnx")
             report(number + 1, len(names) + 1, name)
         graphs[SHIPPED], gate = export_shipped(work, folder)
         report(len(names) + 1, len(names) + 1, SHIPPED)
@@ -80,7 +76,7 @@ def export_shipped(work: Workspace, folder: Path) -> tuple[dict[str, Any], dict[
     """Write the gated ``onnx-fp32`` bundle of the shipped model; return what export and gate found."""
     model, export = work.model(SHIPPED), work.recipe.export
     path = folder / f"{SHIPPED}.onnx"
-    graph = export_onnx(model, example_batch(input_spec(model), work.recipe.data), path, opset=export.opset)
+    graph = aware.export_graph(work, model, path)
     info = {"precision": "fp32", "num_params": bench.num_params(model)}
     gate = Gate(work).write(folder / FP32, path, info, least_agreement(export, FP32))
     path.unlink()  # the bundle holds it

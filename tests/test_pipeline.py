@@ -9,6 +9,8 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -17,6 +19,8 @@ from tokenizers import Tokenizer
 
 from distill import engine, pipeline, runs
 from distill.build import input_spec
+from distill.contracts import UserError
+from distill.predict import load
 from distill.recipe import load_recipe
 from distill.runs import locked, read_json
 
@@ -137,6 +141,25 @@ def test_a_recipe_names_its_bundles(copied):
     assert "there is no bundle 'onnx-fp61'; did you mean 'onnx-fp16'" in said
 
 
+def test_bundles_without_embeddings_answer_the_same_and_say_that_they_have_none(copied):
+    before = load(Path("runs/tiny/export/onnx-fp32"))
+    rows = [{"text": text, "image": copied / "images/005.png"} for text in ("a red cat", "a sun")]
+    expected = before.run(before.feeds(rows))
+    assert distill("quantize", "recipe.yaml", "export.embeddings=false").code == 0
+    for stage, bundle in (("export", "onnx-fp32"), ("quantize", "onnx-int8")):
+        found = load(Path("runs/tiny") / stage / bundle)
+        assert set(found.outputs) == {"colour", "shape"} and set(before.outputs) > set(found.outputs)
+        nodes = [node.name for node in onnx.load(Path("runs/tiny") / stage / bundle / "model.onnx").graph.node]
+        assert not any("embedders" in name for name in nodes)
+        with pytest.raises(
+            UserError, match=r"tiny onnx-.* gives no embeddings; export it with export\.embeddings=true"
+        ):
+            found.embed(rows)
+        if bundle == "onnx-fp32":
+            for name, values in found.run(found.feeds(rows)).items():
+                np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_predict_prints_a_line_a_task_and_names_rows(project):
     bundle = project / "runs/tiny/quantize/onnx-int8"
     one = distill("predict", bundle, "--text", "a red cat", "--top-k", "1")
@@ -212,6 +235,7 @@ def test_compare(project, tmp_path):
         ("report.bootstrap=200", ["report"]),
         ("bench.repeats=11", ["bench", "report"]),
         ("export.quantize.method=entropy", ["quantize", "evaluate", "bench", "report"]),
+        ("export.embeddings=false", AFTER_STUDENT[1:]),
         ("prune.ratio=0.3", AFTER_STUDENT),
         ("student.objective.2.weight=2", AFTER_CACHE),
         ("student.train.epochs=3", ["baseline", *AFTER_CACHE]),

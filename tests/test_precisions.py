@@ -143,6 +143,11 @@ def test_names_are_checked_with_the_nearest() -> None:
         check_bundles(ExportConfig(bundles=["onnx-int7"]))
     with pytest.raises(UserError, match=r"'onnx-fp16' is no bundle of export\.bundles"):
         check_bundles(ExportConfig(min_agreement={"onnx-fp16": 0.9}))
+    with pytest.raises(
+        UserError, match=r"export\.embeddings is false, and retrieval compares embeddings; set it to true"
+    ):
+        check_bundles(ExportConfig(embeddings=False), retrieves=True)
+    check_bundles(ExportConfig(embeddings=False))
     with pytest.raises(ValidationError):
         ExportConfig(min_agreement={"onnx-int8": 1.1})
     own = ExportConfig(min_agreement={"onnx-int8": 0.9})

@@ -57,6 +57,17 @@ def test_a_program_says_its_tensors_and_not_where_it_was_made(program: tuple[Pat
         assert trace not in path.read_bytes()
 
 
+def test_a_program_without_embeddings_gives_the_tasks(program: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    made = export_program(model_of("learnt"), batch_of("learnt", 1), tmp_path / "model.pt2", embeddings=False)
+    assert made["outputs"] == {name: one for name, one in program[1]["outputs"].items() if EMBEDDING not in name}
+    batch = batch_of("learnt", 3, LENGTH)
+    feeds, expected = as_feeds(batch), said("learnt", batch)
+    with torch.no_grad():
+        values = read_program(tmp_path / "model.pt2")[0].module()(*(torch.from_numpy(feeds[name]) for name in INPUTS))
+    for name, value in zip(made["outputs"], values, strict=True):
+        np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_sounds_are_read_and_constant_tables_kept_in_the_state(tmp_path: Path) -> None:
     """A spectrogram's tables are no weights of a checkpoint; ExecuTorch refuses buffers that its state has not."""
     torch.manual_seed(0)

@@ -46,13 +46,14 @@ def graph_inputs(batch: Batch) -> dict[str, Tensor]:
     return named
 
 
-def graph_outputs(outputs: Outputs) -> dict[str, Tensor]:
+def graph_outputs(outputs: Outputs, *, embeddings: bool = True) -> dict[str, Tensor]:
     """Return the exported graph's outputs: final logits by task, then ``embedding_NAME``, each ``[B, ...]``.
 
-    Heads of single modalities (keys with a dot) help in training only and are left out.
+    Heads of single modalities (keys with a dot) help in training only and are left out; so are embeddings if asked for.
     """
     named = {task: logits for task, logits in outputs.logits.items() if "." not in task}
-    return named | {f"{EMBEDDING}{name}": value for name, value in sorted(outputs.embeddings.items())}
+    spoken = sorted(outputs.embeddings.items()) if embeddings else []
+    return named | {f"{EMBEDDING}{name}": value for name, value in spoken}
 
 
 class ExportModule(nn.Module):
@@ -61,13 +62,13 @@ class ExportModule(nn.Module):
     Args:
         model: the model.
         names: names of the tensors that :meth:`forward` takes, as :func:`graph_inputs` orders them.
+        embeddings: return them too.
     """
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
+    def __init__(self, model: nn.Module, names: list[str], *, embeddings: bool = True) -> None:
         """Wrap a model; its mode is left as it is."""
         super().__init__()
-        self.model = model
-        self.names = names
+        self.model, self.names, self.embeddings = model, names, embeddings
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the values of :func:`graph_outputs`, in its order."""
@@ -76,10 +77,12 @@ class ExportModule(nn.Module):
         rows = tensors[0].shape[0]
         ids = torch.zeros(rows, dtype=torch.int64, device=tensors[0].device)
         outputs = self.model(Batch(ids, torch.full_like(ids, CLEAN_VIEW), named, present, {}))
-        return tuple(graph_outputs(outputs).values())
+        return tuple(graph_outputs(outputs, embeddings=self.embeddings).values())
 
 
-def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int = 20) -> dict[str, Any]:
+def export_onnx(
+    model: nn.Module, example: Batch, path: Path, *, opset: int = 20, embeddings: bool = True
+) -> dict[str, Any]:
     """Write a model as one ONNX file and check it.
 
     Args:
@@ -87,6 +90,7 @@ def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int = 20
         example: one or more rows with the inputs and modalities that the graph is to have.
         path: the file to write; weights are inside.
         opset: version of the ONNX operators.
+        embeddings: the graph gives them beside the logits.
 
     Returns:
         ``inputs`` and ``outputs`` (name -> dtype and shape, dynamic dimensions by name), ``operators``
@@ -101,9 +105,9 @@ def export_onnx(model: nn.Module, example: Batch, path: Path, *, opset: int = 20
     inputs = graph_inputs(_traceable(example))
     with exporting(model):
         with torch.no_grad():
-            outputs = graph_outputs(model(_traceable(example)))
+            outputs = graph_outputs(model(_traceable(example)), embeddings=embeddings)
         program = torch.onnx.export(
-            ExportModule(model, list(inputs)).eval(),
+            ExportModule(model, list(inputs), embeddings=embeddings).eval(),
             tuple(inputs.values()),
             input_names=list(inputs),
             output_names=list(outputs),

@@ -31,7 +31,9 @@ DTYPES = {
 }
 
 
-def export_program(model: torch.nn.Module, example: Batch, path: Path, *, rows: int | None = None) -> dict[str, Any]:
+def export_program(
+    model: torch.nn.Module, example: Batch, path: Path, *, rows: int | None = None, embeddings: bool = True
+) -> dict[str, Any]:
     """Write a model as a program.
 
     Args:
@@ -40,6 +42,7 @@ def export_program(model: torch.nn.Module, example: Batch, path: Path, *, rows: 
             of all that the program reads.
         path: the file to write.
         rows: 1 for runtimes that run one row at a time; None for any number.
+        embeddings: the program gives them beside the logits.
 
     Returns:
         ``inputs`` and ``outputs`` (name -> dtype and shape, the number of rows by name) and ``bytes``.
@@ -54,11 +57,10 @@ def export_program(model: torch.nn.Module, example: Batch, path: Path, *, rows: 
     dynamic = (tuple({0: torch.export.Dim("batch")} for _ in inputs),) if rows is None else None
     with exporting(model):
         with torch.no_grad():
-            outputs = graph_outputs(model(batch))
+            outputs = graph_outputs(model(batch), embeddings=embeddings)
         graph = {"inputs": _described(inputs), "outputs": _described(outputs)}
-        program = torch.export.export(
-            ExportModule(model, list(inputs)).eval(), tuple(inputs.values()), dynamic_shapes=dynamic
-        )
+        module = ExportModule(model, list(inputs), embeddings=embeddings).eval()
+        program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=dynamic)
         _strip_build_traces(program)
         with atomic(path) as temporary:
             named = temporary.with_suffix(path.suffix)  # torch refuses other endings
